@@ -1,0 +1,3 @@
+from pangu_locmoe.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,182 @@
+"""The verbs: parse, call, print; no logic. A LocMoEError is one line on standard error and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Callable, Dict, List, NoReturn, Optional
+
+from pangu_locmoe import __version__
+from pangu_locmoe.errors import LocMoEError
+
+# MindSpore and the model are imported inside the verbs: `--help` and `capacity` should not wait seconds for them.
+
+Verb = Callable[[argparse.Namespace], int]
+
+
+def main(arguments: Optional[List[str]] = None) -> int:
+    """Run one verb and return the exit code: 0, 1 for a run that failed, 2 for input the user can mend."""
+    options = _parser().parse_args(arguments)
+    verb: Verb = options.verb
+    try:
+        return verb(options)
+    except LocMoEError as error:
+        print(f"pangu-locmoe: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _train(options: argparse.Namespace) -> int:
+    from pangu_locmoe.config import load_config
+    from pangu_locmoe.train.run import default_run_dir, train
+
+    config = load_config(options.config, options.set)
+    resume = options.resume == "auto"
+    run_dir = options.run_dir or default_run_dir(options.config.stem, config.moe.router, resume)
+    train(config, run_dir, resume, options.init_from, progress=not options.no_progress)
+    return 0
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    from pangu_locmoe.config import load_config
+    from pangu_locmoe.data.prepared import prepare
+
+    prepared = prepare(load_config(options.config, options.set))
+    print(f"{prepared.summary()}\n{prepared.path}")
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from pangu_locmoe.restore import evaluate_checkpoint, format_evaluation
+
+    row = evaluate_checkpoint(options.checkpoint, options.sequences)
+    print(json.dumps(row) if options.json else format_evaluation(row))
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from pangu_locmoe.config import SampleConfig
+    from pangu_locmoe.generate import domain_index
+    from pangu_locmoe.restore import restore_generator
+
+    generator = restore_generator(options.checkpoint)
+    sample = SampleConfig(tokens=options.tokens, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
+    domain = domain_index(generator.config, options.domain)
+    print(options.prompt, end="", flush=True)
+    for pieces in generator.stream([options.prompt], [domain], sample, options.seed):
+        print(pieces[0], end="", flush=True)
+    print()
+    return 0
+
+
+def _capacity(options: argparse.Namespace) -> int:
+    from pangu_locmoe.moe.capacity import capacity_bounds
+
+    try:
+        bounds = capacity_bounds(options.hidden_size, options.num_experts, options.cosine)
+    except ValueError as error:
+        _usage_error(str(error))
+    print(json.dumps(dataclasses.asdict(bounds)))
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from pangu_locmoe.report.page import build_report
+
+    output = options.output or options.runs[0] / "report.html"
+    print(build_report(options.runs, output))
+    return 0
+
+
+def _inherit(options: argparse.Namespace) -> int:
+    from pangu_locmoe.config import load_config
+    from pangu_locmoe.model.inherit import inherit
+
+    print(inherit(options.checkpoint, load_config(options.config, options.set), options.output))
+    return 0
+
+
+def _extract(options: argparse.Namespace) -> int:
+    from pangu_locmoe.model.extract import extract
+
+    print(extract(options.checkpoint, options.domain, options.output))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="pangu-locmoe", description="Train and study LocMoE models with MindSpore.")
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    verb = _add(verbs, "prepare", _prepare, "train or load the tokenizer and pack the corpus into MindRecord files")
+    _add_config(verb)
+
+    verb = _add(verbs, "train", _train, "train, evaluate, print samples and write the report")
+    _add_config(verb)
+    verb.add_argument("--run-dir", type=Path, help="where the run is kept (runs/CONFIG-ROUTER)")
+    verb.add_argument("--resume", choices=("auto", "never"), default="never", help="auto: continue from the newest checkpoint if there is one")
+    verb.add_argument("--init-from", type=Path, metavar="CHECKPOINT", help="start from these weights, for example an inherited model")
+    verb.add_argument("--no-progress", action="store_true", help="no progress bar")
+
+    verb = _add(verbs, "evaluate", _evaluate, "loss, perplexity and bits per byte of each domain")
+    _add_checkpoint(verb)
+    verb.add_argument("--sequences", type=int, help="validation sequences of each domain (evaluation.sequences)")
+    verb.add_argument("--json", action="store_true", help="print JSON")
+
+    verb = _add(verbs, "generate", _generate, "continue a text")
+    _add_checkpoint(verb)
+    verb.add_argument("--prompt", default="", help="the beginning of the text")
+    verb.add_argument("--domain", help="the domain the text is of (the first)")
+    verb.add_argument("--tokens", type=int, default=128)
+    verb.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
+    verb.add_argument("--top-k", type=int, default=40, help="0: no limit")
+    verb.add_argument("--top-p", type=float, default=0.95)
+    verb.add_argument("--seed", type=int, default=1)
+
+    verb = _add(verbs, "capacity", _capacity, "LocMoE's lower bound on the expert capacity, as JSON")
+    verb.add_argument("--hidden-size", type=int, required=True, help="d")
+    verb.add_argument("--num-experts", type=int, required=True, help="n")
+    verb.add_argument("--cosine", type=float, required=True, help="delta: the cosine from which on a token belongs to an expert")
+
+    verb = _add(verbs, "report", _report, "one self-contained page on one run, or comparing several")
+    verb.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
+    verb.add_argument("--output", type=Path, help="the page (RUN_DIR/report.html of the first)")
+
+    verb = _add(verbs, "inherit", _inherit, "make a sparse model from a dense checkpoint: its feed-forward networks become the experts")
+    verb.add_argument("checkpoint", type=Path, metavar="DENSE", help="run directory or checkpoint")
+    verb.add_argument("--config", type=Path, required=True, help="the sparse model")
+    verb.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    verb.add_argument("--output", type=Path, required=True, help="folder of the new checkpoint, for train --init-from")
+
+    verb = _add(verbs, "extract", _extract, "take one domain's sub-model out of a model with two-level routing")
+    _add_checkpoint(verb)
+    verb.add_argument("--domain", required=True)
+    verb.add_argument("--output", type=Path, required=True, help="folder of the new checkpoint")
+    return parser
+
+
+def _add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, verb: Verb, text: str) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+    parser.set_defaults(verb=verb)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file, for example configs/cpu_smoke.yaml")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one value, for example moe.router=switch; repeatable")
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, metavar="RUN_OR_CHECKPOINT", help="run directory (its newest checkpoint) or checkpoint folder")
+
+
+def _usage_error(message: str) -> NoReturn:
+    raise LocMoEError(message)

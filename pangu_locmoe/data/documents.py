@@ -1,0 +1,195 @@
+"""Files -> documents: plain text, JSON lines, either of them gzipped. Bad ones are counted, never fatal."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import json
+import zlib
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from pangu_locmoe.errors import DataError
+
+PROBLEMS = {
+    "unreadable": "files that could not be opened or unpacked",
+    "undecodable": "files that are not UTF-8 text",
+    "empty": "documents without text",
+    "huge": "files or lines more than 100 times data.max_document_bytes long, left out",
+    "bad_line": "JSON lines without a string `text` or with an unknown `domain`",
+    "duplicate": "documents that occurred before",
+}
+_EXAMPLES = 3
+_HUGE = 100
+
+
+@dataclass
+class CorpusReport:
+    """What was read, what was left out and why."""
+
+    files: int = 0
+    problems: Counter[str] = field(default_factory=Counter)
+    """Count for each key of PROBLEMS that occurred."""
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    """The first places where each problem occurred."""
+    cut: int = 0
+    """Documents longer than data.max_document_bytes, read in pieces."""
+    over_limit: Counter[str] = field(default_factory=Counter)
+    """Documents of each domain left out by data.max_bytes_per_domain."""
+    documents: dict[str, Counter[str]] = field(default_factory=dict)
+    """split -> domain -> documents used."""
+    bytes: dict[str, Counter[str]] = field(default_factory=dict)
+    """split -> domain -> bytes of UTF-8 text used."""
+
+    def count(self, problem: str, place: str) -> None:
+        self.problems[problem] += 1
+        examples = self.examples.setdefault(problem, [])
+        if len(examples) < _EXAMPLES:
+            examples.append(place)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "files": self.files,
+            "problems": dict(self.problems),
+            "examples": self.examples,
+            "cut": self.cut,
+            "over_limit": dict(self.over_limit),
+            "documents": {split: dict(counts) for split, counts in self.documents.items()},
+            "bytes": {split: dict(counts) for split, counts in self.bytes.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> CorpusReport:
+        """The reverse of `to_dict`."""
+        return cls(
+            files=values["files"],
+            problems=Counter(values["problems"]),
+            examples=values["examples"],
+            cut=values["cut"],
+            over_limit=Counter(values["over_limit"]),
+            documents={split: Counter(counts) for split, counts in values["documents"].items()},
+            bytes={split: Counter(counts) for split, counts in values["bytes"].items()},
+        )
+
+    def summary(self) -> str:
+        """Lines for a person: one per domain, one per problem."""
+        lines = [f"{self.files} files read"]
+        for domain in self.documents.get("train", {}):
+            parts = [
+                f"{split} {self.documents[split][domain]} documents, {self.bytes[split][domain] / 1e6:.2f} MB" for split in self.documents
+            ]
+            left = f"; {self.over_limit[domain]} documents over data.max_bytes_per_domain" if self.over_limit[domain] else ""
+            lines.append(f"  {domain}: {'; '.join(parts)}{left}")
+        if self.cut:
+            lines.append(f"  {self.cut} documents cut into pieces of data.max_document_bytes")
+        for problem, number in self.problems.items():
+            lines.append(f"  left out: {number} {PROBLEMS[problem]}, e.g. {self.examples[problem][0]}")
+        return "\n".join(lines)
+
+
+def source_files(path: str) -> list[Path]:
+    """The files of one source in sorted order; a folder is searched through, names that begin with a dot are not.
+
+    Raises DataError if there are none.
+    """
+    place = Path(path)
+    if place.is_dir():
+        found = [p for p in place.rglob("*") if not any(part.startswith(".") for part in p.relative_to(place).parts)]
+    elif place.exists():
+        found = [place]
+    elif glob.has_magic(path):
+        # Path.glob refuses absolute patterns.
+        found = [Path(name) for name in glob.glob(path, recursive=True)]  # noqa: PTH207
+    else:
+        raise DataError(f"data.sources: {path}: no such file or folder; scripts/fetch_corpus.sh makes data/corpus")
+    files = sorted(p for p in found if p.is_file())
+    if not files:
+        raise DataError(f"data.sources: {path}: {'an empty folder' if place.is_dir() else 'matches no file'}")
+    return files
+
+
+def read_documents(path: Path, domains: Collection[str], max_bytes: int, report: CorpusReport) -> Iterator[tuple[str | None, str]]:
+    """Yield (domain, text) of each document in a file; domain None means its source's. Problems go to `report`.
+
+    `.jsonl` has a document on each line (`text`, optionally `domain`); every other file is one document of UTF-8.
+    `.gz` is unpacked on the way.
+    """
+    name = path.name[: -len(".gz")] if path.suffix == ".gz" else path.name
+    report.files += 1
+    try:
+        with _open(path) as file:
+            if name.endswith(".jsonl"):
+                yield from _json_lines(file, str(path), domains, max_bytes, report)
+            else:
+                yield from _whole(file, str(path), max_bytes, report)
+    except (OSError, EOFError, zlib.error):
+        report.count("unreadable", str(path))
+
+
+def _open(path: Path) -> IO[bytes]:
+    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+
+
+def _whole(file: IO[bytes], path: str, max_bytes: int, report: CorpusReport) -> Iterator[tuple[None, str]]:
+    # A limit on the read, not on the file's size: a small .gz may unpack to anything.
+    content = file.read(_HUGE * max_bytes + 1)
+    if len(content) > _HUGE * max_bytes:
+        return report.count("huge", path)
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return report.count("undecodable", path)
+    if "\0" in text:  # some binary files happen to be valid UTF-8
+        return report.count("undecodable", path)
+    if not text.strip():
+        return report.count("empty", path)
+    yield None, text
+
+
+def _json_lines(
+    file: IO[bytes], path: str, domains: Collection[str], max_bytes: int, report: CorpusReport
+) -> Iterator[tuple[str | None, str]]:
+    limit = _HUGE * max_bytes
+    number = 0
+    while line := file.readline(limit + 1):
+        number += 1
+        place = f"{path}:{number}"
+        if len(line) > limit:
+            report.count("huge", place)
+            while line and not line.endswith(b"\n"):
+                line = file.readline(limit)
+            continue
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+            text, domain = values["text"], values.get("domain")
+            text.encode("utf-8")  # JSON can spell half characters
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            report.count("bad_line", place)
+            continue
+        if not isinstance(text, str) or (domain is not None and domain not in domains):
+            report.count("bad_line", place)
+        elif not text.strip():
+            report.count("empty", place)
+        else:
+            yield domain, text
+
+
+def pieces(text: str, max_bytes: int) -> Iterator[str]:
+    """Cut a text into pieces of at most `max_bytes` bytes of UTF-8: after a line if one ends there, never in a character."""
+    content = text.encode("utf-8")
+    start = 0
+    while len(content) - start > max_bytes:
+        end = content.rfind(b"\n", start, start + max_bytes) + 1
+        if end <= start:
+            end = start + max_bytes
+            while content[end] & 0xC0 == 0x80:  # inside a character
+                end -= 1
+        yield content[start:end].decode("utf-8")
+        start = end
+    yield content[start:].decode("utf-8")

@@ -1,0 +1,168 @@
+"""Builds a prepared folder: one reading to decide, one for the tokenizer, one that tokenizes and counts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from pangu_locmoe.config import Config
+from pangu_locmoe.data.bigram import CONTEXTS, bits_per_byte, count_bigrams
+from pangu_locmoe.data.corpus import SPLITS, Corpus, scan
+from pangu_locmoe.data.packing import Packer
+from pangu_locmoe.data.records import RecordWriter
+from pangu_locmoe.data.tokenizer import Tokenizer
+from pangu_locmoe.errors import DataError
+
+_TOKENIZER_BYTES = 10_000_000
+"""Text the tokenizer is trained on, in equal parts from each domain; more changes little and takes longer."""
+_CHUNK_BYTES = 1_000_000
+"""Text tokenized at a time: enough for all processors, little enough for the memory."""
+
+
+def build(config: Config, path: Path, progress: bool) -> None:
+    """Make the folder `path`; it appears whole or not at all. Raises DataError if corpus, tokenizer or disk refuse."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    except OSError as error:
+        raise DataError(f"data.prepared_dir: {path.parent}: cannot be written: {error.strerror}") from None
+    try:
+        _fill(config, temporary, progress)
+        temporary.chmod(0o755)
+        _publish(temporary, path)
+    except OSError as error:
+        raise DataError(f"data.prepared_dir: {path.parent}: cannot be written: {error.strerror}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _publish(temporary: Path, path: Path) -> None:
+    if path.exists() and not (path / "prepared.json").is_file():
+        shutil.rmtree(path)  # an empty or half-deleted folder
+    try:
+        temporary.rename(path)  # refuses to replace what another process has just finished
+    except OSError:
+        if not (path / "prepared.json").is_file():
+            raise
+
+
+def _fill(config: Config, folder: Path, progress: bool) -> None:
+    corpus = scan(config.data, config.domains)
+    tokenizer = _tokenizer(config, corpus)
+    tokenizer.save(folder / "tokenizer.json")
+    sides = {(i, split): _Side(config, tokenizer, folder, i, split) for i in range(len(corpus.domains)) for split in SPLITS}
+    total = sum(sum(counts.values()) for counts in corpus.report.bytes.values())
+    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", disable=not progress, leave=False) as bar:
+        for domain, split, pieces in corpus.documents():
+            side = sides[domain, split]
+            bar.update(side.add(pieces))
+    for side in sides.values():
+        side.close()
+    for domain, name in enumerate(corpus.domains):
+        _check_enough(name, sides[domain, "train"])
+    np.save(folder / "token_counts.npy", np.stack([sides[i, "train"].token_counts for i in range(len(corpus.domains))]))
+    description = _describe(config, corpus, sides)
+    (folder / "prepared.json").write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _tokenizer(config: Config, corpus: Corpus) -> Tokenizer:
+    if config.data.tokenizer is not None:
+        return Tokenizer.load(config.data.tokenizer, config.model.vocab_size)
+
+    def sample() -> Iterator[str]:
+        # Only training documents: a vocabulary that has seen the held-out text would flatter the model.
+        for _domain, _split, pieces in corpus.documents("train", _TOKENIZER_BYTES // len(corpus.domains)):
+            yield from pieces
+
+    return Tokenizer.train(sample(), config.model.vocab_size)
+
+
+class _Side:
+    """One split of one domain on its way from text to records."""
+
+    def __init__(self, config: Config, tokenizer: Tokenizer, folder: Path, domain: int, split: str) -> None:
+        self.split = split
+        self.documents = self.bytes = 0
+        self.bigrams = np.zeros((CONTEXTS, 256), np.int64)
+        self.token_counts = np.zeros(config.model.vocab_size, np.int64)
+        self.packer = Packer(config.model.seq_length, tokenizer.end_of_document)
+        # Numbers, not names, because a domain may be called anything.
+        self.writer = RecordWriter(folder, f"{split}-{domain}", domain)
+        self.unused_tokens = 0
+        self._tokenizer = tokenizer
+        self._waiting: list[str] = []
+        self._waiting_contents: list[bytes] = []
+        self._waiting_bytes = 0
+
+    def add(self, pieces: list[str]) -> int:
+        """Take one document; returns its bytes."""
+        contents = [piece.encode("utf-8") for piece in pieces]
+        size = sum(map(len, contents))
+        self.documents += 1
+        self.bytes += size
+        self._waiting += pieces
+        self._waiting_contents += contents
+        self._waiting_bytes += size
+        if self._waiting_bytes >= _CHUNK_BYTES:
+            self._flush()
+        return size
+
+    def close(self) -> None:
+        self._flush()
+        if self.split == "validation" and self.packer.sequences == 0:
+            self.writer.write(self.packer.pad())
+        self.unused_tokens = self.packer.unused_tokens
+        self.writer.close()
+
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        ids = [np.array(document, np.int32) for document in self._tokenizer.encode_batch(self._waiting)]
+        self.token_counts += np.bincount(np.concatenate(ids), minlength=len(self.token_counts))
+        self.token_counts[self._tokenizer.end_of_document] += len(ids)
+        self.bigrams += count_bigrams(self._waiting_contents)
+        self.writer.write(self.packer.add(ids))
+        self._waiting, self._waiting_contents, self._waiting_bytes = [], [], 0
+
+
+def _check_enough(domain: str, side: _Side) -> None:
+    if side.packer.sequences == 0:
+        bytes_per_token = max(side.bytes, 1) / max(side.packer.tokens, 1)
+        needed = int((side.packer.seq_length + 1) * bytes_per_token) + 1
+        raise DataError(
+            f"data.sources: domain {domain} has {side.bytes} bytes of training text, not enough for one sequence "
+            f"of model.seq_length ({side.packer.seq_length}) tokens; about {needed} are needed"
+        )
+
+
+def _describe(config: Config, corpus: Corpus, sides: dict[tuple[int, str], _Side]) -> dict[str, Any]:
+    training = sum((side.bigrams for (_, split), side in sides.items() if split == "train"), np.zeros((CONTEXTS, 256), np.int64))
+    held_out = {name: sides[i, "validation"].bigrams for i, name in enumerate(corpus.domains)}
+    held_out["all"] = sum(held_out.values(), np.zeros((CONTEXTS, 256), np.int64))
+    return {
+        "domains": list(corpus.domains),
+        "seq_length": config.model.seq_length,
+        "vocab_size": config.model.vocab_size,
+        "token_counts": "token_counts.npy",
+        "bigram_bits_per_byte": {name: bits_per_byte(training, counts) for name, counts in held_out.items()},
+        "counts": {split: {name: _counts(sides[i, split]) for i, name in enumerate(corpus.domains)} for split in SPLITS},
+        "files": {split: [[file.name for file in sides[i, split].writer.files] for i in range(len(corpus.domains))] for split in SPLITS},
+        "report": corpus.report.to_dict(),
+    }
+
+
+def _counts(side: _Side) -> dict[str, int]:
+    return {
+        "documents": side.documents,
+        "bytes": side.bytes,
+        "tokens": side.packer.tokens,
+        "sequences": side.packer.sequences,
+        "unused_tokens": side.unused_tokens,
+    }

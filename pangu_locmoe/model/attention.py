@@ -1,0 +1,56 @@
+"""Multi-head attention with an additive mask.
+
+Letters: B batch, S sequence, D hidden, H heads, K features of one head.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+
+from pangu_locmoe.config import ModelConfig
+from pangu_locmoe.model import functional
+from pangu_locmoe.model.init import normal
+
+
+def attention_mask(segments_BS: Tensor, causal_SS: Tensor, num_heads: int) -> Tensor:
+    """0 where a token may look, -1e9 elsewhere, fp32 [B, H, S, S]: only back, and only inside its own segment.
+
+    Spread over the heads once, because adding a mask of the scores' own shape is twice as fast in every layer.
+
+    Args:
+        segments_BS: segment ids, int32.
+        causal_SS: ones on and below the diagonal, fp32.
+        num_heads: H.
+    """
+    same_BSS = ops.cast(ops.equal(ops.expand_dims(segments_BS, 2), ops.expand_dims(segments_BS, 1)), causal_SS.dtype)
+    return ops.tile(ops.expand_dims((same_BSS * causal_SS - 1.0) * 1e9, 1), (1, num_heads, 1, 1))
+
+
+class Attention(nn.Cell):
+    """softmax(Q K^T / sqrt(K) + mask) V, projected. Queries come from `query_BSD`, keys and values from `x_BSD`."""
+
+    def __init__(self, config: ModelConfig, seed: list[int]) -> None:
+        super().__init__()
+        hidden_size = config.hidden_size
+        self.num_heads, self.head_size = config.num_heads, hidden_size // config.num_heads
+        self.w_query = Parameter(Tensor(normal([*seed, 0], (hidden_size, hidden_size), config.init_std)), name="w_query")
+        self.w_key_value = Parameter(Tensor(normal([*seed, 1], (hidden_size, 2 * hidden_size), config.init_std)), name="w_key_value")
+        out_std = config.init_std / np.sqrt(2 * config.num_layers)
+        self.w_out = Parameter(Tensor(normal([*seed, 2], (hidden_size, hidden_size), float(out_std))), name="w_out")
+        self.attend = functional.Attention()
+
+    def construct(self, query_BSD: Tensor, x_BSD: Tensor, mask_BHSS: Tensor) -> Tensor:
+        batch, length, hidden_size = x_BSD.shape
+        heads = (batch, length, self.num_heads, self.head_size)
+        query_TD = ops.reshape(query_BSD, (batch * length, hidden_size))
+        x_TD = ops.reshape(x_BSD, (batch * length, hidden_size))
+        # Scaling Q is one pass over [T, D] instead of one over [B, H, S, S].
+        query_TD = ops.matmul(query_TD, ops.cast(self.w_query, x_TD.dtype)) * (self.head_size**-0.5)
+        key_TD, value_TD = ops.split(ops.matmul(x_TD, ops.cast(self.w_key_value, x_TD.dtype)), hidden_size, 1)
+        query_BHSK = ops.transpose(ops.reshape(query_TD, heads), (0, 2, 1, 3))
+        key_BHSK = ops.transpose(ops.reshape(key_TD, heads), (0, 2, 1, 3))
+        value_BHSK = ops.transpose(ops.reshape(value_TD, heads), (0, 2, 1, 3))
+        mixed_BHSK = self.attend(query_BHSK, key_BHSK, value_BHSK, mask_BHSS)
+        mixed_TD = ops.reshape(ops.transpose(mixed_BHSK, (0, 2, 1, 3)), (batch * length, hidden_size))
+        return ops.reshape(ops.matmul(mixed_TD, ops.cast(self.w_out, x_TD.dtype)), (batch, length, hidden_size))

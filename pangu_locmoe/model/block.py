@@ -1,0 +1,102 @@
+"""The two kinds of layers: the decoder block (dense or sparse) and PanGu-alpha's query layer on top.
+
+Letters: B batch, S sequence, T = B*S tokens, D hidden, F inner width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Optional, Tuple
+
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+
+from pangu_locmoe.config import Config, ModelConfig
+from pangu_locmoe.model.attention import Attention
+from pangu_locmoe.model.functional import Gelu, LayerNorm
+from pangu_locmoe.model.init import normal
+from pangu_locmoe.moe.layer import MoELayer, MoEStats
+from pangu_locmoe.moe.routers.base import RouterContext
+from pangu_locmoe.noise import Noise, dropout
+
+
+class FeedForward(nn.Cell):
+    """y = GELU(x W_in) W_out, dense."""
+
+    def __init__(self, config: ModelConfig, seed: list[int]) -> None:
+        super().__init__()
+        out_std = config.init_std / np.sqrt(2 * config.num_layers)
+        self.w_in = Parameter(Tensor(normal([*seed, 3], (config.hidden_size, config.ffn_size), config.init_std)), name="w_in")
+        self.w_out = Parameter(Tensor(normal([*seed, 4], (config.ffn_size, config.hidden_size), float(out_std))), name="w_out")
+        self.gelu = Gelu()
+
+    def construct(self, x_TD: Tensor) -> Tensor:
+        inner_TF = self.gelu(ops.matmul(x_TD, ops.cast(self.w_in, x_TD.dtype)))
+        return ops.matmul(inner_TF, ops.cast(self.w_out, x_TD.dtype))
+
+
+class DecoderBlock(nn.Cell):
+    """x = x + Attn(LN1(x)); x = x + FFN(LN2(x)). With a router context the feed-forward network is an MoE layer."""
+
+    def __init__(self, config: Config, index: int, context: Optional[RouterContext]) -> None:
+        super().__init__()
+        seed = [config.train.seed, 0, index]
+        self.rate, self.site = config.model.dropout, 2 * index + 1
+        self.norm1 = LayerNorm(config.model.hidden_size)
+        self.attention = Attention(config.model, seed)
+        self.norm2 = LayerNorm(config.model.hidden_size)
+        self.sparse = context is not None
+        if context is not None:
+            self.moe = MoELayer(config, context)
+        else:
+            self.ffn = FeedForward(config.model, seed)
+
+    def construct(
+        self, x_BSD: Tensor, mask_BHSS: Tensor, tokens_T: Tensor, domains_T: Tensor, noise: Noise, capacity: int, training: bool
+    ) -> Tuple[Tensor, MoEStats]:
+        """Returns x_BSD and the MoE layer's statistics, an empty dict from a dense block."""
+        shape = x_BSD.shape
+        normed_BSD = self.norm1(x_BSD)
+        x_BSD = x_BSD + self._drop(self.attention(normed_BSD, normed_BSD, mask_BHSS), noise, self.site, training)
+        normed_TD = ops.reshape(self.norm2(x_BSD), (-1, shape[2]))
+        stats = {}
+        if self.sparse:
+            y_TD, stats = self.moe(normed_TD, tokens_T, domains_T, noise, capacity, training)
+        else:
+            y_TD = self.ffn(normed_TD)
+        return x_BSD + self._drop(ops.reshape(y_TD, shape), noise, self.site + 1, training), stats
+
+    def _drop(self, x_BSD: Tensor, noise: Noise, site: int, training: bool) -> Tensor:
+        return dropout_sequence(x_BSD, self.rate, noise, site, training)
+
+
+class QueryLayer(nn.Cell):
+    """PanGu-alpha's top layer: queries come from a learned table indexed by the position to predict.
+
+    a = Attn(Q = table[position], K = V = LN1(H)); x = H + a; out = x + FFN(LN2(x)). Row i of the table asks for the
+    token after position i.
+    """
+
+    def __init__(self, config: Config, index: int) -> None:
+        super().__init__()
+        model, seed = config.model, [config.train.seed, 0, index]
+        self.rate, self.site = model.dropout, 2 * index + 1
+        self.query_table = Parameter(Tensor(normal([*seed, 5], (model.seq_length, model.hidden_size), model.init_std)), name="query_table")
+        self.norm1 = LayerNorm(model.hidden_size)
+        self.attention = Attention(model, seed)
+        self.norm2 = LayerNorm(model.hidden_size)
+        self.ffn = FeedForward(model, seed)
+
+    def construct(self, x_BSD: Tensor, mask_BHSS: Tensor, positions_BS: Tensor, noise: Noise, training: bool) -> Tensor:
+        query_BSD = ops.cast(ops.gather(self.query_table, positions_BS, 0), x_BSD.dtype)
+        attended_BSD = self.attention(query_BSD, self.norm1(x_BSD), mask_BHSS)
+        x_BSD = x_BSD + dropout_sequence(attended_BSD, self.rate, noise, self.site, training)
+        y_TD = self.ffn(ops.reshape(self.norm2(x_BSD), (-1, x_BSD.shape[2])))
+        return x_BSD + dropout_sequence(ops.reshape(y_TD, x_BSD.shape), self.rate, noise, self.site + 1, training)
+
+
+def dropout_sequence(x_BSD: Tensor, rate: float, noise: Noise, site: int, training: bool) -> Tensor:
+    """Dropout on [B, S, D] while training; the identity otherwise and at rate 0."""
+    if not training or rate == 0:
+        return x_BSD
+    return ops.reshape(dropout(ops.reshape(x_BSD, (-1, x_BSD.shape[2])), rate, noise, site), x_BSD.shape)

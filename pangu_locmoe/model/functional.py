@@ -1,0 +1,192 @@
+"""The forms of the usual layers that are fast on the CPU and still made of ops that Ascend has.
+
+MindSpore's own gradients of LayerNorm, softmax, bias and gather run 2-8 times slower on the CPU than they need to: they reduce
+and broadcast in single-threaded kernels. The Cells here carry a hand-made ``bprop`` whose rules of thumb, all measured on two
+cores with tensors of [1024, 256..1024] float32, are:
+
+- same-shape arithmetic is cheap (0.13 ms on [1024, 256]); a broadcast operand costs 2-3 times as much, so a column or a row is
+  spread first, by Tile or by an outer product (MatMul with an inner dimension of 1), whose kernels are vectorised;
+- ReduceSum or ReduceMean over the last axis of a 2-D tensor, and ReduceSum over the first, are fast; BiasAddGrad is 6 times
+  slower than ReduceSum; reductions of 3-D and 4-D tensors are slow;
+- the gradient of a gather by a one-to-one map is a gather too, never a scatter.
+
+What a bprop needs of the forward is returned as an extra output, so that PyNative computes it once as well; the public Cells
+hide the extra outputs.
+
+Shapes: T tokens, D hidden, F ffn, E experts, C capacity, V vocabulary, B batch, H heads, S queries, K keys, d head width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Optional, Tuple
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+
+_GELU_SLOPE = 2.0 * math.sqrt(2.0 / math.pi)
+_GELU_CUBE = 0.044715
+
+
+class _LayerNormCore(nn.Cell):
+    """(x_TD, gamma_D, beta_D) -> (y_TD, centred_TD, inverse_deviation_T1), all float32."""
+
+    def __init__(self, width: int, epsilon: float) -> None:
+        super().__init__()
+        self.width = width
+        self.epsilon = epsilon
+        self.mean = ops.ReduceMean(keep_dims=True)
+        self.sum = ops.ReduceSum()
+        self.tile = ops.Tile()
+        self.matmul = ops.MatMul()
+        self.rsqrt = ops.Rsqrt()
+        self.square = ops.Square()
+        self.bias_add = ops.BiasAdd()
+
+    def construct(self, x_TD: Tensor, gamma_D: Tensor, beta_D: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+        centred_TD = x_TD - self.tile(self.mean(x_TD, -1), (1, self.width))
+        inverse_T1 = self.rsqrt(self.mean(self.square(centred_TD), -1) + self.epsilon)
+        scale_TD = self.matmul(inverse_T1, gamma_D.reshape(1, -1))
+        return self.bias_add(centred_TD * scale_TD, beta_D), centred_TD, inverse_T1
+
+    def bprop(self, x_TD: Tensor, gamma_D: Tensor, beta_D: Tensor, out: Any, dout: Any) -> Tuple[Tensor, Tensor, Tensor]:
+        centred_TD, inverse_T1 = out[1], out[2]
+        dy_TD = dout[0]
+        scaled_TD = dy_TD * self.matmul(inverse_T1, gamma_D.reshape(1, -1))
+        dgamma_D = self.matmul(inverse_T1.reshape(1, -1), dy_TD * centred_TD).reshape(-1)
+        dbeta_D = self.sum(dy_TD, 0)
+        mean_TD = self.tile(self.mean(scaled_TD, -1), (1, self.width))
+        slope_T1 = self.mean(scaled_TD * centred_TD, -1) * self.square(inverse_T1)
+        dx_TD = scaled_TD - (centred_TD * self.tile(slope_T1, (1, self.width)) + mean_TD)
+        return dx_TD, dgamma_D, dbeta_D
+
+
+class LayerNorm(nn.Cell):
+    """Normalise the last axis: y = gamma * (x - mean) / sqrt(variance + epsilon) + beta.
+
+    Forward with gradients takes 0.65 ms on [1024, 256] where nn.LayerNorm takes 4.3. Computes in float32 and returns x's dtype.
+
+    Args:
+        width: size D of the last axis.
+        epsilon: added to the variance.
+    """
+
+    def __init__(self, width: int, epsilon: float = 1e-5) -> None:
+        super().__init__()
+        self.width = width
+        self.gamma = Parameter(Tensor(np.ones(width, np.float32)), name="gamma")
+        self.beta = Parameter(Tensor(np.zeros(width, np.float32)), name="beta")
+        self.core = _LayerNormCore(width, epsilon)
+
+    def construct(self, x: Tensor) -> Tensor:
+        """x [..., D] of any float dtype -> the same shape and dtype."""
+        x_TD = x.reshape(-1, self.width).astype(ms.float32)
+        return self.core(x_TD, self.gamma, self.beta)[0].reshape(x.shape).astype(x.dtype)
+
+
+class _AttentionCore(nn.Cell):
+    """(q_BHSd, k_BHKd, v_BHKd, mask) -> (o_BHSd, p_BHSK); q is scaled already."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matmul = ops.BatchMatMul()
+        self.matmul_bt = ops.BatchMatMul(transpose_b=True)
+        self.matmul_at = ops.BatchMatMul(transpose_a=True)
+        self.softmax = ops.Softmax(-1)
+        self.sum = ops.ReduceSum(keep_dims=True)
+        self.concat = ops.Concat(-1)
+        self.ones_like = ops.OnesLike()
+        self.zeros_like = ops.ZerosLike()
+
+    def construct(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tuple[Tensor, Tensor]:
+        scores = self.matmul_bt(q, k).astype(ms.float32) + mask
+        p = self.softmax(scores).astype(v.dtype)
+        return self.matmul(p, v), p
+
+    def bprop(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, out: Any, dout: Any) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+        o, p = out[0], out[1]
+        do = dout[0]
+        # Softmax's gradient is p * (dp - sum_K(p * dp)). The row sum equals sum_d(o * do), which is K/d times smaller, and its
+        # subtraction rides in the matrix product as one more column: two passes over [B, H, S, K] less.
+        rows = (*do.shape[:-1], 1)
+        correction = self.sum((do * o).reshape(-1, o.shape[-1]), -1).reshape(rows)
+        dp = self.matmul_bt(self.concat((do, -correction)), self.concat((v, self.ones_like(v[..., :1]))))
+        ds = p * dp
+        return self.matmul(ds, k), self.matmul_at(ds, q), self.matmul_at(p, do), self.zeros_like(mask)
+
+
+class Attention(nn.Cell):
+    """softmax(q k^T + mask) v for several heads, with the gradient of FlashAttention's paper written as plain matrix products.
+
+    Scale q by 1/sqrt(d) before the call: it is K/d times smaller than the scores. Softmax runs in float32.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.core = _AttentionCore()
+
+    def construct(self, q_BHSd: Tensor, k_BHKd: Tensor, v_BHKd: Tensor, mask: Tensor) -> Tensor:
+        """Attend.
+
+        Args:
+            q_BHSd: scaled queries.
+            k_BHKd: keys.
+            v_BHKd: values.
+            mask: float32, added to the scores: 0 where attending is allowed and very negative where not. [B, H, S, K] is
+                fastest (a smaller one is broadcast, 2 times slower); it gets no gradient.
+
+        Returns:
+            [B, H, S, d], in v's dtype.
+        """
+        return self.core(q_BHSd, k_BHKd, v_BHKd, mask)[0]
+
+
+class _GeluCore(nn.Cell):
+    """x -> (gelu(x), sigmoid): the tanh form, as x * sigmoid(2u) with u = sqrt(2/pi) (x + 0.044715 x^3)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.square = ops.Square()
+        self.sigmoid = ops.Sigmoid()
+
+    def construct(self, x: Tensor) -> Tuple[Tensor, Tensor]:
+        s = self.sigmoid(x * (self.square(x) * (_GELU_SLOPE * _GELU_CUBE) + _GELU_SLOPE))
+        return x * s, s
+
+    def bprop(self, x: Tensor, out: Any, dout: Any) -> Tuple[Tensor]:
+        y, s = out[0], out[1]
+        slope = self.square(x) * (3.0 * _GELU_SLOPE * _GELU_CUBE) + _GELU_SLOPE
+        return (dout[0] * (s + (y - y * s) * slope),)
+
+
+class Gelu(nn.Cell):
+    """GELU, tanh form. 6 to 13 times faster than ops.GeLU; by Sigmoid because the CPU's Tanh kernel is only good to 2e-4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.core = _GeluCore()
+
+    def construct(self, x: Tensor) -> Tensor:
+        """Any shape -> the same shape."""
+        return self.core(x)[0]
+
+
+def cross_entropy(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
+    """Mean next-token loss, a float32 scalar; 10 times faster than ops.cross_entropy.
+
+    Args:
+        logits_TV: float32.
+        targets_T: int32.
+    """
+    return ops.SparseSoftmaxCrossEntropyWithLogits()(logits_TV, targets_T)
+
+
+def token_losses(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
+    """Each token's loss, float32 [T], for evaluation (its gradient works but is slow).
+
+    Args:
+        logits_TV: float32.
+        targets_T: int32.
+    """
+    return -ops.gather_elements(ops.log_softmax(logits_TV, -1), 1, targets_T.reshape(-1, 1)).reshape(-1)

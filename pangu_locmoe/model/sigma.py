@@ -1,0 +1,136 @@
+"""The PanGu-Sigma model, top to bottom on one page.
+
+    word + position embedding -> dense blocks -> sparse blocks -> query layer -> head tied to the word embedding
+
+Letters: B batch, S sequence, T = B*S tokens, D hidden, V vocabulary, L MoE layers, N source nodes, E experts, K domains.
+"""
+
+from __future__ import annotations
+
+from typing import Dict, Optional, Tuple
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+
+from pangu_locmoe.config import Config
+from pangu_locmoe.model.attention import attention_mask
+from pangu_locmoe.model.block import DecoderBlock, QueryLayer, dropout_sequence
+from pangu_locmoe.model.init import normal
+from pangu_locmoe.moe.domains import allowed_experts
+from pangu_locmoe.moe.routers.base import RouterContext
+from pangu_locmoe.noise import Noise
+from pangu_locmoe.parallel.topology import Topology
+
+DTYPES = {"fp32": ms.float32, "fp16": ms.float16, "bf16": ms.bfloat16}
+
+
+class PanguSigma(nn.Cell):
+    """A decoder whose top `num_moe_layers` blocks below the query layer are sparse.
+
+    Args:
+        config: every size comes from here.
+        token_counts_KV: occurrences of each token in each domain's training text, int64 [K, V], which balance the hash
+            router's table; None: all alike.
+    """
+
+    def __init__(self, config: Config, token_counts_KV: Optional[np.ndarray] = None) -> None:
+        super().__init__()
+        model = config.model
+        allowed_KE = allowed_experts(config)
+        num_domains = len(allowed_KE)
+        if token_counts_KV is None:
+            token_counts_KV = np.ones((num_domains, model.vocab_size), dtype=np.int64)
+        self.vocab_size, self.hidden_size, self.num_heads, self.rate = model.vocab_size, model.hidden_size, model.num_heads, model.dropout
+        self.dtype = DTYPES[config.train.precision]
+        self.per_domain = model.domain_embeddings
+        slots = num_domains if self.per_domain else 1
+        seed = config.train.seed
+        self.word_table = Parameter(Tensor(normal([seed, 4], (slots * model.vocab_size, model.hidden_size), model.init_std)), name="word_table")
+        self.position_table = Parameter(Tensor(normal([seed, 5], (model.seq_length, model.hidden_size), model.init_std)), name="position_table")
+        num_dense = model.num_layers - 1 - model.num_moe_layers
+        topology = Topology.from_config(config)
+        blocks = []
+        for index in range(model.num_layers - 1):
+            context = RouterContext(index - num_dense, allowed_KE, topology, token_counts_KV) if index >= num_dense else None
+            block = DecoderBlock(config, index, context)
+            if config.train.recompute:
+                block.recompute()
+            blocks.append(block)
+        self.blocks = nn.CellList(blocks)
+        self.num_dense = num_dense
+        self.query_layer = QueryLayer(config, model.num_layers - 1)
+        self.causal_SS = Tensor(np.tril(np.ones((model.seq_length, model.seq_length), dtype=np.float32)))
+        self.head = ops.MatMul(transpose_b=True)
+        self.batch_head = ops.BatchMatMul(transpose_b=True)
+
+    def construct(
+        self,
+        tokens_BS: Tensor,
+        positions_BS: Tensor,
+        segments_BS: Tensor,
+        domains_B: Tensor,
+        noise: Noise,
+        capacities: Tuple[int, ...],
+        training: bool,
+    ) -> Tuple[Tensor, Dict[str, Tensor]]:
+        """Logits for the next token at each place, and what the routers report.
+
+        Args:
+            tokens_BS, positions_BS, segments_BS: int32; attention stays inside a segment.
+            domains_B: the domain of each sequence, int32. N equal contiguous runs of sequences, one for each source node.
+            noise: keys of this step's randomness; used only while training.
+            capacities: slots for each expert in each MoE layer, DROPLESS for as many as come; constants of the graph.
+            training: a constant of the graph.
+
+        Returns:
+            logits_TV in fp32, and a dict of fp32 tensors: balance_loss, locality_loss, z_loss (sums over MoE layers, not
+            weighted), load_LNE, dropped_LE, cosine_LT (without MoE layers these three are absent), layer_sums (one
+            number for each layer, finite exactly where its output is).
+        """
+        batch, length = tokens_BS.shape
+        tokens_T = ops.reshape(tokens_BS, (batch * length,))
+        domains_T = ops.reshape(ops.broadcast_to(ops.expand_dims(domains_B, 1), (batch, length)), (batch * length,))
+        word_T = domains_T * self.vocab_size + tokens_T if self.per_domain else tokens_T
+        word_BSD = ops.reshape(ops.gather(self.word_table, word_T, 0), (batch, length, self.hidden_size))
+        x_BSD = ops.cast(word_BSD + ops.gather(self.position_table, positions_BS, 0), self.dtype)
+        x_BSD = dropout_sequence(x_BSD, self.rate, noise, 0, training)
+        mask_BHSS = attention_mask(segments_BS, self.causal_SS[:length, :length], self.num_heads)
+
+        layer_stats = []
+        layer_sums = []
+        for index, block in enumerate(self.blocks):
+            capacity = capacities[index - self.num_dense] if index >= self.num_dense else 0
+            x_BSD, stats = block(x_BSD, mask_BHSS, tokens_T, domains_T, noise, capacity, training)
+            layer_sums.append(_checksum(x_BSD))
+            if index >= self.num_dense:
+                layer_stats.append(stats)
+        x_BSD = self.query_layer(x_BSD, mask_BHSS, positions_BS, noise, training)
+        layer_sums.append(_checksum(x_BSD))
+        return self._logits(x_BSD, domains_B), _gather_stats(layer_stats, ops.stack(layer_sums))
+
+    def _logits(self, x_BSD: Tensor, domains_B: Tensor) -> Tensor:
+        batch, length, hidden_size = x_BSD.shape
+        table = ops.cast(self.word_table, x_BSD.dtype)
+        if self.per_domain:
+            table_BVD = ops.gather(ops.reshape(table, (-1, self.vocab_size, hidden_size)), domains_B, 0)
+            logits = ops.reshape(self.batch_head(x_BSD, table_BVD), (batch * length, self.vocab_size))
+        else:
+            logits = self.head(ops.reshape(x_BSD, (batch * length, hidden_size)), table)
+        return ops.cast(logits, ms.float32)
+
+
+def _checksum(x_BSD: Tensor) -> Tensor:
+    return ops.stop_gradient(ops.reduce_sum(ops.cast(x_BSD, ms.float32)))
+
+
+def _gather_stats(layer_stats: list, layer_sums: Tensor) -> Dict[str, Tensor]:
+    if len(layer_stats) == 0:
+        zero = ops.zeros((), ms.float32)
+        return {"balance_loss": zero, "locality_loss": zero, "z_loss": zero, "layer_sums": layer_sums}
+    gathered = {"layer_sums": layer_sums}
+    for name in ("balance_loss", "locality_loss", "z_loss"):
+        gathered[name] = ops.reduce_sum(ops.stack([stats[name] for stats in layer_stats]))
+    for source, name in (("load_NE", "load_LNE"), ("dropped_E", "dropped_LE"), ("cosine_T", "cosine_LT")):
+        gathered[name] = ops.stop_gradient(ops.stack([stats[source] for stats in layer_stats]))
+    return gathered

@@ -1,0 +1,89 @@
+"""How many tokens an expert takes: LocMoE's lower bound and the policies. NumPy and SciPy only.
+
+Letters: n experts, d hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import special
+
+from pangu_locmoe.config import CapacityConfig
+
+DROPLESS = 0  # the capacity that stands for "as many as come"
+
+
+@dataclass(frozen=True)
+class CapacityBounds:
+    """LocMoE's lower bound on the capacity in its three forms, in tokens; infinity where a double cannot hold it.
+
+    cosine: delta, the cosine from which on a token belongs to an expert.
+    probability: p_delta, that a token uniform on the unit sphere belongs to one expert (Lemma 3).
+    exact, erfc, exponential: the theorem's three lower bounds, tightest first.
+    """
+
+    cosine: float
+    probability: float
+    exact: float
+    erfc: float
+    exponential: float
+
+
+def capacity_bounds(hidden_size: int, num_experts: int, cosine: float) -> CapacityBounds:
+    """LocMoE's theorem: ec_min >= 1 / (n p_delta), with p_delta = 1 - I_{delta^2}(1/2, (d-1)/2).
+
+    For large d, p_delta < erfc(sqrt(x)) < exp(-x) with x = delta^2 d / (2 - delta^2). With delta <= 0 every token
+    belongs to the expert and all forms are 1/n.
+
+    Args:
+        hidden_size: d, at least 1.
+        num_experts: n, at least 1.
+        cosine: delta, between -1 and 1.
+
+    Raises:
+        ValueError: an argument outside its range.
+    """
+    if hidden_size < 1 or num_experts < 1:
+        raise ValueError(f"hidden_size ({hidden_size}) and num_experts ({num_experts}) must be at least 1")
+    if not -1.0 <= cosine <= 1.0:
+        raise ValueError(f"cosine ({cosine}) must be between -1 and 1")
+    squared = max(cosine, 0.0) ** 2
+    # On the line (d = 1) every cosine is 1 or -1.
+    probability = float(special.betaincc(0.5, (hidden_size - 1) / 2, squared)) if hidden_size > 1 else 1.0
+    exponent = squared * hidden_size / (2 - squared)
+    with np.errstate(over="ignore", divide="ignore"):
+        return CapacityBounds(
+            cosine=cosine,
+            probability=probability,
+            exact=float(np.divide(1.0, num_experts * probability)),
+            erfc=float(np.divide(1.0, num_experts * special.erfc(math.sqrt(exponent)))),
+            exponential=float(np.exp(exponent) / num_experts),
+        )
+
+
+def factor_capacity(factor: float, num_tokens: int, num_experts: int) -> int:
+    """ceil(factor * tokens / experts), at least 1."""
+    # 1.1 * 160 / 16 is 11.000000000000002 in floating point, and 12 slots would be one too many.
+    return max(1, math.ceil(factor * num_tokens / num_experts - 1e-9))
+
+
+def bound_capacity(bounds: CapacityBounds, upper: int) -> int:
+    """The exact bound, rounded up and clamped to [1, upper]."""
+    return upper if bounds.exact >= upper else max(1, math.ceil(bounds.exact))
+
+
+def cosine_statistic(cosines: np.ndarray, statistic: str | float) -> float:
+    """delta from the cosines between tokens and the gates of their experts: min, median, mean, max or a quantile."""
+    if isinstance(statistic, str):
+        return float({"min": np.min, "median": np.median, "mean": np.mean, "max": np.max}[statistic](cosines))
+    return float(np.quantile(cosines, statistic))
+
+
+def initial_capacity(config: CapacityConfig, num_tokens: int, num_experts: int) -> int:
+    """Capacity at the start of a run: DROPLESS, or the factor's, which `bound` too uses until it has measured."""
+    if config.policy == "dropless":
+        return DROPLESS
+    return min(num_tokens, factor_capacity(config.factor, num_tokens, num_experts))

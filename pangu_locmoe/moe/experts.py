@@ -1,0 +1,40 @@
+"""The experts: E feed-forward networks applied to groups of tokens at once.
+
+Letters: E experts, G groups, C slots in a group, D hidden, F inner width.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+
+from pangu_locmoe.model.functional import Gelu
+
+
+class Experts(nn.Cell):
+    """y = GELU(x W_in) W_out for each group's expert; LocMoE's formula, without biases.
+
+    Args:
+        w_in_EDF, w_out_EFD: initial weights, fp32.
+    """
+
+    def __init__(self, w_in_EDF: np.ndarray, w_out_EFD: np.ndarray) -> None:
+        super().__init__()
+        self.w_in = Parameter(Tensor(w_in_EDF), name="w_in")
+        self.w_out = Parameter(Tensor(w_out_EFD), name="w_out")
+        self.matmul = ops.BatchMatMul()
+        self.gelu = Gelu()
+
+    def construct(self, x_GCD: Tensor, expert_of_group_G: Optional[Tensor]) -> Tensor:
+        """Apply experts.
+
+        Args:
+            x_GCD: tokens in their slots, zero in empty ones (which stay zero).
+            expert_of_group_G: whose each group is, int32; None: group i is expert i's.
+        """
+        w_in, w_out = ops.cast(self.w_in, x_GCD.dtype), ops.cast(self.w_out, x_GCD.dtype)
+        if expert_of_group_G is not None:
+            w_in, w_out = ops.gather(w_in, expert_of_group_G, 0), ops.gather(w_out, expert_of_group_G, 0)
+        return self.matmul(self.gelu(self.matmul(x_GCD, w_in)), w_out)

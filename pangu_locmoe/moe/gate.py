@@ -1,0 +1,69 @@
+"""The two gates: a learned dense one (Switch) and LocMoE's grouped average pooling (GrAP).
+
+Letters: T tokens, D hidden, E experts.
+"""
+
+from __future__ import annotations
+
+from typing import Tuple
+
+import numpy as np
+from mindspore import Tensor, nn, ops
+
+
+def dense_logits(x_TD: Tensor, w_ED: Tensor) -> Tensor:
+    """G_i = w_i . x, fp32 [T, E]."""
+    return ops.matmul(x_TD, ops.transpose(w_ED, (1, 0)))
+
+
+def dense_cosine(x_TD: Tensor, w_ED: Tensor, logits_TE: Tensor, expert_T: Tensor) -> Tensor:
+    """Cosine between each token and the dense gate of its expert, fp32 [T]."""
+    chosen_T = _chosen(logits_TE, expert_T)
+    norms_E = ops.sqrt(ops.reduce_sum(w_ED * w_ED, 1))
+    return chosen_T / (ops.gather(norms_E, expert_T, 0) * _norms(x_TD) + 1e-12)
+
+
+def grap_weights(hidden_size: int, num_experts: int) -> np.ndarray:
+    """The gate vectors w_i of GrAP, fp32 [E, D] (LocMoE): E/D on the i-th contiguous block of D/E features, else 0.
+
+    They are orthogonal and all of norm sqrt(E/D).
+    """
+    block = hidden_size // num_experts
+    return (np.kron(np.eye(num_experts), np.ones(block)) / block).astype(np.float32)
+
+
+class GroupedAveragePooling(nn.Cell):
+    """GrAP: the mean of each of E contiguous blocks of D/E features, x_TD -> [T, E] (LocMoE).
+
+    On a CPU the mean is as fast as a dense gate's product on a 2-D view, and several times slower on a 3-D one.
+    """
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.mean = ops.ReduceMean()
+        self.tile = ops.Tile()
+
+    def construct(self, x_TD: Tensor) -> Tensor:
+        tokens, width = x_TD.shape
+        return self.mean(x_TD.reshape(-1, width // self.num_experts), -1).reshape(tokens, self.num_experts)
+
+    def bprop(self, x_TD: Tensor, out: Tensor, dout: Tensor) -> Tuple[Tensor]:
+        tokens, width = x_TD.shape
+        size = width // self.num_experts
+        return (self.tile((dout * (1.0 / size)).reshape(-1, 1), (1, size)).reshape(tokens, width),)
+
+
+def grap_cosine(x_TD: Tensor, logits_TE: Tensor, expert_T: Tensor, scale: float) -> Tensor:
+    """Cosine between each token and the GrAP vector of its expert, fp32 [T]; undoes the scale of `grap_logits`."""
+    num_experts, hidden_size = logits_TE.shape[1], x_TD.shape[1]
+    gate_norm = (num_experts / hidden_size) ** 0.5
+    return _chosen(logits_TE, expert_T) / (_norms(x_TD) * (scale * gate_norm) + 1e-12)
+
+
+def _chosen(logits_TE: Tensor, expert_T: Tensor) -> Tensor:
+    return ops.squeeze(ops.gather_elements(logits_TE, 1, ops.expand_dims(expert_T, 1)), 1)
+
+
+def _norms(x_TD: Tensor) -> Tensor:
+    return ops.sqrt(ops.reduce_sum(x_TD * x_TD, 1))

@@ -1,0 +1,91 @@
+"""The MoE layer: router -> plan -> dispatch -> experts -> combine.
+
+Letters: T tokens, D hidden, E experts, N source nodes, G groups, C slots in a group.
+"""
+
+from __future__ import annotations
+
+from typing import Dict, Tuple
+
+from mindspore import Tensor, nn, ops
+from mindspore.common import dtype as mstype
+
+from pangu_locmoe.config import Config
+from pangu_locmoe.model.init import normal
+from pangu_locmoe.moe import dispatch
+from pangu_locmoe.moe.capacity import DROPLESS
+from pangu_locmoe.moe.experts import Experts
+from pangu_locmoe.moe.routers import ROUTERS
+from pangu_locmoe.moe.routers.base import RouterContext
+from pangu_locmoe.noise import Noise
+
+MoEStats = Dict[str, Tensor]
+
+
+class MoELayer(nn.Cell):
+    """A sparse feed-forward network with top-1 routing: y = weight * expert(x), and 0 for a dropped token."""
+
+    def __init__(self, config: Config, context: RouterContext) -> None:
+        super().__init__()
+        model, moe = config.model, config.moe
+        self.num_experts = moe.num_experts
+        self.num_nodes = context.topology.num_nodes
+        self.by_affinity = moe.capacity.drop_order == "affinity" and ROUTERS[moe.router].has_gate
+        self.router = ROUTERS[moe.router](config, context)
+        seed = [config.train.seed, 3, context.layer]
+        self.experts = Experts(
+            normal(seed, (moe.num_experts, model.hidden_size, model.ffn_size), model.init_std),
+            normal([*seed, 1], (moe.num_experts, model.ffn_size, model.hidden_size), model.init_std / (2 * model.num_layers) ** 0.5),
+        )
+        self.dispatch, self.combine = dispatch.Dispatch(), dispatch.Combine()
+
+    def construct(
+        self, x_TD: Tensor, tokens_T: Tensor, domains_T: Tensor, noise: Noise, capacity: int, training: bool
+    ) -> Tuple[Tensor, MoEStats]:
+        """Route, compute, combine.
+
+        Args:
+            x_TD: LayerNormed hidden states; while training, N equal contiguous runs of tokens, one for each source node.
+            tokens_T, domains_T: token and domain ids, int32.
+            noise: keys of this step's randomness.
+            capacity: slots for each expert, or DROPLESS; a constant of the compiled graph.
+            training: whether this is training; a constant of the compiled graph.
+
+        Returns:
+            y_TD, and a dict of: balance_loss, locality_loss, z_loss (fp32 scalars), load_NE (tokens by source node and
+            expert before drops, fp32; one node when not training), dropped_E (fp32), cosine_T (fp32).
+        """
+        num_tokens, hidden_size = x_TD.shape
+        plan = self.router(ops.cast(x_TD, mstype.float32), tokens_T, domains_T, noise, training)
+        affinity_T = plan["affinity_T"] if self.by_affinity and capacity != DROPLESS else None
+        rank_T = dispatch.rank_within_expert(plan["one_hot_TE"], affinity_T)
+        num_nodes = self.num_nodes if training else 1
+        load_NE = ops.reduce_sum(ops.reshape(plan["one_hot_TE"], (num_nodes, num_tokens // num_nodes, self.num_experts)), 1)
+        load_E = ops.reduce_sum(load_NE, 0)
+
+        expert_of_group_G = None
+        if capacity == DROPLESS:
+            slot_of_token_T, expert_of_group_G = dispatch.block_slots(plan["expert_T"], rank_T, load_E)
+            groups = (dispatch.num_blocks(num_tokens, self.num_experts), dispatch.block_size(num_tokens, self.num_experts), hidden_size)
+            dropped_E = ops.zeros_like(load_E)
+        else:
+            slot_of_token_T = dispatch.capacity_slots(plan["expert_T"], rank_T, capacity)
+            groups = (self.num_experts, capacity, hidden_size)
+            dropped_E = ops.relu(load_E - float(capacity))
+
+        token_of_slot_P = dispatch.token_of_slot(slot_of_token_T, groups[0] * groups[1])
+        x_GCD = ops.reshape(self.dispatch(x_TD, token_of_slot_P, slot_of_token_T), groups)
+        y_GCD = self.experts(x_GCD, expert_of_group_G)
+        weight_T = ops.cast(plan["weight_T"], y_GCD.dtype)
+        y_TD = self.combine(ops.reshape(y_GCD, (-1, hidden_size)), weight_T, token_of_slot_P, slot_of_token_T)
+        stats = {
+            "balance_loss": plan["balance_loss"],
+            "locality_loss": plan["locality_loss"],
+            "z_loss": plan["z_loss"],
+            "load_NE": load_NE,
+            "dropped_E": dropped_E,
+            "cosine_T": plan["cosine_T"],
+        }
+        return y_TD, stats
+
+

@@ -1,0 +1,125 @@
+"""What a router is, the registry, and what all routers with a gate have in common.
+
+Letters: T tokens, D hidden, E experts, N source nodes, K domains, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Dict, Optional, Type
+
+import numpy as np
+from mindspore import Tensor, nn, ops
+from mindspore.common import dtype as mstype
+
+from pangu_locmoe.config import Config
+from pangu_locmoe.moe import losses
+from pangu_locmoe.moe.plan import RoutingPlan
+from pangu_locmoe.noise import Noise
+from pangu_locmoe.parallel.topology import Topology
+
+ROUTERS: Dict[str, Type[Router]] = {}
+
+
+@dataclass(frozen=True)
+class RouterContext:
+    """What a router may know besides the configuration.
+
+    layer: index of the MoE layer among the MoE layers, int; seeds what is random per layer.
+    allowed_KE: which experts each domain may use, bool [K, E].
+    topology: which node holds which expert.
+    token_counts_KV: occurrences of each token in each domain's training text, int64 [K, V].
+    """
+
+    layer: int
+    allowed_KE: np.ndarray
+    topology: Topology
+    token_counts_KV: np.ndarray
+
+
+class Router(nn.Cell):
+    """A router maps T tokens to experts. Subclass it in a file of this folder with `name="..."` to register it."""
+
+    has_gate: ClassVar[bool] = True
+
+    def __init_subclass__(cls, name: Optional[str] = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if name is not None:
+            ROUTERS[name] = cls
+
+    def __init__(self, config: Config, context: RouterContext) -> None:
+        super().__init__(auto_prefix=True)
+        self.num_experts = config.moe.num_experts
+
+    @classmethod
+    def broken_rules(cls, config: Config) -> Iterator[tuple[str, str]]:
+        """Yield (key, rule) for every setting this router cannot work with."""
+        if not cls.has_gate and config.moe.capacity.policy == "bound":
+            yield "moe.capacity.policy", f"needs a router with a gate: {config.moe.router} has no angle between token and gate"
+
+    @classmethod
+    def num_params(cls, config: Config) -> int:
+        """Trainable parameters in one layer."""
+        return 0
+
+    def construct(self, x_TD: Tensor, tokens_T: Tensor, domains_T: Tensor, noise: Noise, training: bool) -> RoutingPlan:
+        """Route T tokens.
+
+        Args:
+            x_TD: LayerNormed hidden states, fp32 [T, D]; N equal contiguous runs of tokens, one for each source node.
+            tokens_T: token ids, int32.
+            domains_T: domain ids, int32.
+            noise: keys of this step's randomness (pangu_locmoe/noise.py).
+            training: a constant of the compiled graph.
+        """
+        raise NotImplementedError
+
+
+class GatedRouter(Router):
+    """Token -> logits -> softmax inside the domain's group -> the likeliest expert, output scaled by its probability."""
+
+    def __init__(self, config: Config, context: RouterContext) -> None:
+        super().__init__(config, context)
+        allowed_KE, topology = context.allowed_KE, context.topology
+        self.two_level = not allowed_KE.all()
+        self.group_mask_KE = Tensor(np.where(allowed_KE, 0.0, -1e9).astype(np.float32))
+        self.has_locality = topology.num_nodes > 1
+        self.has_z_loss = config.moe.z_loss > 0
+        local_NE = topology.local_NE
+        self.log_local_NE = Tensor(np.log(losses.local_distribution(local_NE, config.moe.locality_smoothing)))
+        self.has_experts_N = Tensor((local_NE.sum(axis=1) > 0).astype(np.float32))
+        self.experts_E = Tensor(np.arange(self.num_experts, dtype=np.int32))
+
+    def logits(self, x_TD: Tensor, noise: Noise, training: bool) -> Tensor:
+        """The gate's logits, fp32 [T, E]."""
+        raise NotImplementedError
+
+    def cosine(self, x_TD: Tensor, logits_TE: Tensor, expert_T: Tensor) -> Tensor:
+        """Cosine of the angle between each token and the gate of its expert, fp32 [T]."""
+        raise NotImplementedError
+
+    def construct(self, x_TD: Tensor, tokens_T: Tensor, domains_T: Tensor, noise: Noise, training: bool) -> RoutingPlan:
+        logits_TE = self.logits(x_TD, noise, training)
+        masked_TE = logits_TE
+        if self.two_level:
+            masked_TE = logits_TE + ops.gather(self.group_mask_KE, domains_T, 0)
+        probs_TE = ops.softmax(masked_TE, -1)
+        expert_T, probability_T = ops.ArgMaxWithValue(-1)(probs_TE)
+        expert_T = ops.cast(expert_T, mstype.int32)
+        one_hot_TE = ops.stop_gradient(ops.cast(ops.equal(ops.expand_dims(expert_T, 1), self.experts_E), probs_TE.dtype))
+        locality, z_loss = ops.zeros((), probs_TE.dtype), ops.zeros((), probs_TE.dtype)
+        if self.has_locality and training:
+            locality = losses.locality_loss(probs_TE, self.log_local_NE, self.has_experts_N)
+        if self.has_z_loss:
+            z_loss = losses.z_loss(masked_TE)
+        return {
+            "expert_T": expert_T,
+            "one_hot_TE": one_hot_TE,
+            "weight_T": probability_T,
+            "affinity_T": ops.stop_gradient(probability_T),
+            "cosine_T": ops.stop_gradient(self.cosine(x_TD, logits_TE, expert_T)),
+            "balance_loss": losses.balance_loss(probs_TE, ops.reduce_sum(one_hot_TE, 0)),
+            "locality_loss": locality,
+            "z_loss": z_loss,
+        }

@@ -1,0 +1,63 @@
+"""A model from a checkpoint, ready to evaluate or to write."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Dict, Optional
+
+from pangu_locmoe.config import Config
+from pangu_locmoe.data.prepared import prepare
+from pangu_locmoe.data.tokenizer import Tokenizer
+from pangu_locmoe.errors import ConfigError
+from pangu_locmoe.generate import Generator
+from pangu_locmoe.model.sigma import PanguSigma
+from pangu_locmoe.train.checkpoint import find_checkpoint, load_weights, read_config
+from pangu_locmoe.train.evaluate import Evaluator
+
+
+def restore_model(folder: Path) -> tuple[PanguSigma, Config]:
+    """Build a checkpoint's model and load its weights. Raises CheckpointError or ConfigError."""
+    config = read_config(folder)
+    model = PanguSigma(config)
+    load_weights(folder, model)
+    return model, config
+
+
+def restore_generator(path: Path) -> Generator:
+    """A generator from a run directory or a checkpoint."""
+    folder = find_checkpoint(path)
+    model, config = restore_model(folder)
+    return Generator(model, config, Tokenizer.load(folder / "tokenizer.json", config.model.vocab_size))
+
+
+def evaluate_checkpoint(path: Path, sequences: Optional[int] = None) -> Dict[str, Any]:
+    """Evaluate a run directory's newest checkpoint, or a checkpoint, on its validation text.
+
+    Args:
+        path: run directory or checkpoint.
+        sequences: validation sequences of each domain; None: evaluation.sequences.
+    """
+    if sequences is not None and sequences < 1:
+        raise ConfigError(f"--sequences {sequences}: must be at least 1")
+    model, config = restore_model(find_checkpoint(path))
+    prepared = prepare(config)
+    row = Evaluator(model, config, prepared)(sequences)
+    row["perplexity"] = math.exp(row["validation_loss"])
+    row["perplexity_by_domain"] = {domain: math.exp(loss) for domain, loss in row["validation_loss_by_domain"].items()}
+    row["bigram_bits_per_byte"] = prepared.bigram_bits_per_byte
+    return row
+
+
+def format_evaluation(row: Dict[str, Any]) -> str:
+    """The figures of one evaluation as a table."""
+    bigram = row["bigram_bits_per_byte"]
+    lines = [f"{'':12}{'loss':>8}{'perplexity':>12}{'bits/byte':>11}{'bigram':>8}"]
+    for domain, loss in row["validation_loss_by_domain"].items():
+        lines.append(_line(domain, loss, row["bits_per_byte_by_domain"][domain], bigram[domain]))
+    lines.append(_line("all", row["validation_loss"], row["bits_per_byte"], bigram["all"]))
+    return "\n".join(lines)
+
+
+def _line(name: str, loss: float, bits: float, bigram: float) -> str:
+    return f"{name:12}{loss:8.3f}{math.exp(loss):12.1f}{bits:11.3f}{bigram:8.3f}"

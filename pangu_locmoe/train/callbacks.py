@@ -1,0 +1,148 @@
+"""What happens beside the training itself: one job each."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Dict
+
+import numpy as np
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from pangu_locmoe.config import Config
+from pangu_locmoe.load.trace import TraceWriter
+from pangu_locmoe.moe.capacity import bound_capacity, capacity_bounds, cosine_statistic, factor_capacity
+from pangu_locmoe.train.metrics import MetricsFile
+from pangu_locmoe.train.step import StepResult
+
+Row = Dict[str, Any]
+
+
+class Callback:
+    """Called by the loop. Override what the job needs."""
+
+    def on_step(self, step: int, result: StepResult, row: Row) -> None:
+        """After each optimizer step, with its training row."""
+
+    def on_row(self, row: Row) -> None:
+        """With each validation row and each event."""
+
+    def on_checkpoint(self, step: int) -> None:
+        """Just before a checkpoint of this step is written: bring files up to this step."""
+
+    def close(self) -> None:
+        """At the end of the run, however it ends."""
+
+
+class WriteMetrics(Callback):
+    """metrics.jsonl."""
+
+    def __init__(self, path: Path, every: int, last_step: int) -> None:
+        self._file, self._every = MetricsFile(path, last_step), every
+
+    def on_step(self, step: int, result: StepResult, row: Row) -> None:
+        if step % self._every == 0 or step == 1:
+            self._file.write(row)
+
+    def on_row(self, row: Row) -> None:
+        self._file.write(row)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class WriteTensorBoard(Callback):
+    """TensorBoard event files with every number of every row."""
+
+    def __init__(self, folder: Path, every: int, last_step: int) -> None:
+        self._writer, self._every = SummaryWriter(str(folder), purge_step=last_step + 1), every
+
+    def on_step(self, step: int, result: StepResult, row: Row) -> None:
+        if step % self._every == 0 or step == 1:
+            self._scalars("train", row)
+
+    def on_row(self, row: Row) -> None:
+        if "event" not in row:
+            self._scalars("validation", row)
+
+    def on_checkpoint(self, step: int) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _scalars(self, group: str, row: Row) -> None:
+        for name, value in row.items():
+            values = value.items() if isinstance(value, dict) else [(None, value)]
+            for domain, number in values:
+                if isinstance(number, (int, float)) and name != "step":
+                    self._writer.add_scalar(f"{group}/{name}" + (f"/{domain}" if domain else ""), number, row["step"])
+
+
+class WriteTrace(Callback):
+    """load.npz."""
+
+    def __init__(self, path: Path, config: Config, last_step: int) -> None:
+        self._trace = TraceWriter(path, config.trace.every, config.trace.max_rows, last_step)
+
+    def on_step(self, step: int, result: StepResult, row: Row) -> None:
+        if result.load_LNE.size:
+            self._trace.add(step, result.load_LNE, result.dropped_LE)
+
+    def on_checkpoint(self, step: int) -> None:
+        self._trace.flush()
+
+    def close(self) -> None:
+        self._trace.flush()
+
+
+class ShowProgress(Callback):
+    """A bar with loss, tokens per second and the time left."""
+
+    def __init__(self, config: Config, last_step: int) -> None:
+        self._bar = tqdm(total=config.train.steps, initial=last_step, unit="step", dynamic_ncols=True, mininterval=0.5)
+        self._loss = math.nan
+
+    def on_step(self, step: int, result: StepResult, row: Row) -> None:
+        self._loss = row["loss"] if math.isnan(self._loss) else 0.9 * self._loss + 0.1 * row["loss"]
+        self._bar.set_postfix_str(f"loss {self._loss:.3f}, {row['tokens_per_second']:.0f} tokens/s", refresh=False)
+        self._bar.update()
+
+    def on_row(self, row: Row) -> None:
+        if "validation_loss" in row:
+            text = ", ".join(f"{domain} {value:.3f}" for domain, value in row["bits_per_byte_by_domain"].items())
+            self._bar.write(f"step {row['step']}: validation loss {row['validation_loss']:.4f}, bits per byte {row['bits_per_byte']:.4f} ({text})")
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class MeasureCapacity:
+    """The `bound` policy: measure delta over the step after the warm-up, set each layer's capacity, once."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+
+    def __call__(self, step: int, result: StepResult) -> tuple[tuple[int, ...], Row] | None:
+        """The capacities from now on and an event row at the end of the warm-up; None at every other step."""
+        model, moe = self._config.model, self._config.moe
+        if moe.capacity.policy != "bound" or step != moe.capacity.warmup_steps or not len(result.cosine_LT):
+            return None
+        num_tokens = self._config.micro_batch * model.seq_length
+        upper = min(num_tokens, factor_capacity(moe.capacity.factor, num_tokens, moe.num_experts))
+        layers = []
+        for index, cosines_T in enumerate(result.cosine_LT):
+            delta = cosine_statistic(np.clip(cosines_T, -1, 1), moe.capacity.statistic)
+            bounds = capacity_bounds(model.hidden_size, moe.num_experts, delta)
+            layers.append(
+                {
+                    "layer": model.num_layers - 1 - model.num_moe_layers + index,
+                    "delta": delta,
+                    "exact": bounds.exact,
+                    "erfc": bounds.erfc,
+                    "exponential": bounds.exponential,
+                    "capacity": bound_capacity(bounds, upper),
+                }
+            )
+        return tuple(layer["capacity"] for layer in layers), {"step": step, "event": "capacity", "layers": layers}

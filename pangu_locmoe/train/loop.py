@@ -1,0 +1,194 @@
+"""The training loop: read a batch, make a step, tell the callbacks, evaluate, save. Resumes where a checkpoint left off."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any, Dict, List, Optional
+
+import numpy as np
+
+from pangu_locmoe.config import Config
+from pangu_locmoe.data.loader import BatchLoader
+from pangu_locmoe.data.prepared import Prepared
+from pangu_locmoe.data.sampler import BatchSampler
+from pangu_locmoe.errors import CheckpointError, DivergenceError
+from pangu_locmoe.model.sigma import PanguSigma
+from pangu_locmoe.moe.capacity import initial_capacity
+from pangu_locmoe.moe.domains import allowed_experts
+from pangu_locmoe.parallel.topology import Topology
+from pangu_locmoe.train import callbacks as jobs
+from pangu_locmoe.train.checkpoint import (
+    latest_whole_checkpoint,
+    load_optimizer,
+    load_weights,
+    read_state,
+    remove_old,
+    save_checkpoint,
+)
+from pangu_locmoe.train.evaluate import Evaluator
+from pangu_locmoe.train.metrics import training_row
+from pangu_locmoe.train.schedule import learning_rate
+from pangu_locmoe.train.step import Stepper, StepResult
+
+
+class Trainer:
+    """One run in one directory.
+
+    Args:
+        config: the run.
+        prepared: its data.
+        run_dir: where everything is written.
+        init_from: a checkpoint whose weights the run starts from (an inherited model, for example); None: random weights.
+    """
+
+    def __init__(self, config: Config, prepared: Prepared, run_dir: Path, init_from: Optional[Path] = None) -> None:
+        self.config, self.prepared, self.run_dir = config, prepared, run_dir
+        self.topology = Topology.from_config(config)
+        self.model = PanguSigma(config, prepared.token_counts)
+        if init_from is not None:
+            load_weights(init_from, self.model)
+        num_tokens = config.micro_batch * config.model.seq_length
+        capacity = initial_capacity(config.moe.capacity, num_tokens, config.moe.num_experts)
+        self.stepper = Stepper(self.model, config, (capacity,) * config.model.num_moe_layers)
+        self.loader = BatchLoader(prepared, _sampler(config, prepared, self.topology), config.data.reset_at_document_end)
+        self.evaluator = Evaluator(self.model, config, prepared)
+        self.measure_capacity = jobs.MeasureCapacity(config)
+        self.step = 0
+        self.best: Optional[Dict[str, float]] = None
+        self.final: Dict[str, Any] = {}
+        self._callbacks: List[jobs.Callback] = []
+        self._signal: Optional[int] = None
+
+    def resume(self) -> bool:
+        """Continue from the newest whole checkpoint; False where there is none, and the run starts at step 0."""
+        for leftover in (self.run_dir / "checkpoints").glob(".step-*"):
+            shutil.rmtree(leftover)  # a checkpoint that a kill interrupted
+        folder = latest_whole_checkpoint(self.run_dir)
+        if folder is None:
+            return False
+        state = read_state(folder)
+        load_weights(folder, self.model)
+        load_optimizer(folder, self.stepper.optimizer)
+        self.loader.load_state_dict(state["data"])
+        self.step, self.best = state["step"], state["best"]
+        if self.stepper.loss_scale is not None:
+            self.stepper.loss_scale.value, self.stepper.loss_scale.good_steps = state["loss_scale"]
+        self.stepper.set_capacities(tuple(state["capacities"]))
+        return True
+
+    def run(self, progress: bool = True) -> Optional[str]:
+        """Train to the last step. Returns None, or the name of the signal that stopped the run after a saved step.
+
+        Raises:
+            DivergenceError: the loss or the gradient is not finite.
+            CheckpointError: a checkpoint cannot be written.
+        """
+        self._callbacks = self._make_callbacks(progress)
+        handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            while self.step < self.config.train.steps and self._signal is None:
+                self._advance()
+            if self._signal is not None:
+                self._save()
+                return signal.Signals(self._signal).name
+            if not self.final:  # resumed after the last step
+                self.final = {"step": self.step, **self.evaluator()}
+            return None
+        finally:
+            for callback in self._callbacks:
+                callback.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def _advance(self) -> None:
+        config, started = self.config, time.perf_counter()
+        batch = next(self.loader)
+        rate = learning_rate(config.train, self.step + 1)
+        result = self.stepper(batch, self.step + 1, rate)
+        self.step += 1
+        row = training_row(
+            config, self.topology, self.step, result, rate, time.perf_counter() - started, self.stepper.capacities
+        )
+        self._check_finite(result)
+        if self.stepper.loss_scale is not None:
+            row["loss_scale"] = self.stepper.loss_scale.value
+        for callback in self._callbacks:
+            callback.on_step(self.step, result, row)
+        measured = self.measure_capacity(self.step, result)
+        if measured is not None:
+            self.stepper.set_capacities(measured[0])
+            self._tell(measured[1])
+        last = self.step == config.train.steps
+        if last or self.step % config.evaluation.every == 0:
+            self._evaluate()
+        if last or self.step % config.checkpoint.every == 0:
+            self._save()
+
+    def _evaluate(self) -> None:
+        self.final = {"step": self.step, **self.evaluator()}
+        if self.best is None or self.final["validation_loss"] < self.best["validation_loss"]:
+            self.best = {"step": self.step, "validation_loss": self.final["validation_loss"]}
+        self._tell(self.final)
+
+    def _tell(self, row: Dict[str, Any]) -> None:
+        for callback in self._callbacks:
+            callback.on_row(row)
+
+    def _save(self) -> None:
+        try:
+            for callback in self._callbacks:
+                callback.on_checkpoint(self.step)
+        except OSError as error:
+            raise CheckpointError(f"{self.run_dir} cannot be written: {error}") from None
+        scale = self.stepper.loss_scale
+        state = {
+            "step": self.step,
+            "data": self.loader.state_dict(),
+            "best": self.best,
+            "capacities": list(self.stepper.capacities),
+            "loss_scale": [scale.value, scale.good_steps] if scale is not None else None,
+        }
+        folder = self.run_dir / "checkpoints" / f"step-{self.step:08d}"
+        save_checkpoint(folder, self.config, self.prepared.path / "tokenizer.json", self.model, self.stepper.optimizer, state)
+        remove_old(self.run_dir, self.config.checkpoint.keep, int(self.best["step"]) if self.best else None)
+
+    def _check_finite(self, result: StepResult) -> None:
+        if math.isfinite(result.losses["loss"]) and (math.isfinite(result.grad_norm) or result.skipped):
+            return
+        broken = np.flatnonzero(~np.isfinite(result.layer_sums))
+        where = f"first in layer {broken[0]}" if len(broken) else "first in the loss" if math.isfinite(result.grad_norm) else "first in the gradient"
+        folder = latest_whole_checkpoint(self.run_dir)
+        raise DivergenceError(
+            f"step {self.step}: loss {result.losses['loss']}, gradient norm {result.grad_norm}, {where}; "
+            f"last good checkpoint: {folder or 'none yet'}; try a lower train.learning_rate"
+        )
+
+    def _make_callbacks(self, progress: bool) -> List[jobs.Callback]:
+        every, last = self.config.train.log_every, self.step
+        made: List[jobs.Callback] = [
+            jobs.WriteMetrics(self.run_dir / "metrics.jsonl", every, last),
+            jobs.WriteTensorBoard(self.run_dir / "tensorboard", every, last),
+            jobs.WriteTrace(self.run_dir / "load.npz", self.config, last),
+        ]
+        return [*made, jobs.ShowProgress(self.config, last)] if progress else made
+
+    def _on_signal(self, number: int, frame: Optional[FrameType]) -> None:
+        self._signal = number
+
+
+def _sampler(config: Config, prepared: Prepared, topology: Topology) -> BatchSampler:
+    return BatchSampler(
+        prepared.num_sequences["train"],
+        config.train.batch_size,
+        config.data.mixture,
+        config.train.seed,
+        topology.num_nodes,
+        config.data.sharding,
+        topology.home_nodes(allowed_experts(config)),
+        prepared.domains,
+    )

@@ -1,0 +1,68 @@
+"""The rows of metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Dict
+
+from pangu_locmoe.config import Config
+from pangu_locmoe.files import write_atomic
+from pangu_locmoe.moe.capacity import DROPLESS, cosine_statistic
+from pangu_locmoe.parallel.topology import Topology
+from pangu_locmoe.train.step import StepResult
+
+
+def training_row(
+    config: Config, topology: Topology, step: int, result: StepResult, learning_rate: float, seconds: float, capacities: tuple[int, ...]
+) -> Dict[str, Any]:
+    """One training row; what has no meaning in this run is null.
+
+    delta is the configured statistic of the cosines between tokens and the gates of their experts, over all MoE layers;
+    local_fraction the share of tokens whose expert is in the node they come from.
+    """
+    load_LE = result.load_LNE.sum(axis=1)
+    routed = int(load_LE.sum())
+    gated = bool(result.cosine_LT.any())
+    return {
+        "step": step,
+        **result.losses,
+        "learning_rate": learning_rate,
+        "grad_norm": result.grad_norm,
+        "tokens_per_second": config.train.batch_size * config.model.seq_length / seconds,
+        "step_seconds": seconds,
+        "capacity": max(capacities) if capacities and DROPLESS not in capacities else None,
+        "dropped_fraction": int(result.dropped_LE.sum()) / routed if routed else 0.0,
+        "max_over_mean_load": float((load_LE.max(axis=1) / load_LE.mean(axis=1)).mean()) if routed else None,
+        "local_fraction": topology.local_fraction(result.load_LNE) if routed and topology.num_nodes > 1 else None,
+        "delta": cosine_statistic(result.cosine_LT, config.moe.capacity.statistic) if gated else None,
+    }
+
+
+class MetricsFile:
+    """metrics.jsonl, a row a line, each written at once.
+
+    Args:
+        path: the file; rows after `last_step` are taken out, because a resumed run writes them again.
+    """
+
+    def __init__(self, path: Path, last_step: int = 0) -> None:
+        kept = []
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    continue  # the run was killed while it wrote this line
+                if row["step"] <= last_step:
+                    kept.append(line)
+        write_atomic(path, "".join(kept).encode("utf-8"))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, row: Dict[str, Any]) -> None:
+        """Append one row. Raises OSError."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()

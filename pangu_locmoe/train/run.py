@@ -1,0 +1,160 @@
+"""A whole run around the loop: the run directory, what is printed, the summary, the samples and the report."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional
+
+import mindspore as ms
+import yaml
+
+from pangu_locmoe.config import Config, SampleConfig
+from pangu_locmoe.data.prepared import Prepared, prepare
+from pangu_locmoe.errors import CheckpointError, ConfigError
+from pangu_locmoe.files import write_atomic
+from pangu_locmoe.generate import Generator
+from pangu_locmoe.model.size import num_active_params, num_params
+from pangu_locmoe.report.page import build_report
+from pangu_locmoe.train.loop import Trainer
+
+# What may differ between a run and its resumption: it changes what is written or when it ends, not what is learned.
+_FREE_KEYS = ("evaluation", "checkpoint", "trace", "sample", "train.log_every", "data.prepared_dir")
+
+
+def train(config: Config, run_dir: Path, resume: bool = False, init_from: Optional[Path] = None, progress: bool = True) -> Optional[str]:
+    """Train, evaluate, sample, report; everything goes to `run_dir`.
+
+    Returns:
+        None, or the name of the signal that stopped the run (its state is saved).
+
+    Raises:
+        LocMoEError: anything a user can act on.
+    """
+    _check_device(config)
+    _open_run_dir(config, run_dir, resume)
+    started = time.perf_counter()
+    prepared = prepare(config, progress)
+    print(prepared.summary())
+    trainer = Trainer(config, prepared, run_dir, init_from)
+    if resume and trainer.resume():
+        print(f"resuming after step {trainer.step}")
+    print(f"{num_params(config):,} parameters, {num_active_params(config):,} active for one token; {config.moe.router} router; run directory {run_dir}")
+    stopped_by = trainer.run(progress)
+    if stopped_by is not None:
+        print(f"stopped by {stopped_by} after step {trainer.step}, state saved; continue with --resume auto --run-dir {run_dir}")
+        return stopped_by
+    summary = _summarise(trainer, time.perf_counter() - started)
+    write_atomic(run_dir / "summary.json", json.dumps(summary, ensure_ascii=False, indent=1).encode("utf-8"))
+    report = build_report([run_dir], run_dir / "report.html")
+    _print_summary(summary)
+    print(f"run directory: {run_dir}\nreport: {report}")
+    return None
+
+
+def default_run_dir(name: str, router: str, resume: bool) -> Path:
+    """runs/NAME-ROUTER, with a number where that is taken; to resume, the newest of them."""
+    stem = f"{name}-{router}"
+    taken = [path for path in _candidates(stem) if path.exists()]
+    if resume and taken:
+        return taken[-1]
+    return next(path for path in _candidates(stem, len(taken) + 2) if not path.exists())
+
+
+def _candidates(stem: str, limit: int = 10_000) -> Iterator[Path]:
+    yield Path("runs") / stem
+    for number in range(2, limit):
+        path = Path("runs") / f"{stem}-{number}"
+        yield path
+        if not path.exists():
+            return
+
+
+def _check_device(config: Config) -> None:
+    """Raises ConfigError for what the device cannot do."""
+    device = ms.get_context("device_target")
+    if device == "CPU" and config.train.precision == "bf16":
+        raise ConfigError("train.precision = 'bf16': MindSpore's CPU backend has no bf16 kernels; use fp32 (or fp16, slower)")
+
+
+def _open_run_dir(config: Config, run_dir: Path, resume: bool) -> None:
+    file = run_dir / "config.yaml"
+    if file.exists() and not resume:
+        raise ConfigError(f"--run-dir {run_dir}: holds a run already; give another directory, or --resume auto to continue it")
+    if file.exists():
+        _check_same_run(yaml.safe_load(file.read_text(encoding="utf-8")), config, run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_atomic(file, config.to_yaml().encode("utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"--run-dir {run_dir}: cannot be written: {error.strerror}") from None
+
+
+def _check_same_run(before: Dict[str, Any], config: Config, run_dir: Path) -> None:
+    now = config.model_dump(mode="json")
+    for key, old, new in _differences(before, now, ""):
+        if not any(key == free or key.startswith(f"{free}.") for free in _FREE_KEYS):
+            raise ConfigError(f"{key} = {new!r}: the run in {run_dir} has {old!r}; a run can only be resumed with what it was started with")
+
+
+def _differences(before: Any, now: Any, prefix: str) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in {**before, **now}:
+            yield from _differences(before.get(key), now.get(key), f"{prefix}.{key}" if prefix else key)
+    elif before != now:
+        yield prefix, before, now
+
+
+def _summarise(trainer: Trainer, seconds: float) -> Dict[str, Any]:
+    config, prepared = trainer.config, trainer.prepared
+    return {
+        "parameters": num_params(config),
+        "active_parameters": num_active_params(config),
+        "bigram_bits_per_byte": prepared.bigram_bits_per_byte,
+        "final": trainer.final,
+        "best": trainer.best,
+        "samples": _samples(trainer, config.sample),
+        "corpus": prepared.report.to_dict(),
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+            "mindspore": ms.__version__,
+            "device": ms.get_context("device_target"),
+        },
+        "wall_seconds": seconds,
+    }
+
+
+def _samples(trainer: Trainer, sample: SampleConfig) -> List[Dict[str, str]]:
+    """A continuation of the beginning of one validation text of each domain."""
+    if sample.tokens == 0:
+        return []
+    prepared = trainer.prepared
+    prompts = [_prompt(prepared, domain) for domain in range(len(prepared.domains))]
+    generator = Generator(trainer.model, trainer.config, prepared.tokenizer)
+    texts = generator(prompts, range(len(prompts)), sample, trainer.config.train.seed)
+    return [{"domain": domain, "prompt": prompt, "text": text} for domain, prompt, text in zip(prepared.domains, prompts, texts)]
+
+
+def _prompt(prepared: Prepared, domain: int) -> str:
+    tokens = [token for token in prepared.sequences("validation", domain, [0])[0].tolist() if token != prepared.tokenizer.end_of_document]
+    text = prepared.tokenizer.decode(tokens[:16]).strip("\ufffd")
+    return text
+
+
+def _print_summary(summary: Dict[str, Any]) -> None:
+    final, bigram = summary["final"], summary["bigram_bits_per_byte"]
+    for sample in summary["samples"]:
+        print(f"\n--- {sample['domain']} ---\n{sample['prompt']}|{sample['text']}")
+    print(f"\n{'':12}{'loss':>8}{'perplexity':>12}{'bits/byte':>11}{'bigram':>8}")
+    for domain, loss in final["validation_loss_by_domain"].items():
+        print(_line(domain, loss, final["bits_per_byte_by_domain"][domain], bigram[domain]))
+    print(_line("all", final["validation_loss"], final["bits_per_byte"], bigram["all"]))
+
+
+def _line(name: str, loss: float, bits: float, bigram: float) -> str:
+    return f"{name:12}{loss:8.3f}{2.718281828459045**loss:12.1f}{bits:11.3f}{bigram:8.3f}"

@@ -1,0 +1,42 @@
+"""Install with `pip install .`; extras: test, bench."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = next(
+    line.split('"')[1]
+    for line in (ROOT / "pangu_locmoe" / "__init__.py").read_text(encoding="utf-8").splitlines()
+    if line.startswith("__version__")
+)
+
+setup(
+    name="pangu_locmoe",
+    version=VERSION,
+    description="LocMoE on a PanGu-Sigma-style transformer for MindSpore: train, measure and place experts by locality",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    packages=find_packages(include=["pangu_locmoe", "pangu_locmoe.*"]),
+    python_requires=">=3.9,<3.13",
+    install_requires=[
+        "mindspore>=2.10,<2.11",
+        # MindSpore 2.10's extension is built for NumPy 1: with NumPy 2 its first array operations fail.
+        "numpy>=1.25,<2",
+        "pydantic>=2.7,<3",
+        "PyYAML>=6,<7",
+        "tokenizers>=0.19,<1",
+        "safetensors>=0.4,<1",
+        "scipy>=1.11,<2",
+        "tqdm>=4.66,<5",
+        "matplotlib>=3.8,<4",
+        "tensorboardX>=2.6,<3",
+        # MindSpore uses pkg_resources-era setuptools at import on Python 3.12, which does not bring it.
+        "setuptools",
+    ],
+    extras_require={
+        "test": ["pytest>=8", "hypothesis>=6.100", "mpmath>=1.3", "ruff>=0.6", "mypy>=1.10", "types-PyYAML", "types-tqdm"],
+        "bench": ["torch>=2.3", "transformers>=5.0", "psutil"],
+    },
+    entry_points={"console_scripts": ["pangu-locmoe = pangu_locmoe.cli:main"]},
+)

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+from conftest import make_text
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pangu_locmoe.config import Config
+from pangu_locmoe.data.corpus import Corpus, scan
+from pangu_locmoe.data.documents import CorpusReport, pieces
+from pangu_locmoe.errors import DataError
+
+Make = Callable[..., Config]
+
+
+def scanned(config: Config) -> Corpus:
+    return scan(config.data, config.domains)
+
+
+def sides(corpus: Corpus) -> dict[str, set[str]]:
+    return {split: {"".join(parts) for _, _, parts in corpus.documents(split)} for split in ("train", "validation")}
+
+
+def test_split_is_by_document_without_leaks_and_repeatable(make_config: Make) -> None:
+    first = scanned(make_config(validation_fraction=0.2))
+    split = sides(first)
+    assert not split["train"] & split["validation"] and len(split["train"] | split["validation"]) == 60
+    assert {d for d, s, _ in first.documents() if s == "validation"} == {0, 1}
+    assert list(first.documents()) == list(scanned(make_config(validation_fraction=0.2)).documents())
+
+
+def test_split_is_stable_when_documents_come(make_config: Make, corpus: Path) -> None:
+    before = sides(scanned(make_config(validation_fraction=0.2)))
+    (corpus / "en" / "00a.txt").write_text(make_text("en", 77))
+    after = sides(scanned(make_config(validation_fraction=0.2)))
+    assert before["train"] <= after["train"] and before["validation"] <= after["validation"]
+
+
+def test_each_side_has_a_document_whatever_the_fraction(make_config: Make) -> None:
+    for fraction in (1e-9, 1 - 1e-9):
+        corpus = scanned(make_config(validation_fraction=fraction))
+        for split in ("train", "validation"):
+            assert {domain for domain, _, _ in corpus.documents(split)} == {0, 1}
+
+
+def test_pieces_of_a_document_are_on_one_side(make_config: Make, tmp_path: Path) -> None:
+    lines = [json.dumps({"text": "".join(f"document {i} line {j}\n" for j in range(50))}) for i in range(20)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    corpus = scanned(make_config(sources=[(tmp_path / "a.jsonl", "en")], max_document_bytes=100, validation_fraction=0.3))
+    owners = {split: {part.split()[1] for _, _, parts in corpus.documents(split) for part in parts} for split in ("train", "validation")}
+    assert corpus.report.cut == 20 and not owners["train"] & owners["validation"]
+    assert all(len(part.encode()) <= 100 for _, _, parts in corpus.documents() for part in parts)
+
+
+@given(text=st.text(alphabet=st.sampled_from("ab\n中😀")), size=st.integers(4, 20))
+def test_pieces_are_whole_characters(text: str, size: int) -> None:
+    parts = list(pieces(text, size))
+    assert "".join(parts) == text and all(len(part.encode()) <= size for part in parts)
+
+
+def test_bad_files_are_counted(make_config: Make, corpus: Path) -> None:
+    folder = corpus / "en"
+    (folder / "latin1.txt").write_bytes("caf\xe9".encode("latin-1"))
+    (folder / "image.png").write_bytes(b"\x89PNG\0\0")
+    (folder / "zeros.bin").write_bytes(b"\0\0")
+    (folder / "empty.txt").write_text(" \n")
+    (folder / "copy.txt").write_text((folder / "05.txt").read_text())
+    (folder / "broken.gz").write_bytes(gzip.compress(b"x" * 1000)[:20])
+    (folder / "huge.txt").write_text("x" * 640_001)
+    (folder / ".hidden").write_text("hidden")
+    corpus_read = scanned(make_config(max_document_bytes=6400))
+    assert dict(corpus_read.report.problems) == {"undecodable": 3, "empty": 1, "duplicate": 1, "unreadable": 1, "huge": 1}
+    assert len(list(corpus_read.documents())) == 60
+    assert CorpusReport.from_dict(json.loads(json.dumps(corpus_read.report.to_dict()))) == corpus_read.report
+    assert "3 files that are not UTF-8 text, e.g." in corpus_read.report.summary()
+
+
+def test_duplicates_across_domains_cannot_leak(make_config: Make, corpus: Path) -> None:
+    for i in range(30):
+        (corpus / "zh" / f"copy{i}.txt").write_text((corpus / "en" / f"{i:02d}.txt").read_text())
+    found = scanned(make_config(validation_fraction=0.5))
+    texts = ["".join(parts) for _, _, parts in found.documents()]
+    assert found.report.problems["duplicate"] == 30 and len(texts) == len(set(texts)) == 60
+
+
+def test_json_lines_gz_and_domains(make_config: Make, tmp_path: Path) -> None:
+    lines: list[Any] = [{"text": f"text {i}", "domain": "zh" if i % 2 else None} for i in range(8)]
+    lines += [
+        {"text": "x", "domain": "unknown"},
+        {"text": "x", "domain": ["zh"]},
+        {"text": 3},
+        {"no": 1},
+        [1],
+        {"text": "\ud800"},
+        {"text": ""},
+    ]
+    content = "\n".join(json.dumps(line) for line in lines) + '\nno json\n\n{"text": "last"}'
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(content.encode() + b'\n{"text": "\xff"}\n'))
+    corpus = scanned(make_config(sources=[(tmp_path / "a.jsonl.gz", "en"), (tmp_path / "corpus" / "zh", "zh")]))
+    got = {"".join(parts): domain for domain, _, parts in corpus.documents()}
+    assert got["text 0"] == 0 and got["text 1"] == 1 and got["last"] == 0
+    assert dict(corpus.report.problems) == {"bad_line": 8, "empty": 1}
+
+
+def test_a_huge_json_line_is_skipped_and_the_next_read(make_config: Make, tmp_path: Path) -> None:
+    good = [json.dumps({"text": f"good {i}"}) for i in range(3)]
+    (tmp_path / "a.jsonl").write_text("\n".join([good[0], json.dumps({"text": "x" * 30_000}), *good[1:]]))
+    corpus = scanned(make_config(sources=[(tmp_path / "a.jsonl", "en")], max_document_bytes=64))
+    assert dict(corpus.report.problems) == {"huge": 1} and len(list(corpus.documents())) == 3
+
+
+def test_globs(make_config: Make, corpus: Path) -> None:
+    found = scanned(make_config(sources=[(corpus / "*" / "0*.txt", "en")]))
+    assert found.report.files == 20
+
+
+@pytest.mark.parametrize("name", ["missing", "*.none", "folder"])
+def test_a_source_without_files_is_named(make_config: Make, tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError, match=r"data.sources: .*" + name.replace("*", r"\*")):
+        scanned(make_config(sources=[(tmp_path / name, "en")]))
+
+
+def test_a_domain_needs_two_documents(make_config: Make, corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="domain en has one document"):
+        scanned(make_config(sources=[(corpus / "en" / "00.txt", "en")]))
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(DataError, match=r"domain en has no documents.*1 empty"):
+        scanned(make_config(sources=[(tmp_path / "empty.txt", "en")]))
+
+
+def test_no_sources(make_config: Make) -> None:
+    with pytest.raises(DataError, match="name at least one"):
+        scanned(make_config(sources=[]))
+
+
+def test_the_limit_takes_from_everywhere_and_holds_on_both_sides(make_config: Make) -> None:
+    corpus = scanned(make_config(max_bytes_per_domain=8000, validation_fraction=0.2))
+    for domain in (0, 1):
+        size = sum(len(part.encode()) for d, _, parts in corpus.documents() for part in parts if d == domain)
+        assert 7000 < size <= 8000
+    numbers = [int(parts[0].split("\n")[0]) for d, _, parts in corpus.documents() if d == 0]
+    assert max(numbers) > 15 and corpus.report.over_limit["en"] > 0
+    assert {split: set(counts) for split, counts in corpus.report.documents.items()} == {"train": {"en", "zh"}, "validation": {"en", "zh"}}
+
+
+def test_a_file_that_changes_while_it_is_read(make_config: Make, corpus: Path) -> None:
+    found = scanned(make_config())
+    (corpus / "en" / "03.txt").write_text("something else")
+    with pytest.raises(DataError, match="changed"):
+        list(found.documents())

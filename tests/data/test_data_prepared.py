@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+import pytest
+
+from pangu_locmoe.config import Config
+from pangu_locmoe.data import preparing
+from pangu_locmoe.data.corpus import scan
+from pangu_locmoe.data.loader import BatchLoader, validation_batches
+from pangu_locmoe.data.prepared import Prepared, fingerprint, prepare
+from pangu_locmoe.data.sampler import BatchSampler
+from pangu_locmoe.errors import DataError
+
+Make = Callable[..., Config]
+
+
+@pytest.fixture
+def prepared(make_config: Make) -> Prepared:
+    return prepare(make_config(validation_fraction=0.2), progress=False)
+
+
+def stream(prepared: Prepared, split: str, domain: int) -> list[int]:
+    rows = prepared.sequences(split, domain, range(prepared.num_sequences[split][domain]))
+    return [*rows[0, :1].tolist(), *rows[:, 1:].reshape(-1).tolist()]
+
+
+def test_sequences_are_the_documents(prepared: Prepared, make_config: Make) -> None:
+    config = make_config(validation_fraction=0.2)
+    documents = list(scan(config.data, config.domains).documents())
+    for domain in (0, 1):
+        for split in ("train", "validation"):
+            expected = [
+                t for d, s, parts in documents if (d, s) == (domain, split) for p in parts for t in [0, *prepared.tokenizer.encode(p)]
+            ]
+            got = stream(prepared, split, domain)
+            assert got == expected[: len(got)]
+            counts = prepared.counts[split][prepared.domains[domain]]
+            assert len(expected) == counts["tokens"] == len(got) + counts["unused_tokens"]
+            if split == "train":
+                assert np.bincount(expected, minlength=400).tolist() == prepared.token_counts[domain].tolist()
+
+
+def test_what_is_measured(prepared: Prepared) -> None:
+    assert prepared.domains == ("en", "zh") and prepared.token_counts.shape == (2, 400) and prepared.token_counts.dtype == np.int64
+    assert set(prepared.bigram_bits_per_byte) == {"en", "zh", "all"}
+    assert 1 < prepared.bigram_bits_per_byte["all"] < 8
+    assert "bigram" in prepared.summary() and json.dumps(prepared.report.to_dict())
+    assert prepared.sequences("train", 0, []).shape == (0, 33)
+
+
+def test_the_tokenizer_has_not_seen_held_out_text(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = preparing.Tokenizer.train
+    captured: list[str] = []
+
+    def spy(texts: list[str], size: int) -> object:
+        captured.extend(texts)
+        return train(captured, size)
+
+    monkeypatch.setattr(preparing.Tokenizer, "train", spy)
+    config = make_config(validation_fraction=0.3)
+    prepare(config, progress=False)
+    held_out = {part for _, _, parts in scan(config.data, config.domains).documents("validation") for part in parts}
+    assert held_out and captured and not held_out & set(captured)
+
+
+def test_it_is_found_again_and_made_anew_when_something_matters(make_config: Make, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = prepare(make_config(), progress=False)
+    monkeypatch.setattr("pangu_locmoe.data.prepared.build", lambda *_: pytest.fail("built again"))
+    assert prepare(make_config(mixture={"en": 0.5, "zh": 0.5})).path == first.path
+    names = {fingerprint(make_config(**change)) for change in ({}, {"seq_length": 16}, {"vocab_size": 300}, {"max_document_bytes": 99})}
+    (corpus / "en" / "01.txt").write_text("changed")
+    assert len(names | {fingerprint(make_config())}) == 5
+
+
+def test_a_failure_leaves_nothing(make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(preparing, "_describe", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(make_config(), progress=False)
+    assert list((tmp_path / "prepared").iterdir()) == []
+
+
+def test_a_half_deleted_folder_is_made_again(make_config: Make) -> None:
+    first = prepare(make_config(), progress=False)
+    (first.path / "prepared.json").unlink()
+    assert prepare(make_config(), progress=False).num_sequences == first.num_sequences
+    (first.path / "prepared.json").write_text("{}")
+    with pytest.raises(DataError, match="delete it"):
+        prepare(make_config(), progress=False)
+
+
+def test_too_little_text_is_named(make_config: Make, tmp_path: Path, corpus: Path) -> None:
+    (tmp_path / "few.jsonl").write_text('{"text": "one two"}\n{"text": "three"}\n')
+    config = make_config(sources=[(corpus / "en", "en"), (tmp_path / "few.jsonl", "zh")])
+    with pytest.raises(DataError, match=r"domain zh has \d+ bytes .* about \d+ are needed"):
+        prepare(config, progress=False)
+
+
+def test_a_short_validation_side_is_padded(make_config: Make, corpus: Path) -> None:
+    prepared = prepare(make_config(sources=[(corpus / "en", "en")], max_bytes_per_domain=2000, validation_fraction=0.01), progress=False)
+    assert prepared.num_sequences["validation"] == [1]
+    row = prepared.sequences("validation", 0, [0])[0]
+    assert row[0] == row[-1] == 0
+
+
+def test_a_given_tokenizer_is_used_and_checked(make_config: Make, prepared: Prepared) -> None:
+    path = str(prepared.path / "tokenizer.json")
+    again = prepare(make_config(tokenizer=path), progress=False)
+    assert again.tokenizer.encode("router 专家") == prepared.tokenizer.encode("router 专家")
+    with pytest.raises(DataError, match=r"model.vocab_size is only 300"):
+        prepare(make_config(tokenizer=path, vocab_size=300), progress=False)
+    with pytest.raises(DataError, match=r"data.tokenizer: none.json"):
+        prepare(make_config(tokenizer="none.json"), progress=False)
+
+
+def make_loader(prepared: Prepared, read_ahead: int = 7) -> BatchLoader:
+    return BatchLoader(prepared, BatchSampler(prepared.num_sequences["train"], 4, seed=2), reset=True, read_ahead=read_ahead)
+
+
+def test_batches_are_the_picked_sequences(prepared: Prepared) -> None:
+    loader, sampler = make_loader(prepared), BatchSampler(prepared.num_sequences["train"], 4, seed=2)
+    for _ in range(10):
+        batch, picks = next(loader), next(sampler)
+        for row, (domain, number) in enumerate(picks):
+            sequence = prepared.sequences("train", domain, [number])[0]
+            assert (batch.tokens_BS[row] == sequence[:-1]).all() and (batch.targets_BS[row] == sequence[1:]).all()
+            assert batch.domains_B[row] == domain
+        assert batch.valid_B.all() and batch.tokens_BS.dtype == batch.targets_BS.dtype == batch.domains_B.dtype == np.int32
+
+
+@pytest.mark.parametrize("stop", [0, 1, 7, 10])
+def test_resuming_neither_skips_nor_repeats(prepared: Prepared, stop: int) -> None:
+    loader, again = make_loader(prepared), make_loader(prepared, read_ahead=3)
+    for _ in range(stop):
+        next(loader)
+    next(again)
+    again.load_state_dict(json.loads(json.dumps(loader.state_dict())))
+    for _ in range(8):
+        expected, got = next(loader), next(again)
+        assert (expected.tokens_BS == got.tokens_BS).all() and (expected.domains_B == got.domains_B).all()
+
+
+def test_validation_batches(prepared: Prepared) -> None:
+    for domain in (0, 1):
+        mine = [batch for d, batch in validation_batches(prepared, 7, 4, reset=True) if d == domain]
+        assert [batch.valid_B.sum() for batch in mine] == [4, 3]
+        assert all(batch.tokens_BS.shape == (4, 32) and (batch.domains_B == domain).all() for batch in mine)
+        rows = np.concatenate([batch.tokens_BS[batch.valid_B] for batch in mine])
+        assert (rows == prepared.sequences("validation", domain, range(7))[:, :-1]).all()
