@@ -135,6 +135,7 @@ def _image(figure: Figure, axes: Axes, share_YX: Floats, top: float, experts: in
     assert bar.solids is not None
     bar.solids.set(rasterized=True, clip_on=False)
     bar.outline.set_visible(False)
+    side.patch.set_visible(False)
     side.axhline(1 / experts, -0.2, 1.2, color=_INK["ink"], linewidth=1.5, clip_on=False)
     over = "≥ " if np.nanmax(share_YX, initial=0.0) > top * 1.0001 else ""
     marks = {0.0: "0", 1 / experts: percent(1 / experts), top: over + percent(top)}
