@@ -55,10 +55,11 @@ def _prepare(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from pangu_locmoe.restore import evaluate_checkpoint, format_evaluation
+    from pangu_locmoe.restore import evaluate_checkpoint
+    from pangu_locmoe.train.evaluate import format_evaluation
 
     row = evaluate_checkpoint(options.checkpoint, options.sequences)
-    print(json.dumps(row) if options.json else format_evaluation(row))
+    print(json.dumps(row) if options.json else format_evaluation(row, row["bigram_bits_per_byte"]))
     return 0
 
 

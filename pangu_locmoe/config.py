@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Dict, List, Literal, Optional, Type, Union, get_args, get_origin
 
@@ -19,7 +20,7 @@ from pangu_locmoe.errors import ConfigError
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class ModelConfig(Section):
@@ -45,10 +46,15 @@ class CapacityConfig(Section):
     remote_factor: Optional[float] = Field(None, gt=0, description="capacity factor for sources in other nodes (static exchange)")
 
 
+class CutFromConfig(Section):
+    num_experts: int = Field(ge=1, description="experts of each sparse layer of the whole model")
+    first_expert: int = Field(ge=0, description="where the sub-model's experts begin in it")
+
+
 class MoEConfig(Section):
     router: str = Field("locmoe", description="hash | switch | locmoe, or the name of a registered router")
     num_experts: int = Field(8, ge=1, description="E, experts in each sparse layer")
-    levels: Literal[1, 2] = Field(2, description="2: a token may only go to its domain's expert group; 1: one group of all experts")
+    levels: int = Field(2, ge=1, le=2, description="2: a token may only go to its domain's expert group; 1: one group of all experts")
     group_sizes: Optional[Dict[str, int]] = Field(None, description="experts of each domain's group (levels: 2); null: equal shares")
     balance_loss: float = Field(0.01, ge=0, description="alpha, weight of the load-balance loss (switch, locmoe)")
     locality_loss: float = Field(0.1, ge=0, description="mu, weight of the locality loss (locmoe)")
@@ -56,6 +62,7 @@ class MoEConfig(Section):
     z_loss: float = Field(0.0, ge=0, description="weight of the squared log-partition of the gate's logits (switch, locmoe)")
     jitter: float = Field(0.0, ge=0, lt=1, description="gate input times uniform(1-jitter, 1+jitter) while training (switch)")
     gate_scale: Optional[float] = Field(None, gt=0, description="scale of GrAP logits (locmoe); null: sqrt(hidden_size/num_experts)")
+    cut_from: Optional[CutFromConfig] = Field(None, description="set in extracted sub-models: the model whose gate they keep")
     capacity: CapacityConfig = Field(default_factory=CapacityConfig)
 
 
@@ -158,6 +165,20 @@ class Config(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML that refuses a key given twice, where PyYAML drops the first, and reads 1e-3 as a number, not as text."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", node.value[index][0].start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"), list("-+.0123456789"))
+
+
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a YAML file, its bases and `key=value` overrides. Raises ConfigError naming key, value and what is allowed."""
     values = _read(Path(path), ())
@@ -171,7 +192,7 @@ def parse_config(values: dict[str, Any]) -> Config:
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(item) for item in error.errors())) from None
+        raise ConfigError("\n".join(_explain(error.errors()))) from None
     problems = [f"{key} = {_lookup(config, key)!r}: {rule}" for key, rule in _broken_rules(config)]
     if problems:
         raise ConfigError("\n".join(problems))
@@ -189,7 +210,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in seen:
         raise ConfigError(f"base = {str(path)!r}: the file is its own base")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -219,7 +240,7 @@ def _override(values: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"--set {override!r}: must be KEY=VALUE, for example moe.router=switch")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError:
         raise ConfigError(f"--set {override!r}: the value is not YAML") from None
     *parents, last = key.split(".")
@@ -231,32 +252,62 @@ def _override(values: dict[str, Any], override: str) -> None:
     values[last] = value
 
 
-def _explain(item: Any) -> str:
-    """One line for one pydantic error: key, value, what is allowed, the nearest valid key."""
-    key = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("literal[", "float", "constrained")))
-    if item["type"] == "extra_forbidden":
-        known = list(_section(item["loc"][:-1]).model_fields)
-        nearest = difflib.get_close_matches(str(item["loc"][-1]), known + [k for k in _all_keys() if "." in k], n=1, cutoff=0.5)
-        hint = f"; did you mean {'.'.join([*map(str, item['loc'][:-1]), nearest[0]]) if nearest[0] in known else nearest[0]!s}?" if nearest else ""
-        if not nearest:
-            elsewhere = [k for k in _all_keys() if k.split(".")[-1] == item["loc"][-1]]
-            hint = f"; did you mean {elsewhere[0]}?" if elsewhere else f"; known here: {', '.join(known)}"
-        return f"{key} = {item['input']!r}: unknown key{hint}"
-    if item["type"] == "missing":
-        return f"{key}: required, but not given"
-    message = item["msg"].removeprefix("Input should be ").replace("Input should be ", "")
-    return f"{key} = {item['input']!r}: must be {message}"
+def _explain(items: Sequence[Any]) -> Iterator[str]:
+    """One line for each key: its value, what is allowed, the nearest valid key."""
+    by_key: Dict[str, List[Any]] = {}
+    for item in items:
+        by_key.setdefault(".".join(map(str, _key(item["loc"]))), []).append(item)
+    for key, group in by_key.items():
+        first = group[0]
+        if first["type"] == "extra_forbidden":
+            yield f"{key} = {first['input']!r}: unknown key; {_hint(first['loc'])}"
+        elif first["type"] == "missing":
+            yield f"{key}: required, but not given"
+        elif first["type"] == "invalid_key":
+            yield f"{key}: a key must be text, not the {type(first['input']).__name__} {first['input']!r}"
+        else:
+            yield f"{key} = {first['input']!r}: must be {', or '.join(_allowed(item) for item in group)}"
 
 
-def _section(location: tuple[Any, ...]) -> Type[BaseModel]:
-    model: Any = Config
+def _key(location: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The place without what pydantic appends: the member of a Union it tried, or a note that a table's key is wrong."""
+    annotation = _annotation(location[:-1])
+    is_union = get_origin(annotation) is Union and type(None) not in get_args(annotation)
+    return location[:-1] if is_union or location[-1] == "[key]" else location
+
+
+def _allowed(item: Any) -> str:
+    if item["type"] in ("model_type", "dict_type"):
+        return "a section of `key: value` lines"
+    if item["type"] == "string_too_short":
+        return f"text of at least {item['ctx']['min_length']} character"
+    message = str(item["msg"]).removeprefix("Input should be ")
+    return message.replace("a valid string", "text").replace("a valid integer", "an integer").replace("a valid ", "a ")
+
+
+def _hint(location: tuple[Any, ...]) -> str:
+    """The nearest valid key: in the same section, else a key of that name elsewhere, else all keys of the section."""
+    *section, name = map(str, location)
+    known = list(_annotation(location[:-1]).model_fields)
+    elsewhere = [key for key in _all_keys() if key.rpartition(".")[2] == name]
+    nested = [key for key in _all_keys() if "." in key]
+    nearest = difflib.get_close_matches(name, known, n=1) or elsewhere or difflib.get_close_matches(name, known + nested, n=1, cutoff=0.5)
+    if not nearest:
+        return f"known here: {', '.join(known)}"
+    return f"did you mean {'.'.join([*section, nearest[0]]) if nearest[0] in known else nearest[0]}?"
+
+
+def _annotation(location: tuple[Any, ...]) -> Any:
+    """The type at a place: a section's class, or the annotation of a value or a table."""
+    annotation: Any = Config
     for part in location:
-        if isinstance(part, int):
-            continue
-        model = model.model_fields[part].annotation
-        if get_origin(model) in (list, List):
-            model = get_args(model)[0]
-    return model  # type: ignore[no-any-return]
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel) and part in annotation.model_fields:
+            annotation = annotation.model_fields[part].annotation
+        elif get_origin(annotation) is list:
+            annotation = get_args(annotation)[0]
+        else:
+            return None
+    return annotation
 
 
 def _all_keys(model: Type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
@@ -305,6 +356,8 @@ def _broken_moe_rules(config: Config) -> Iterator[tuple[str, str]]:
     for key in ("local_factor", "remote_factor"):
         if getattr(moe.capacity, key) is not None:
             yield f"moe.capacity.{key}", "needs expert parallelism with static sizes, which this version does not have; leave it out"
+    if moe.cut_from is not None and moe.cut_from.first_expert + moe.num_experts > moe.cut_from.num_experts:
+        yield "moe.cut_from", f"must have room for moe.num_experts ({moe.num_experts}) from its first_expert on"
     if moe.levels == 1 and moe.group_sizes is not None:
         yield "moe.group_sizes", "needs moe.levels: 2"
     if moe.levels == 2 and domains and model.num_moe_layers:
@@ -321,14 +374,14 @@ def _broken_moe_rules(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _broken_parallel_rules(config: Config) -> Iterator[tuple[str, str]]:
-    parallel, train = config.parallel, config.train
+    parallel = config.parallel
     for key, single in (("expert_parallel", 1), ("tensor_parallel", 1), ("overlap_chunks", 1), ("exchange", "flat"), ("ranks_per_node", None)):
         if getattr(parallel, key) not in (single, 1):
             yield f"parallel.{key}", f"this version runs on one process: must be {single if single is not None else 1}; parallel.emulated_nodes studies locality there"
     nodes = parallel.emulated_nodes
     if config.micro_batch % nodes:
         yield "parallel.emulated_nodes", f"must divide train.batch_size / train.accumulation_steps ({config.micro_batch}): every node reads as many sequences"
-    if config.model.num_moe_layers and config.moe.num_experts % nodes:
+    if config.moe.num_experts % nodes:
         yield "parallel.emulated_nodes", f"must divide moe.num_experts ({config.moe.num_experts}): every node holds as many experts"
 
 

@@ -40,24 +40,16 @@ def evaluate_checkpoint(path: Path, sequences: Optional[int] = None) -> Dict[str
     """
     if sequences is not None and sequences < 1:
         raise ConfigError(f"--sequences {sequences}: must be at least 1")
-    model, config = restore_model(find_checkpoint(path))
+    folder = find_checkpoint(path)
+    model, config = restore_model(folder)
     prepared = prepare(config)
+    tokenizer_file = folder / "tokenizer.json"
+    if (prepared.path / "tokenizer.json").read_bytes() != tokenizer_file.read_bytes():
+        # An extracted sub-model was trained on more text than its own sources, which would give another tokenizer.
+        data = config.data.model_copy(update={"tokenizer": str(tokenizer_file)})
+        prepared = prepare(config.model_copy(update={"data": data}))
     row = Evaluator(model, config, prepared)(sequences)
     row["perplexity"] = math.exp(row["validation_loss"])
     row["perplexity_by_domain"] = {domain: math.exp(loss) for domain, loss in row["validation_loss_by_domain"].items()}
     row["bigram_bits_per_byte"] = prepared.bigram_bits_per_byte
     return row
-
-
-def format_evaluation(row: Dict[str, Any]) -> str:
-    """The figures of one evaluation as a table."""
-    bigram = row["bigram_bits_per_byte"]
-    lines = [f"{'':12}{'loss':>8}{'perplexity':>12}{'bits/byte':>11}{'bigram':>8}"]
-    for domain, loss in row["validation_loss_by_domain"].items():
-        lines.append(_line(domain, loss, row["bits_per_byte_by_domain"][domain], bigram[domain]))
-    lines.append(_line("all", row["validation_loss"], row["bits_per_byte"], bigram["all"]))
-    return "\n".join(lines)
-
-
-def _line(name: str, loss: float, bits: float, bigram: float) -> str:
-    return f"{name:12}{loss:8.3f}{math.exp(loss):12.1f}{bits:11.3f}{bigram:8.3f}"

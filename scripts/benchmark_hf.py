@@ -12,34 +12,47 @@ import json
 import resource
 import sys
 import time
-from typing import Any
+from typing import Any, Callable, Iterable, NoReturn, Optional, Sequence
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Read the flags; the defaults are the comparison of docs: 4 layers of 8 experts, top-1, 4 x 256 tokens."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=2, help="torch threads (default: 2)")
-    parser.add_argument("--layers", type=int, default=4, help="decoder layers, every one with experts (default: 4)")
-    parser.add_argument("--hidden", type=int, default=256, help="hidden size (default: 256)")
-    parser.add_argument("--heads", type=int, default=4, help="attention heads (default: 4)")
-    parser.add_argument(
-        "--intermediate", type=int, default=688, help="SwiGLU width; 688 has the parameters of a two-matrix MLP of 1,024 (default: 688)"
-    )
-    parser.add_argument(
-        "--experts", type=int, default=8, help="experts in each layer, top-1; 0 builds the dense twin, a Mistral (default: 8)"
-    )
-    parser.add_argument("--vocabulary", type=int, default=4096, help="vocabulary size (default: 4096)")
-    parser.add_argument("--sequence", type=int, default=256, help="tokens in a sequence (default: 256)")
-    parser.add_argument("--batch", type=int, default=4, help="sequences in a batch (default: 4)")
-    parser.add_argument(
-        "--implementation",
-        default="grouped_mm",
-        choices=["grouped_mm", "batched_mm", "eager"],
-        help="how the experts run (default: grouped_mm)",
-    )
-    parser.add_argument("--learning-rate", type=float, default=3e-4, help="constant learning rate (default: 3e-4)")
-    parser.add_argument("--seed", type=int, default=1, help="seed of weights and tokens (default: 1)")
-    return parser.parse_args()
+class Parser(argparse.ArgumentParser):
+    """Named flags in full; a bad one ends the program with one line and exit code 2."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__(description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; --help lists the flags\n")
+
+
+def count(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
+    return int(text)
+
+
+def add_shape_flags(parser: argparse.ArgumentParser) -> None:
+    """The sizes that both sides share."""
+    parser.add_argument("--hidden", type=count, default=256, help="hidden size")
+    parser.add_argument("--heads", type=count, default=4, help="attention heads")
+    parser.add_argument("--vocabulary", type=count, default=4096, help="vocabulary size")
+    parser.add_argument("--sequence", type=count, default=256, help="tokens in a sequence")
+    parser.add_argument("--batch", type=count, default=4, help="sequences in a batch")
+    parser.add_argument("--learning-rate", type=float, default=3e-4, help="constant learning rate")
+    parser.add_argument("--seed", type=count, default=1, help="seed of weights and tokens")
+
+
+def parse_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Read the flags; the defaults are the comparison of docs/performance.md: 4 layers of 8 experts, top-1, 4 x 256 tokens."""
+    parser = Parser(str(__doc__).splitlines()[0])
+    add_shape_flags(parser)
+    parser.add_argument("--threads", type=count, default=2, help="torch threads")
+    parser.add_argument("--layers", type=count, default=4, help="decoder layers, every one with experts")
+    parser.add_argument("--intermediate", type=count, default=688, help="SwiGLU width; 688 has nearly the parameters of a two-matrix MLP of 1,024")
+    parser.add_argument("--experts", type=int, default=8, help="experts in each layer, top-1; 0 builds the dense twin, a Mistral")
+    parser.add_argument("--implementation", default="grouped_mm", choices=["grouped_mm", "batched_mm", "eager"], help="how the experts run")
+    return parser.parse_args(argv)
 
 
 def build_model(arguments: argparse.Namespace) -> Any:
@@ -80,10 +93,12 @@ class Trainer:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         import torch
+        import transformers
 
         torch.set_num_threads(arguments.threads)
         torch.manual_seed(arguments.seed)
         self.torch = torch
+        self.versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         self.model = build_model(arguments).to(torch.float32).train()
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True
@@ -91,6 +106,11 @@ class Trainer:
         shape = (8, arguments.batch, arguments.sequence)
         self.batches = torch.randint(0, arguments.vocabulary, shape, generator=torch.Generator().manual_seed(arguments.seed))
         self.steps_done = 0
+
+    @property
+    def parameters(self) -> int:
+        """Trainable parameters."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
 
     def step(self) -> float:
         """Forward, backward, clip to norm 1, update; returns the loss (language model plus auxiliary)."""
@@ -115,39 +135,49 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-def main() -> None:
-    """Set up, take the first step, then serve ``run N`` lines."""
-    arguments = parse_arguments()
-    trainer = Trainer(arguments)
+def serve(trainer: Any, lines: Iterable[str], answer: Callable[[str], None] = say) -> None:
+    """Take the first step, say so, then obey ``run N`` lines until ``quit`` or the end.
+
+    Args:
+        trainer: has ``step() -> loss``, ``parameters`` and ``versions``.
+        lines: what the driver says.
+        answer: takes the lines that go back.
+    """
     begin = time.perf_counter()
     trainer.step()
     ready = {
-        "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+        "parameters": trainer.parameters,
+        "versions": trainer.versions,
         "first_step_seconds": time.perf_counter() - begin,
         "peak_memory_mb": peak_memory_mb(),
     }
-    say("ready " + json.dumps(ready))
-    for line in sys.stdin:
+    answer("ready " + json.dumps(ready))
+    for line in lines:
         words = line.split()
         if not words:
             continue
         if words == ["quit"]:
             break
         if len(words) != 2 or words[0] != "run" or not words[1].isdigit() or int(words[1]) < 1:
-            say(json.dumps({"error": f"expected 'run N' with N >= 1 or 'quit', got {line.strip()!r}"}))
+            answer(json.dumps({"error": f"expected 'run N' with N >= 1 or 'quit', got {line.strip()!r}"}))
             continue
         steps, loss = int(words[1]), float("nan")
         wall, cpu = time.perf_counter(), time.process_time()
         for _ in range(steps):
             loss = trainer.step()
-        answer = {
+        result = {
             "steps": steps,
             "wall_seconds": time.perf_counter() - wall,
             "cpu_seconds": time.process_time() - cpu,
             "loss": loss,
             "peak_memory_mb": peak_memory_mb(),
         }
-        say(json.dumps(answer))
+        answer(json.dumps(result))
+
+
+def main() -> None:
+    """Set up and serve."""
+    serve(Trainer(parse_arguments()), sys.stdin)
 
 
 if __name__ == "__main__":

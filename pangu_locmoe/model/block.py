@@ -5,7 +5,6 @@ Letters: B batch, S sequence, T = B*S tokens, D hidden, F inner width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Optional, Tuple
 
 import numpy as np

@@ -19,7 +19,7 @@ Shapes: T tokens, D hidden, F ffn, E experts, C capacity, V vocabulary, B batch,
 from __future__ import annotations
 
 import math
-from typing import Any, Optional, Tuple
+from typing import Any, Tuple
 
 import mindspore as ms
 import numpy as np

@@ -85,7 +85,7 @@ class PanguSigma(nn.Cell):
 
         Returns:
             logits_TV in fp32, and a dict of fp32 tensors: balance_loss, locality_loss, z_loss (sums over MoE layers, not
-            weighted), load_LNE, dropped_LE, cosine_LT (without MoE layers these three are absent), layer_sums (one
+            weighted), load_LNE, dropped_LE, cosine_LT, weight_L (without MoE layers these four are absent), layer_sums (one
             number for each layer, finite exactly where its output is).
         """
         batch, length = tokens_BS.shape
@@ -131,6 +131,6 @@ def _gather_stats(layer_stats: list, layer_sums: Tensor) -> Dict[str, Tensor]:
     gathered = {"layer_sums": layer_sums}
     for name in ("balance_loss", "locality_loss", "z_loss"):
         gathered[name] = ops.reduce_sum(ops.stack([stats[name] for stats in layer_stats]))
-    for source, name in (("load_NE", "load_LNE"), ("dropped_E", "dropped_LE"), ("cosine_T", "cosine_LT")):
+    for source, name in (("load_NE", "load_LNE"), ("dropped_E", "dropped_LE"), ("cosine_T", "cosine_LT"), ("weight", "weight_L")):
         gathered[name] = ops.stop_gradient(ops.stack([stats[source] for stats in layer_stats]))
     return gathered

@@ -77,9 +77,10 @@ def bound_capacity(bounds: CapacityBounds, upper: int) -> int:
 
 def cosine_statistic(cosines: np.ndarray, statistic: str | float) -> float:
     """delta from the cosines between tokens and the gates of their experts: min, median, mean, max or a quantile."""
-    if isinstance(statistic, str):
-        return float({"min": np.min, "median": np.median, "mean": np.mean, "max": np.max}[statistic](cosines))
-    return float(np.quantile(cosines, statistic))
+    if statistic == "mean":
+        return float(np.mean(cosines))
+    quantile = {"min": 0.0, "median": 0.5, "max": 1.0}[statistic] if isinstance(statistic, str) else statistic
+    return float(np.quantile(cosines, quantile))
 
 
 def initial_capacity(config: CapacityConfig, num_tokens: int, num_experts: int) -> int:

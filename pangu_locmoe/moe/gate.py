@@ -54,11 +54,14 @@ class GroupedAveragePooling(nn.Cell):
         return (self.tile((dout * (1.0 / size)).reshape(-1, 1), (1, size)).reshape(tokens, width),)
 
 
-def grap_cosine(x_TD: Tensor, logits_TE: Tensor, expert_T: Tensor, scale: float) -> Tensor:
-    """Cosine between each token and the GrAP vector of its expert, fp32 [T]; undoes the scale of `grap_logits`."""
-    num_experts, hidden_size = logits_TE.shape[1], x_TD.shape[1]
-    gate_norm = (num_experts / hidden_size) ** 0.5
-    return _chosen(logits_TE, expert_T) / (_norms(x_TD) * (scale * gate_norm) + 1e-12)
+def grap_cosine(x_TD: Tensor, logits_TE: Tensor, expert_T: Tensor, factor: float) -> Tensor:
+    """Cosine between each token and the GrAP vector of its expert, fp32 [T].
+
+    Args:
+        x_TD, logits_TE, expert_T: the gate's input, its logits, the chosen experts.
+        factor: what the logits are of w.x / |w|: their scale times the norm sqrt(E/D) of a gate vector.
+    """
+    return _chosen(logits_TE, expert_T) / (_norms(x_TD) * factor + 1e-12)
 
 
 def _chosen(logits_TE: Tensor, expert_T: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ class MoELayer(nn.Cell):
             normal(seed, (moe.num_experts, model.hidden_size, model.ffn_size), model.init_std),
             normal([*seed, 1], (moe.num_experts, model.ffn_size, model.hidden_size), model.init_std / (2 * model.num_layers) ** 0.5),
         )
+        self.unit_weight = False  # while inheriting: experts that are all alike then equal the dense network
         self.dispatch, self.combine = dispatch.Dispatch(), dispatch.Combine()
 
     def construct(
@@ -52,7 +53,7 @@ class MoELayer(nn.Cell):
             training: whether this is training; a constant of the compiled graph.
 
         Returns:
-            y_TD, and a dict of: balance_loss, locality_loss, z_loss (fp32 scalars), load_NE (tokens by source node and
+            y_TD, and a dict of: balance_loss, locality_loss, z_loss, weight (mean over tokens; fp32 scalars), load_NE (tokens by source node and
             expert before drops, fp32; one node when not training), dropped_E (fp32), cosine_T (fp32).
         """
         num_tokens, hidden_size = x_TD.shape
@@ -76,12 +77,13 @@ class MoELayer(nn.Cell):
         token_of_slot_P = dispatch.token_of_slot(slot_of_token_T, groups[0] * groups[1])
         x_GCD = ops.reshape(self.dispatch(x_TD, token_of_slot_P, slot_of_token_T), groups)
         y_GCD = self.experts(x_GCD, expert_of_group_G)
-        weight_T = ops.cast(plan["weight_T"], y_GCD.dtype)
-        y_TD = self.combine(ops.reshape(y_GCD, (-1, hidden_size)), weight_T, token_of_slot_P, slot_of_token_T)
+        weight_T = ops.ones_like(plan["weight_T"]) if self.unit_weight else plan["weight_T"]
+        y_TD = self.combine(ops.reshape(y_GCD, (-1, hidden_size)), ops.cast(weight_T, y_GCD.dtype), token_of_slot_P, slot_of_token_T)
         stats = {
             "balance_loss": plan["balance_loss"],
             "locality_loss": plan["locality_loss"],
             "z_loss": plan["z_loss"],
+            "weight": ops.reduce_sum(plan["weight_T"]) * (1.0 / num_tokens),
             "load_NE": load_NE,
             "dropped_E": dropped_E,
             "cosine_T": plan["cosine_T"],

@@ -101,7 +101,8 @@ class ShowProgress(Callback):
     """A bar with loss, tokens per second and the time left."""
 
     def __init__(self, config: Config, last_step: int) -> None:
-        self._bar = tqdm(total=config.train.steps, initial=last_step, unit="step", dynamic_ncols=True, mininterval=0.5)
+        # Nothing but the validation lines where standard error is not a terminal.
+        self._bar = tqdm(total=config.train.steps, initial=last_step, unit="step", dynamic_ncols=True, mininterval=0.5, disable=None)
         self._loss = math.nan
 
     def on_step(self, step: int, result: StepResult, row: Row) -> None:

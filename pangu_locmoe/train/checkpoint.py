@@ -83,6 +83,13 @@ def read_config(folder: Path) -> Config:
     return load_config(folder / "config.yaml")
 
 
+def check_tokenizer(folder: Path, tokenizer_file: Path) -> None:
+    """Raises CheckpointError where a checkpoint was trained with another tokenizer: its token ids would mean other text."""
+    own = folder / "tokenizer.json"
+    if own.exists() and own.read_bytes() != tokenizer_file.read_bytes():
+        raise CheckpointError(f"{folder} was trained with another tokenizer than this run's; set data.tokenizer={own}")
+
+
 def read_arrays(file: Path) -> dict[str, np.ndarray]:
     """All arrays of a safetensors file. Raises CheckpointError if it is missing or truncated."""
     try:

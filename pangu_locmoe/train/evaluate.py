@@ -68,9 +68,9 @@ class Evaluator:
             total[0] += float(losses_BS.sum(dtype=np.float64))
             total[1] += losses_BS.size
             total[2] += int(self._token_bytes_V[batch.targets_BS[batch.valid_B]].sum())
-        for domain, (loss, tokens, size_in_bytes) in totals.items():
-            nats[domain] = loss / tokens if tokens else math.nan
-            bits[domain] = loss / (math.log(2) * size_in_bytes) if size_in_bytes else math.nan
+        for name, (loss, tokens, size_in_bytes) in totals.items():
+            nats[name] = loss / tokens if tokens else math.nan
+            bits[name] = loss / (math.log(2) * size_in_bytes) if size_in_bytes else math.nan
         counts = self.prepared.counts["validation"]
         return {
             "validation_loss": _weighted(nats, {domain: counts[domain]["tokens"] for domain in nats}),
@@ -78,6 +78,19 @@ class Evaluator:
             "validation_loss_by_domain": nats,
             "bits_per_byte_by_domain": bits,
         }
+
+
+def format_evaluation(row: Dict[str, Any], bigram: Dict[str, float]) -> str:
+    """The figures of one evaluation as a table, the byte bigram's bits per byte beside them."""
+    lines = [f"{'':12}{'loss':>8}{'perplexity':>12}{'bits/byte':>11}{'bigram':>8}"]
+    for domain, loss in row["validation_loss_by_domain"].items():
+        lines.append(_line(domain, loss, row["bits_per_byte_by_domain"][domain], bigram[domain]))
+    lines.append(_line("all", row["validation_loss"], row["bits_per_byte"], bigram["all"]))
+    return "\n".join(lines)
+
+
+def _line(name: str, loss: float, bits: float, bigram: float) -> str:
+    return f"{name:12}{loss:8.3f}{math.exp(loss):12.1f}{bits:11.3f}{bigram:8.3f}"
 
 
 def _weighted(values: Dict[str, float], weights: Dict[str, int]) -> float:

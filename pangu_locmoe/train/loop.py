@@ -23,6 +23,8 @@ from pangu_locmoe.moe.domains import allowed_experts
 from pangu_locmoe.parallel.topology import Topology
 from pangu_locmoe.train import callbacks as jobs
 from pangu_locmoe.train.checkpoint import (
+    check_tokenizer,
+    find_checkpoint,
     latest_whole_checkpoint,
     load_optimizer,
     load_weights,
@@ -51,7 +53,9 @@ class Trainer:
         self.topology = Topology.from_config(config)
         self.model = PanguSigma(config, prepared.token_counts)
         if init_from is not None:
-            load_weights(init_from, self.model)
+            folder = find_checkpoint(init_from)
+            check_tokenizer(folder, prepared.path / "tokenizer.json")
+            load_weights(folder, self.model)
         num_tokens = config.micro_batch * config.model.seq_length
         capacity = initial_capacity(config.moe.capacity, num_tokens, config.moe.num_experts)
         self.stepper = Stepper(self.model, config, (capacity,) * config.model.num_moe_layers)

@@ -19,6 +19,7 @@ from pangu_locmoe.files import write_atomic
 from pangu_locmoe.generate import Generator
 from pangu_locmoe.model.size import num_active_params, num_params
 from pangu_locmoe.report.page import build_report
+from pangu_locmoe.train.evaluate import format_evaluation
 from pangu_locmoe.train.loop import Trainer
 
 # What may differ between a run and its resumption: it changes what is written or when it ends, not what is learned.
@@ -147,14 +148,6 @@ def _prompt(prepared: Prepared, domain: int) -> str:
 
 
 def _print_summary(summary: Dict[str, Any]) -> None:
-    final, bigram = summary["final"], summary["bigram_bits_per_byte"]
     for sample in summary["samples"]:
         print(f"\n--- {sample['domain']} ---\n{sample['prompt']}|{sample['text']}")
-    print(f"\n{'':12}{'loss':>8}{'perplexity':>12}{'bits/byte':>11}{'bigram':>8}")
-    for domain, loss in final["validation_loss_by_domain"].items():
-        print(_line(domain, loss, final["bits_per_byte_by_domain"][domain], bigram[domain]))
-    print(_line("all", final["validation_loss"], final["bits_per_byte"], bigram["all"]))
-
-
-def _line(name: str, loss: float, bits: float, bigram: float) -> str:
-    return f"{name:12}{loss:8.3f}{2.718281828459045**loss:12.1f}{bits:11.3f}{bigram:8.3f}"
+    print("\n" + format_evaluation(summary["final"], summary["bigram_bits_per_byte"]))

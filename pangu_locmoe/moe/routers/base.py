@@ -63,6 +63,19 @@ class Router(nn.Cell):
         """Trainable parameters in one layer."""
         return 0
 
+    @classmethod
+    def cut(cls, config: Config, name: str, array: np.ndarray, domain: int, experts: range) -> np.ndarray:
+        """The part of one of the router's weights that a sub-model for one domain keeps.
+
+        Args:
+            config: the whole model.
+            name: the weight's name inside the router.
+            array: its value.
+            domain: the domain's id.
+            experts: the experts of its group.
+        """
+        return array
+
     def construct(self, x_TD: Tensor, tokens_T: Tensor, domains_T: Tensor, noise: Noise, training: bool) -> RoutingPlan:
         """Route T tokens.
 

@@ -61,6 +61,11 @@ class HashRouter(Router, name="hash"):
         self.table = Parameter(Tensor(np.concatenate(table)), name="table", requires_grad=False)
         self.experts_E = Tensor(np.arange(config.moe.num_experts, dtype=np.int32))
 
+    @classmethod
+    def cut(cls, config: Config, name: str, array: np.ndarray, domain: int, experts: range) -> np.ndarray:
+        table_KV = array.reshape(-1, config.model.vocab_size)
+        return table_KV[domain] - experts.start
+
     def construct(self, x_TD: Tensor, tokens_T: Tensor, domains_T: Tensor, noise: Noise, training: bool) -> RoutingPlan:
         index_T = tokens_T if self.single_level else domains_T * self.vocab_size + tokens_T
         expert_T = ops.gather(self.table, index_T, 0)

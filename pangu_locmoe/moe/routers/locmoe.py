@@ -17,18 +17,24 @@ class LocMoERouter(GatedRouter, name="locmoe"):
 
     def __init__(self, config: Config, context: RouterContext) -> None:
         super().__init__(config, context)
-        hidden_size, num_experts = config.model.hidden_size, config.moe.num_experts
-        self.scale = config.moe.gate_scale or (hidden_size / num_experts) ** 0.5
-        self.pooling = gate.GroupedAveragePooling(num_experts)
+        # A sub-model cut out of a larger one pools over the larger one's blocks and uses its own experts' among them.
+        cut_from, hidden_size = config.moe.cut_from, config.model.hidden_size
+        self.first = cut_from.first_expert if cut_from is not None else 0
+        gate_experts = cut_from.num_experts if cut_from is not None else config.moe.num_experts
+        self.scale = config.moe.gate_scale or (hidden_size / gate_experts) ** 0.5
+        self.gate_norm = (gate_experts / hidden_size) ** 0.5
+        self.pooling = gate.GroupedAveragePooling(gate_experts)
 
     @classmethod
     def broken_rules(cls, config: Config) -> Iterator[tuple[str, str]]:
         yield from super().broken_rules(config)
-        if config.model.num_moe_layers and config.model.hidden_size % config.moe.num_experts:
-            yield "model.hidden_size", f"must be divisible by moe.num_experts ({config.moe.num_experts}) for GrAP's blocks of features"
+        cut_from, moe = config.moe.cut_from, config.moe
+        key, blocks = ("moe.cut_from.num_experts", cut_from.num_experts) if cut_from is not None else ("moe.num_experts", moe.num_experts)
+        if config.model.num_moe_layers and config.model.hidden_size % blocks:
+            yield "model.hidden_size", f"must be divisible by {key} ({blocks}) for GrAP's blocks of features"
 
     def logits(self, x_TD: Tensor, noise: Noise, training: bool) -> Tensor:
-        return self.pooling(x_TD) * self.scale
+        return self.pooling(x_TD)[:, self.first : self.first + self.num_experts] * self.scale
 
     def cosine(self, x_TD: Tensor, logits_TE: Tensor, expert_T: Tensor) -> Tensor:
-        return gate.grap_cosine(x_TD, logits_TE, expert_T, self.scale)
+        return gate.grap_cosine(x_TD, logits_TE, expert_T, self.scale * self.gate_norm)

@@ -28,6 +28,10 @@ class SwitchRouter(GatedRouter, name="switch"):
     def num_params(cls, config: Config) -> int:
         return config.moe.num_experts * config.model.hidden_size
 
+    @classmethod
+    def cut(cls, config: Config, name: str, array: np.ndarray, domain: int, experts: range) -> np.ndarray:
+        return array[experts.start : experts.stop]
+
     def logits(self, x_TD: Tensor, noise: Noise, training: bool) -> Tensor:
         if training and self.jitter > 0:
             x_TD = x_TD * (1.0 + self.jitter * (2.0 * noises.uniform(noise, self.site) - 1.0))

@@ -1,0 +1,92 @@
+"""A sparse model from a dense checkpoint (PanGu-Sigma's inheritance): the feed-forward network becomes every expert.
+
+With the hash router, whose weight is 1, the sparse model gives the dense model's logits at once. A gated router scales an
+expert's output by a probability p < 1, so the experts' output matrices are divided by the mean p of their layer,
+measured on validation text while the weights are held at 1, where the hidden states are the dense model's own. The
+sparse model then equals the dense one on average, and token by token as far as p varies little.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from mindspore import Tensor
+
+from pangu_locmoe.config import Config
+from pangu_locmoe.data.loader import validation_batches
+from pangu_locmoe.data.prepared import Prepared, prepare
+from pangu_locmoe.errors import CheckpointError
+from pangu_locmoe.model.sigma import PanguSigma
+from pangu_locmoe.moe.capacity import DROPLESS
+from pangu_locmoe.moe.routers import ROUTERS
+from pangu_locmoe.train.checkpoint import find_checkpoint, named_arrays, read_arrays, save_checkpoint, set_parameters
+
+_CALIBRATION_SEQUENCES = 16  # of each domain
+
+
+def inherit(dense: Path, config: Config, output: Path) -> str:
+    """Write a checkpoint of the sparse model and return a line that says what was done.
+
+    Args:
+        dense: run directory or checkpoint of a model whose layers this one's FFNs come from.
+        config: the sparse model; sizes must be the dense one's.
+        output: folder of the new checkpoint; must not exist.
+
+    Raises:
+        CheckpointError: the dense model does not fit, or `output` exists.
+    """
+    if output.exists():
+        raise CheckpointError(f"--output {output}: exists already")
+    folder = find_checkpoint(dense)
+    # The weights only mean something with the tokenizer they were trained with.
+    data = config.data.model_copy(update={"tokenizer": str(folder / "tokenizer.json")})
+    prepared = prepare(config.model_copy(update={"data": data}))
+    model = PanguSigma(config, prepared.token_counts)
+    copy_dense(read_arrays(folder / "model.safetensors"), model, str(folder))
+    done = f"{output}: {config.moe.num_experts} experts in each of {config.model.num_moe_layers} layers from {folder}"
+    if ROUTERS[config.moe.router].has_gate:
+        mean_weights = compensate(model, config, prepared)
+        done += "; outputs divided by the mean probabilities " + ", ".join(f"{weight:.4f}" for weight in mean_weights)
+    save_checkpoint(output, config, folder / "tokenizer.json", model)
+    return done
+
+
+def copy_dense(arrays: dict[str, np.ndarray], model: PanguSigma, origin: str) -> None:
+    """Set a sparse model's weights from a dense model's arrays; routers keep their own initial weights."""
+    left = set(arrays)
+    values: dict[str, np.ndarray] = {}
+    for name, own in named_arrays(model.get_parameters()).items():
+        if ".moe.router." in name:
+            values[name] = own
+            continue
+        source = name
+        if ".moe.experts." in name:
+            block, _, rest = name.partition(".moe.experts.")
+            source = f"{block}.ffn.{rest.split('.')[1]}"
+        if source not in arrays:
+            raise CheckpointError(f"{origin} has no {source}, which {name} should inherit")
+        values[name] = arrays[source]
+        left.discard(source)
+    if left:
+        raise CheckpointError(f"{origin} has {min(left)}, which has no place in the sparse model; is it dense, and as deep?")
+    set_parameters(model.get_parameters(), values, origin)
+
+
+def compensate(model: PanguSigma, config: Config, prepared: Prepared) -> list[float]:
+    """Divide the experts' output matrices by their layer's mean router probability; returns those means."""
+    layers = [block.moe for block in model.blocks if block.sparse]
+    for layer in layers:
+        layer.unit_weight = True
+    capacities, keys = (DROPLESS,) * len(layers), Tensor(np.zeros(1, np.int32))
+    weights = []
+    for _, batch in validation_batches(prepared, _CALIBRATION_SEQUENCES, config.micro_batch, config.data.reset_at_document_end):
+        arrays = (batch.tokens_BS, batch.positions_BS, batch.segments_BS, batch.domains_B)
+        _, stats = model(*map(Tensor, arrays), (keys, keys), capacities, False)
+        weights.append(stats["weight_L"].asnumpy())
+    means = np.mean(weights, axis=0)
+    for layer, mean in zip(layers, means):
+        layer.unit_weight = False
+        w_out = layer.experts.w_out
+        w_out.set_data(Tensor(w_out.asnumpy() / mean))
+    return [float(mean) for mean in means]

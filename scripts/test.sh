@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Installs the test extra and runs ruff, mypy and pytest.
+set -euo pipefail
+
+usage() {
+    cat <<'TEXT'
+usage: bash scripts/test.sh [--slow] [--only PATH]
+
+  --slow       run the tests marked slow too, which take minutes each
+  --only PATH  run only the tests in this file or folder
+  --help       this text
+TEXT
+}
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+marks='not slow' only=tests
+while [ $# -gt 0 ]; do
+    case $1 in
+        --slow) marks='slow or not slow' ;;
+        --only)
+            [ $# -ge 2 ] || { echo "test.sh: --only needs a path" >&2; exit 2; }
+            only=$2
+            shift
+            ;;
+        --help | -h)
+            usage
+            exit 0
+            ;;
+        *)
+            echo "test.sh: unknown flag $1; --help lists the flags" >&2
+            exit 2
+            ;;
+    esac
+    shift
+done
+
+. scripts/venv.sh
+use_venv test
+ruff check .
+mypy
+pytest -m "$marks" "$only"
