@@ -8,10 +8,13 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Callable, Dict, List, NoReturn, Optional
+from typing import TYPE_CHECKING, Callable, List, NoReturn, Optional
 
 from pangu_locmoe import __version__
 from pangu_locmoe.errors import LocMoEError
+
+if TYPE_CHECKING:
+    from pangu_locmoe.config import SampleConfig
 
 # MindSpore and the model are imported inside the verbs: `--help` and `capacity` should not wait seconds for them.
 
@@ -36,12 +39,14 @@ def main(arguments: Optional[List[str]] = None) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     from pangu_locmoe.config import load_config
+    from pangu_locmoe.parallel.world import join
     from pangu_locmoe.train.run import default_run_dir, train
 
+    communicator = join()
     config = load_config(options.config, options.set)
     resume = options.resume == "auto"
     run_dir = options.run_dir or default_run_dir(options.config.stem, config.moe.router, resume)
-    train(config, run_dir, resume, options.init_from, progress=not options.no_progress)
+    train(config, run_dir, resume, options.init_from, not options.no_progress, communicator)
     return 0
 
 
@@ -64,18 +69,32 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from pangu_locmoe.config import SampleConfig
     from pangu_locmoe.generate import domain_index
     from pangu_locmoe.restore import restore_generator
 
+    sample = _sample(options)
     generator = restore_generator(options.checkpoint)
-    sample = SampleConfig(tokens=options.tokens, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
     domain = domain_index(generator.config, options.domain)
     print(options.prompt, end="", flush=True)
     for pieces in generator.stream([options.prompt], [domain], sample, options.seed):
         print(pieces[0], end="", flush=True)
     print()
     return 0
+
+
+def _sample(options: argparse.Namespace) -> SampleConfig:
+    from pydantic import ValidationError
+
+    from pangu_locmoe.config import SampleConfig
+
+    if options.seed < 0:
+        _usage_error(f"--seed {options.seed}: must be at least 0")
+    try:
+        return SampleConfig(tokens=options.tokens, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
+    except ValidationError as error:
+        first = error.errors()[0]
+        flag = str(first["loc"][0]).replace("_", "-")
+        _usage_error(f"--{flag} {first['input']}: must be {first['msg'].removeprefix('Input should be ')}")
 
 
 def _capacity(options: argparse.Namespace) -> int:
@@ -112,8 +131,15 @@ def _extract(options: argparse.Namespace) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong, as everything else here does."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; --help lists what there is\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="pangu-locmoe", description="Train and study LocMoE models with MindSpore.")
+    parser = _Parser(prog="pangu-locmoe", description="Train and study LocMoE models with MindSpore.")
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
@@ -164,7 +190,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, verb: Verb, text: str) -> argparse.ArgumentParser:
+def _add(verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str, verb: Verb, text: str) -> argparse.ArgumentParser:
     parser = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
     parser.set_defaults(verb=verb)
     return parser

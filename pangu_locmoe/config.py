@@ -375,9 +375,18 @@ def _broken_moe_rules(config: Config) -> Iterator[tuple[str, str]]:
 
 def _broken_parallel_rules(config: Config) -> Iterator[tuple[str, str]]:
     parallel = config.parallel
-    for key, single in (("expert_parallel", 1), ("tensor_parallel", 1), ("overlap_chunks", 1), ("exchange", "flat"), ("ranks_per_node", None)):
-        if getattr(parallel, key) not in (single, 1):
-            yield f"parallel.{key}", f"this version runs on one process: must be {single if single is not None else 1}; parallel.emulated_nodes studies locality there"
+    if parallel.tensor_parallel > 1:
+        yield "parallel.tensor_parallel", "this version does not split matrices over ranks: must be 1"
+    if parallel.overlap_chunks > 1:
+        yield "parallel.overlap_chunks", "this version does not overlap the exchange with computation: must be 1"
+    if parallel.exchange == "groupwise":
+        yield "parallel.exchange", "groupwise needs tensor parallelism, which this version does not have: must be flat or hierarchical"
+    if parallel.exchange == "hierarchical" and parallel.ranks_per_node is None:
+        yield "parallel.exchange", "hierarchical needs parallel.ranks_per_node, which is never guessed"
+    if config.model.num_moe_layers and config.moe.num_experts % parallel.expert_parallel:
+        yield "parallel.expert_parallel", f"must divide moe.num_experts ({config.moe.num_experts}): every rank holds as many experts"
+    if parallel.expert_parallel > 1 and config.train.recompute:
+        yield "train.recompute", "would repeat the exchange between processes: must be false with parallel.expert_parallel > 1"
     nodes = parallel.emulated_nodes
     if config.micro_batch % nodes:
         yield "parallel.emulated_nodes", f"must divide train.batch_size / train.accumulation_steps ({config.micro_batch}): every node reads as many sequences"
@@ -394,8 +403,8 @@ def _broken_data_rules(config: Config) -> Iterator[tuple[str, str]]:
             yield "data.mixture", "shares must be at least 0 and one of them above 0"
     if data.sharding == "cluster":
         yield "data.sharding", "this version has iid and domain"
-    if data.sharding == "domain" and config.parallel.emulated_nodes == 1:
-        yield "data.sharding", "domain sharding needs more than one node (parallel.emulated_nodes)"
+    if data.sharding == "domain" and config.parallel.emulated_nodes == 1 and config.parallel.ranks_per_node is None:
+        yield "data.sharding", "domain sharding needs more than one node (parallel.emulated_nodes, or parallel.ranks_per_node in a job)"
 
 
 def _broken_train_rules(config: Config) -> Iterator[tuple[str, str]]:

@@ -42,10 +42,11 @@ class Generator:
     this is for. A text longer than the window keeps its last half.
     """
 
-    def __init__(self, model: PanguSigma, config: Config, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: PanguSigma, config: Config, tokenizer: Tokenizer, compiled: bool = True) -> None:
+        """`compiled`: whether the model can be compiled as a whole; one whose experts are in several processes cannot."""
         self.config, self.tokenizer = config, tokenizer
         logits = NextTokenLogits(model, config)
-        self._logits = ms.jit(logits) if config.train.mode == "graph" else logits
+        self._logits = ms.jit(logits) if compiled and config.train.mode == "graph" else logits
 
     def stream(self, prompts: Sequence[str], domains: Sequence[int], sample: SampleConfig, seed: int) -> Iterator[list[str]]:
         """Yield for every step the new characters of each prompt's continuation ("" while a character is not complete).

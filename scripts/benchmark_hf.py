@@ -49,7 +49,9 @@ def parse_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     add_shape_flags(parser)
     parser.add_argument("--threads", type=count, default=2, help="torch threads")
     parser.add_argument("--layers", type=count, default=4, help="decoder layers, every one with experts")
-    parser.add_argument("--intermediate", type=count, default=688, help="SwiGLU width; 688 has nearly the parameters of a two-matrix MLP of 1,024")
+    parser.add_argument(
+        "--intermediate", type=count, default=688, help="SwiGLU width; 688 has nearly the parameters of a two-matrix MLP of 1,024"
+    )
     parser.add_argument("--experts", type=int, default=8, help="experts in each layer, top-1; 0 builds the dense twin, a Mistral")
     parser.add_argument("--implementation", default="grouped_mm", choices=["grouped_mm", "batched_mm", "eager"], help="how the experts run")
     return parser.parse_args(argv)

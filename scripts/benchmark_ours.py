@@ -35,7 +35,9 @@ def parse_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument("--router", default="switch", help="switch, locmoe or hash")
     parser.add_argument("--capacity", default="factor", choices=["factor", "dropless"], help="capacity policy")
     parser.add_argument("--capacity-factor", type=float, default=1.25, help="slots of an expert, as a multiple of tokens / experts")
-    parser.add_argument("--gate", type=gate_size, default=None, metavar="D,E", help="time GrAP and the dense gate at hidden size D with E experts, then end")
+    parser.add_argument(
+        "--gate", type=gate_size, default=None, metavar="D,E", help="time GrAP and the dense gate at hidden size D with E experts, then end"
+    )
     parser.add_argument("--gate-rounds", type=count, default=20, help="rounds of the gate timing")
     return parser.parse_args(argv)
 

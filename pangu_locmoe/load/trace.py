@@ -7,6 +7,8 @@ One `.npz` with `step` int64 [rows], `load` int32 [rows, layers, experts] (befor
 from __future__ import annotations
 
 import io
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +67,7 @@ def read_trace(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path) as archive:
             trace = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path}: not a load trace: {error}") from None
     if "step" not in trace or "load" not in trace or trace["load"].ndim != 3 or len(trace["load"]) != len(trace["step"]):
         raise DataError(f"{path}: not a load trace: needs step [rows] and load [rows, layers, experts]")

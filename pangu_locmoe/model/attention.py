@@ -38,6 +38,8 @@ class Attention(nn.Cell):
         self.w_key_value = Parameter(Tensor(normal([*seed, 1], (hidden_size, 2 * hidden_size), config.init_std)), name="w_key_value")
         out_std = config.init_std / np.sqrt(2 * config.num_layers)
         self.w_out = Parameter(Tensor(normal([*seed, 2], (hidden_size, hidden_size), float(out_std))), name="w_out")
+        # The primitive: the gradient of ops.matmul transposes its operands, 3% of a step.
+        self.matmul = ops.MatMul()
         self.attend = functional.Attention()
 
     def construct(self, query_BSD: Tensor, x_BSD: Tensor, mask_BHSS: Tensor) -> Tensor:
@@ -46,11 +48,11 @@ class Attention(nn.Cell):
         query_TD = ops.reshape(query_BSD, (batch * length, hidden_size))
         x_TD = ops.reshape(x_BSD, (batch * length, hidden_size))
         # Scaling Q is one pass over [T, D] instead of one over [B, H, S, S].
-        query_TD = ops.matmul(query_TD, ops.cast(self.w_query, x_TD.dtype)) * (self.head_size**-0.5)
-        key_TD, value_TD = ops.split(ops.matmul(x_TD, ops.cast(self.w_key_value, x_TD.dtype)), hidden_size, 1)
+        query_TD = self.matmul(query_TD, ops.cast(self.w_query, x_TD.dtype)) * (self.head_size**-0.5)
+        key_TD, value_TD = ops.split(self.matmul(x_TD, ops.cast(self.w_key_value, x_TD.dtype)), hidden_size, 1)
         query_BHSK = ops.transpose(ops.reshape(query_TD, heads), (0, 2, 1, 3))
         key_BHSK = ops.transpose(ops.reshape(key_TD, heads), (0, 2, 1, 3))
         value_BHSK = ops.transpose(ops.reshape(value_TD, heads), (0, 2, 1, 3))
         mixed_BHSK = self.attend(query_BHSK, key_BHSK, value_BHSK, mask_BHSS)
         mixed_TD = ops.reshape(ops.transpose(mixed_BHSK, (0, 2, 1, 3)), (batch * length, hidden_size))
-        return ops.reshape(ops.matmul(mixed_TD, ops.cast(self.w_out, x_TD.dtype)), (batch, length, hidden_size))
+        return ops.reshape(self.matmul(mixed_TD, ops.cast(self.w_out, x_TD.dtype)), (batch, length, hidden_size))

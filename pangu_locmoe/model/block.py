@@ -14,9 +14,11 @@ from pangu_locmoe.config import Config, ModelConfig
 from pangu_locmoe.model.attention import Attention
 from pangu_locmoe.model.functional import Gelu, LayerNorm
 from pangu_locmoe.model.init import normal
+from pangu_locmoe.moe.distributed import DistributedMoELayer
 from pangu_locmoe.moe.layer import MoELayer, MoEStats
 from pangu_locmoe.moe.routers.base import RouterContext
 from pangu_locmoe.noise import Noise, dropout
+from pangu_locmoe.parallel.exchange import Exchange
 
 
 class FeedForward(nn.Cell):
@@ -27,17 +29,17 @@ class FeedForward(nn.Cell):
         out_std = config.init_std / np.sqrt(2 * config.num_layers)
         self.w_in = Parameter(Tensor(normal([*seed, 3], (config.hidden_size, config.ffn_size), config.init_std)), name="w_in")
         self.w_out = Parameter(Tensor(normal([*seed, 4], (config.ffn_size, config.hidden_size), float(out_std))), name="w_out")
-        self.gelu = Gelu()
+        self.gelu, self.matmul = Gelu(), ops.MatMul()
 
     def construct(self, x_TD: Tensor) -> Tensor:
-        inner_TF = self.gelu(ops.matmul(x_TD, ops.cast(self.w_in, x_TD.dtype)))
-        return ops.matmul(inner_TF, ops.cast(self.w_out, x_TD.dtype))
+        inner_TF = self.gelu(self.matmul(x_TD, ops.cast(self.w_in, x_TD.dtype)))
+        return self.matmul(inner_TF, ops.cast(self.w_out, x_TD.dtype))
 
 
 class DecoderBlock(nn.Cell):
     """x = x + Attn(LN1(x)); x = x + FFN(LN2(x)). With a router context the feed-forward network is an MoE layer."""
 
-    def __init__(self, config: Config, index: int, context: Optional[RouterContext]) -> None:
+    def __init__(self, config: Config, index: int, context: Optional[RouterContext], exchange: Optional[Exchange] = None) -> None:
         super().__init__()
         seed = [config.train.seed, 0, index]
         self.rate, self.site = config.model.dropout, 2 * index + 1
@@ -46,27 +48,35 @@ class DecoderBlock(nn.Cell):
         self.norm2 = LayerNorm(config.model.hidden_size)
         self.sparse = context is not None
         if context is not None:
-            self.moe = MoELayer(config, context)
+            self.moe = MoELayer(config, context) if exchange is None else DistributedMoELayer(config, context, exchange)
         else:
             self.ffn = FeedForward(config.model, seed)
+
+    def recompute_activations(self) -> None:
+        """Recompute everything but the routing in the backward pass: MindSpore cannot recompute a cell that returns a dict."""
+        for part in (self.norm1, self.attention, self.norm2, self.moe.experts if self.sparse else self.ffn):
+            part.recompute()
 
     def construct(
         self, x_BSD: Tensor, mask_BHSS: Tensor, tokens_T: Tensor, domains_T: Tensor, noise: Noise, capacity: int, training: bool
     ) -> Tuple[Tensor, MoEStats]:
         """Returns x_BSD and the MoE layer's statistics, an empty dict from a dense block."""
-        shape = x_BSD.shape
-        normed_BSD = self.norm1(x_BSD)
-        x_BSD = x_BSD + self._drop(self.attention(normed_BSD, normed_BSD, mask_BHSS), noise, self.site, training)
-        normed_TD = ops.reshape(self.norm2(x_BSD), (-1, shape[2]))
+        x_BSD, normed_TD = self.attend(x_BSD, mask_BHSS, noise[0], noise[1], training)
         stats = {}
         if self.sparse:
             y_TD, stats = self.moe(normed_TD, tokens_T, domains_T, noise, capacity, training)
         else:
             y_TD = self.ffn(normed_TD)
-        return x_BSD + self._drop(ops.reshape(y_TD, shape), noise, self.site + 1, training), stats
+        return x_BSD + dropout_sequence(ops.reshape(y_TD, x_BSD.shape), self.rate, noise, self.site + 1, training), stats
 
-    def _drop(self, x_BSD: Tensor, noise: Noise, site: int, training: bool) -> Tensor:
-        return dropout_sequence(x_BSD, self.rate, noise, site, training)
+    def attend(
+        self, x_BSD: Tensor, mask_BHSS: Tensor, row_keys_T: Tensor, column_keys_D: Tensor, training: bool
+    ) -> Tuple[Tensor, Tensor]:
+        """The block's first half: x + Attn(LN1(x)) as x_BSD, and its LN2 as normed_TD."""
+        normed_BSD = self.norm1(x_BSD)
+        attended_BSD = self.attention(normed_BSD, normed_BSD, mask_BHSS)
+        x_BSD = x_BSD + dropout_sequence(attended_BSD, self.rate, (row_keys_T, column_keys_D), self.site, training)
+        return x_BSD, ops.reshape(self.norm2(x_BSD), (-1, x_BSD.shape[2]))
 
 
 class QueryLayer(nn.Cell):

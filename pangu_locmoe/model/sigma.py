@@ -20,6 +20,7 @@ from pangu_locmoe.model.init import normal
 from pangu_locmoe.moe.domains import allowed_experts
 from pangu_locmoe.moe.routers.base import RouterContext
 from pangu_locmoe.noise import Noise
+from pangu_locmoe.parallel.exchange import Exchange
 from pangu_locmoe.parallel.topology import Topology
 
 DTYPES = {"fp32": ms.float32, "fp16": ms.float16, "bf16": ms.bfloat16}
@@ -32,9 +33,18 @@ class PanguSigma(nn.Cell):
         config: every size comes from here.
         token_counts_KV: occurrences of each token in each domain's training text, int64 [K, V], which balance the hash
             router's table; None: all alike.
+        topology: where the experts are; None: in this process.
+        exchange: the way to experts in other processes; None: there are none. With it the model runs in PyNative, its
+            parts between the exchanges compiled by `compile_parts`.
     """
 
-    def __init__(self, config: Config, token_counts_KV: Optional[np.ndarray] = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        token_counts_KV: Optional[np.ndarray] = None,
+        topology: Optional[Topology] = None,
+        exchange: Optional[Exchange] = None,
+    ) -> None:
         super().__init__()
         model = config.model
         allowed_KE = allowed_experts(config)
@@ -49,13 +59,13 @@ class PanguSigma(nn.Cell):
         self.word_table = Parameter(Tensor(normal([seed, 4], (slots * model.vocab_size, model.hidden_size), model.init_std)), name="word_table")
         self.position_table = Parameter(Tensor(normal([seed, 5], (model.seq_length, model.hidden_size), model.init_std)), name="position_table")
         num_dense = model.num_layers - 1 - model.num_moe_layers
-        topology = Topology.from_config(config)
+        topology = topology or Topology.from_config(config)
         blocks = []
         for index in range(model.num_layers - 1):
             context = RouterContext(index - num_dense, allowed_KE, topology, token_counts_KV) if index >= num_dense else None
-            block = DecoderBlock(config, index, context)
+            block = DecoderBlock(config, index, context, exchange)
             if config.train.recompute:
-                block.recompute()
+                block.recompute_activations()
             blocks.append(block)
         self.blocks = nn.CellList(blocks)
         self.num_dense = num_dense
@@ -88,15 +98,8 @@ class PanguSigma(nn.Cell):
             weighted), load_LNE, dropped_LE, cosine_LT, weight_L (without MoE layers these four are absent), layer_sums (one
             number for each layer, finite exactly where its output is).
         """
-        batch, length = tokens_BS.shape
-        tokens_T = ops.reshape(tokens_BS, (batch * length,))
-        domains_T = ops.reshape(ops.broadcast_to(ops.expand_dims(domains_B, 1), (batch, length)), (batch * length,))
-        word_T = domains_T * self.vocab_size + tokens_T if self.per_domain else tokens_T
-        word_BSD = ops.reshape(ops.gather(self.word_table, word_T, 0), (batch, length, self.hidden_size))
-        x_BSD = ops.cast(word_BSD + ops.gather(self.position_table, positions_BS, 0), self.dtype)
-        x_BSD = dropout_sequence(x_BSD, self.rate, noise, 0, training)
-        mask_BHSS = attention_mask(segments_BS, self.causal_SS[:length, :length], self.num_heads)
-
+        # Keys come one by one here and below: a compiled part would take a tuple of tensors for a constant.
+        x_BSD, mask_BHSS, tokens_T, domains_T = self.embed(tokens_BS, positions_BS, segments_BS, domains_B, noise[0], noise[1], training)
         layer_stats = []
         layer_sums = []
         for index, block in enumerate(self.blocks):
@@ -105,11 +108,42 @@ class PanguSigma(nn.Cell):
             layer_sums.append(_checksum(x_BSD))
             if index >= self.num_dense:
                 layer_stats.append(stats)
-        x_BSD = self.query_layer(x_BSD, mask_BHSS, positions_BS, noise, training)
-        layer_sums.append(_checksum(x_BSD))
-        return self._logits(x_BSD, domains_B), _gather_stats(layer_stats, ops.stack(layer_sums))
+        logits_TV, last_sum = self.predict(x_BSD, mask_BHSS, positions_BS, domains_B, noise[0], noise[1], training)
+        layer_sums.append(last_sum)
+        return logits_TV, _gather_stats(layer_stats, ops.stack(layer_sums))
 
-    def _logits(self, x_BSD: Tensor, domains_B: Tensor) -> Tensor:
+    def embed(
+        self,
+        tokens_BS: Tensor,
+        positions_BS: Tensor,
+        segments_BS: Tensor,
+        domains_B: Tensor,
+        row_keys_T: Tensor,
+        column_keys_D: Tensor,
+        training: bool,
+    ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the blocks start from: x_BSD, mask_BHSS, tokens_T, domains_T."""
+        batch, length = tokens_BS.shape
+        tokens_T = ops.reshape(tokens_BS, (batch * length,))
+        domains_T = ops.reshape(ops.broadcast_to(ops.expand_dims(domains_B, 1), (batch, length)), (batch * length,))
+        word_T = domains_T * self.vocab_size + tokens_T if self.per_domain else tokens_T
+        word_BSD = ops.reshape(ops.gather(self.word_table, word_T, 0), (batch, length, self.hidden_size))
+        x_BSD = ops.cast(word_BSD + ops.gather(self.position_table, positions_BS, 0), self.dtype)
+        x_BSD = dropout_sequence(x_BSD, self.rate, (row_keys_T, column_keys_D), 0, training)
+        return x_BSD, attention_mask(segments_BS, self.causal_SS[:length, :length], self.num_heads), tokens_T, domains_T
+
+    def predict(
+        self,
+        x_BSD: Tensor,
+        mask_BHSS: Tensor,
+        positions_BS: Tensor,
+        domains_B: Tensor,
+        row_keys_T: Tensor,
+        column_keys_D: Tensor,
+        training: bool,
+    ) -> Tuple[Tensor, Tensor]:
+        """The query layer and the head: logits_TV in fp32, and the layer's sum."""
+        x_BSD = self.query_layer(x_BSD, mask_BHSS, positions_BS, (row_keys_T, column_keys_D), training)
         batch, length, hidden_size = x_BSD.shape
         table = ops.cast(self.word_table, x_BSD.dtype)
         if self.per_domain:
@@ -117,7 +151,18 @@ class PanguSigma(nn.Cell):
             logits = ops.reshape(self.batch_head(x_BSD, table_BVD), (batch * length, self.vocab_size))
         else:
             logits = self.head(ops.reshape(x_BSD, (batch * length, hidden_size)), table)
-        return ops.cast(logits, ms.float32)
+        return ops.cast(logits, ms.float32), _checksum(x_BSD)
+
+    def compile_parts(self) -> None:
+        """Compile what lies between the exchanges of a model that is not compiled as a whole."""
+        for part in ("embed", "predict"):
+            setattr(self, part, ms.jit(getattr(self, part)))
+        for block in self.blocks:
+            block.attend = ms.jit(block.attend)
+            if block.sparse:
+                block.moe.route = ms.jit(block.moe.route)
+            else:
+                block.ffn.construct = ms.jit(block.ffn.construct)
 
 
 def _checksum(x_BSD: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ class CapacityBounds:
 
     cosine: delta, the cosine from which on a token belongs to an expert.
     probability: p_delta, that a token uniform on the unit sphere belongs to one expert (Lemma 3).
-    exact, erfc, exponential: the theorem's three lower bounds, tightest first.
+    exact, erfc, exponential: the theorem's lower bound, its form for large d, and a weaker one than that.
     """
 
     cosine: float
@@ -35,8 +35,8 @@ class CapacityBounds:
 def capacity_bounds(hidden_size: int, num_experts: int, cosine: float) -> CapacityBounds:
     """LocMoE's theorem: ec_min >= 1 / (n p_delta), with p_delta = 1 - I_{delta^2}(1/2, (d-1)/2).
 
-    For large d, p_delta < erfc(sqrt(x)) < exp(-x) with x = delta^2 d / (2 - delta^2). With delta <= 0 every token
-    belongs to the expert and all forms are 1/n.
+    For large d, p_delta is close to erfc(sqrt(x)), and that is below exp(-x), with x = delta^2 d / (2 - delta^2). With
+    delta <= 0 every token belongs to the expert and all forms are 1/n.
 
     Args:
         hidden_size: d, at least 1.
@@ -66,7 +66,7 @@ def capacity_bounds(hidden_size: int, num_experts: int, cosine: float) -> Capaci
 
 def factor_capacity(factor: float, num_tokens: int, num_experts: int) -> int:
     """ceil(factor * tokens / experts), at least 1."""
-    # 1.1 * 160 / 16 is 11.000000000000002 in floating point, and 12 slots would be one too many.
+    # 1.1 * 200 / 20 is 11.000000000000002 in floating point, and 12 slots would be one too many.
     return max(1, math.ceil(factor * num_tokens / num_experts - 1e-9))
 
 

@@ -13,7 +13,7 @@ from mindspore import Tensor, nn, ops
 
 def dense_logits(x_TD: Tensor, w_ED: Tensor) -> Tensor:
     """G_i = w_i . x, fp32 [T, E]."""
-    return ops.matmul(x_TD, ops.transpose(w_ED, (1, 0)))
+    return ops.MatMul(transpose_b=True)(x_TD, w_ED)
 
 
 def dense_cosine(x_TD: Tensor, w_ED: Tensor, logits_TE: Tensor, expert_T: Tensor) -> Tensor:

@@ -5,8 +5,9 @@ Letters: T tokens, D hidden, E experts, N source nodes, G groups, C slots in a g
 
 from __future__ import annotations
 
-from typing import Dict, Tuple
+from typing import Dict, Optional, Tuple
 
+import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.common import dtype as mstype
 
@@ -27,16 +28,12 @@ class MoELayer(nn.Cell):
 
     def __init__(self, config: Config, context: RouterContext) -> None:
         super().__init__()
-        model, moe = config.model, config.moe
+        moe = config.moe
         self.num_experts = moe.num_experts
         self.num_nodes = context.topology.num_nodes
         self.by_affinity = moe.capacity.drop_order == "affinity" and ROUTERS[moe.router].has_gate
         self.router = ROUTERS[moe.router](config, context)
-        seed = [config.train.seed, 3, context.layer]
-        self.experts = Experts(
-            normal(seed, (moe.num_experts, model.hidden_size, model.ffn_size), model.init_std),
-            normal([*seed, 1], (moe.num_experts, model.ffn_size, model.hidden_size), model.init_std / (2 * model.num_layers) ** 0.5),
-        )
+        self.experts = Experts(*expert_weights(config, context.layer))
         self.unit_weight = False  # while inheriting: experts that are all alike then equal the dense network
         self.dispatch, self.combine = dispatch.Dispatch(), dispatch.Combine()
 
@@ -91,3 +88,17 @@ class MoELayer(nn.Cell):
         return y_TD, stats
 
 
+def expert_weights(config: Config, layer: int, experts: Optional[range] = None) -> Tuple[np.ndarray, np.ndarray]:
+    """Initial weights fp32 [E, D, F] and [E, F, D]: those of one expert depend on its global id only, not on who holds it.
+
+    Args:
+        config: the run.
+        layer: index among the MoE layers.
+        experts: only these; None: all.
+    """
+    model = config.model
+    out_std = model.init_std / (2 * model.num_layers) ** 0.5
+    seeds = [[config.train.seed, 3, layer, expert] for expert in experts or range(config.moe.num_experts)]
+    w_in_EDF = np.stack([normal([*seed, 0], (model.hidden_size, model.ffn_size), model.init_std) for seed in seeds])
+    w_out_EFD = np.stack([normal([*seed, 1], (model.ffn_size, model.hidden_size), out_std) for seed in seeds])
+    return w_in_EDF, w_out_EFD

@@ -56,8 +56,25 @@ def locality_loss(probs_TE: Tensor, log_local_NE: Tensor, has_experts_N: Tensor)
     return ops.reduce_sum(divergence_N * has_experts_N) / ops.maximum(ops.reduce_sum(has_experts_N), 1.0)
 
 
+def locality_loss_of_rank(mean_probs_E: Tensor, node_probs_E: Tensor, log_local_E: Tensor) -> Tensor:
+    """One node's KL(D_c || D_l) as one of the node's ranks sees it: D_c is the mean over all ranks of the node.
+
+    Its gradient with respect to this rank's own probabilities is that of the divergence; averaged over all ranks of the
+    world, losses and gradients are those of `locality_loss` on all tokens at once.
+
+    Args:
+        mean_probs_E: mean probabilities over this rank's tokens, fp32.
+        node_probs_E: mean over the ranks of the node, fp32; no gradient.
+        log_local_E: logarithm of the node's `local_distribution`, fp32.
+    """
+    log_ratio_E = ops.stop_gradient(ops.log(node_probs_E + 1e-20) - log_local_E)
+    slope = ops.reduce_sum((log_ratio_E + 1.0) * mean_probs_E)
+    value = ops.reduce_sum(node_probs_E * log_ratio_E)
+    return slope + ops.stop_gradient(value - slope)
+
+
 def z_loss(logits_TE: Tensor) -> Tensor:
     """Mean squared log-partition of the gate's logits (ST-MoE), which keeps them small. fp32 scalar."""
     peak_T1 = ops.stop_gradient(ops.ReduceMax(keep_dims=True)(logits_TE, 1))
-    log_partition_T1 = ops.log(ops.reduce_sum(ops.exp(logits_TE - peak_T1), 1, keep_dims=True)) + peak_T1
+    log_partition_T1 = ops.log(ops.ReduceSum(keep_dims=True)(ops.exp(logits_TE - peak_T1), 1)) + peak_T1
     return ops.reduce_sum(log_partition_T1 * log_partition_T1) * (1.0 / logits_TE.shape[0])

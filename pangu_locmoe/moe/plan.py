@@ -15,6 +15,7 @@ class RoutingPlan(TypedDict):
 
     expert_T: the expert of each token, int32.
     one_hot_TE: the same as ones and zeros, fp32; no gradient.
+    probs_TE: the router's probabilities, fp32; one_hot_TE for a router without any.
     weight_T: what the expert's output is multiplied by, fp32; carries the router's gradient.
     affinity_T: how well token and expert fit, fp32, higher first when an expert is full; no gradient.
     cosine_T: cosine of the angle between a token and its expert's gate, fp32; 0 for routers without a gate. No gradient.
@@ -23,6 +24,7 @@ class RoutingPlan(TypedDict):
 
     expert_T: Tensor
     one_hot_TE: Tensor
+    probs_TE: Tensor
     weight_T: Tensor
     affinity_T: Tensor
     cosine_T: Tensor

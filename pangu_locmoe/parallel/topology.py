@@ -1,6 +1,10 @@
-"""Which node holds which expert and reads which domain: pure data, no communication.
+"""Which rank is in which node, holds which experts and works with whom: pure data, no communication.
 
-Letters: N nodes, E experts, K domains.
+Ranks are numbered node by node. The experts of a layer are dealt to `expert_parallel` consecutive ranks, an
+expert-parallel group; every such group holds all experts once, and ranks at the same place of different groups hold the
+same ones.
+
+Letters: N nodes, R ranks, E experts, K domains.
 """
 
 from __future__ import annotations
@@ -15,31 +19,90 @@ from pangu_locmoe.errors import TopologyError
 
 @dataclass(frozen=True)
 class Topology:
-    """Nodes and the experts they hold.
+    """Ranks, nodes and experts.
 
     Args:
-        num_nodes: N.
-        node_of_expert: for each of the E experts its node, int.
+        num_ranks: R, processes of the job (or nodes that one process emulates).
+        ranks_per_node: ranks in each node.
+        expert_parallel: ranks that share the experts of a layer.
+        num_experts: E.
+
+    Raises:
+        TopologyError: the numbers do not divide each other.
     """
 
-    num_nodes: int
-    node_of_expert: tuple[int, ...]
+    num_ranks: int
+    ranks_per_node: int
+    expert_parallel: int
+    num_experts: int
+
+    def __post_init__(self) -> None:
+        for name, value, divisor_name, divisor in (
+            ("ranks", self.num_ranks, "parallel.ranks_per_node", self.ranks_per_node),
+            ("ranks", self.num_ranks, "parallel.expert_parallel", self.expert_parallel),
+            ("moe.num_experts", self.num_experts, "parallel.expert_parallel", self.expert_parallel),
+        ):
+            if value % divisor:
+                raise TopologyError(f"{name} ({value}) must be divisible by {divisor_name} ({divisor})")
 
     @classmethod
-    def contiguous(cls, num_nodes: int, num_experts: int) -> Topology:
-        """Experts in equal contiguous blocks. Raises TopologyError where they do not divide."""
-        if num_experts % num_nodes:
-            raise TopologyError(f"{num_experts} experts cannot be dealt equally to {num_nodes} nodes")
-        return cls(num_nodes, tuple(expert * num_nodes // num_experts for expert in range(num_experts)))
+    def emulated(cls, num_nodes: int, num_experts: int) -> Topology:
+        """One process that stands for `num_nodes` nodes of one rank each."""
+        return cls(num_nodes, 1, num_nodes, num_experts)
 
     @classmethod
-    def from_config(cls, config: Config) -> Topology:
-        return cls.contiguous(config.parallel.emulated_nodes, config.moe.num_experts)
+    def from_config(cls, config: Config, num_ranks: int = 1) -> Topology:
+        """The topology of a job of `num_ranks` processes; one process emulates parallel.emulated_nodes nodes.
+
+        A dense model has it too: its nodes then read the same domains as those of the sparse models it is compared with.
+        """
+        parallel, num_experts = config.parallel, config.moe.num_experts
+        if num_ranks == 1:
+            if parallel.expert_parallel > 1:
+                raise TopologyError(f"parallel.expert_parallel = {parallel.expert_parallel}: there is 1 process; start more with scripts/train_cpu_cluster.sh")
+            if config.data.sharding == "domain" and parallel.emulated_nodes == 1:
+                raise TopologyError("data.sharding = 'domain': one process is one node; set parallel.emulated_nodes, or start more processes")
+            return cls.emulated(parallel.emulated_nodes, num_experts)
+        if parallel.emulated_nodes > 1:
+            raise TopologyError(f"parallel.emulated_nodes = {parallel.emulated_nodes}: {num_ranks} processes have nodes of their own; set parallel.ranks_per_node")
+        if config.train.batch_size % (num_ranks * config.train.accumulation_steps):
+            raise TopologyError(
+                f"train.batch_size ({config.train.batch_size}) must be divisible by ranks ({num_ranks}) times train.accumulation_steps ({config.train.accumulation_steps})"
+            )
+        return cls(num_ranks, parallel.ranks_per_node or num_ranks, parallel.expert_parallel, num_experts)
+
+    @property
+    def num_nodes(self) -> int:
+        return self.num_ranks // self.ranks_per_node
+
+    @property
+    def experts_per_rank(self) -> int:
+        return self.num_experts // self.expert_parallel
+
+    def node_of_rank(self, rank: int) -> int:
+        return rank // self.ranks_per_node
+
+    def expert_group(self, rank: int) -> tuple[int, ...]:
+        """The ranks with which this one shares the experts, itself among them."""
+        first = rank - rank % self.expert_parallel
+        return tuple(range(first, first + self.expert_parallel))
+
+    def expert_replicas(self, rank: int) -> tuple[int, ...]:
+        """The ranks that hold the same experts as this one, itself among them."""
+        return tuple(range(rank % self.expert_parallel, self.num_ranks, self.expert_parallel))
+
+    def experts_of_rank(self, rank: int) -> range:
+        """The contiguous block of experts a rank holds."""
+        first = rank % self.expert_parallel * self.experts_per_rank
+        return range(first, first + self.experts_per_rank)
 
     @property
     def local_NE(self) -> np.ndarray:
-        """True where the node holds the expert, bool [N, E]."""
-        return np.arange(self.num_nodes)[:, None] == np.asarray(self.node_of_expert)[None, :]
+        """True where a rank of the node holds the expert, bool [N, E]."""
+        held_NE = np.zeros((self.num_nodes, self.num_experts), dtype=bool)
+        for rank in range(self.num_ranks):
+            held_NE[self.node_of_rank(rank), list(self.experts_of_rank(rank))] = True
+        return held_NE
 
     def home_nodes(self, allowed_KE: np.ndarray) -> tuple[int, ...]:
         """For each domain the node that should read it.

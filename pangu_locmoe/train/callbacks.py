@@ -132,10 +132,11 @@ class MeasureCapacity:
             return None
         num_tokens = self._config.micro_batch * model.seq_length
         upper = min(num_tokens, factor_capacity(moe.capacity.factor, num_tokens, moe.num_experts))
-        layers = []
+        layers, capacities = [], []
         for index, cosines_T in enumerate(result.cosine_LT):
             delta = cosine_statistic(np.clip(cosines_T, -1, 1), moe.capacity.statistic)
             bounds = capacity_bounds(model.hidden_size, moe.num_experts, delta)
+            capacities.append(bound_capacity(bounds, upper))
             layers.append(
                 {
                     "layer": model.num_layers - 1 - model.num_moe_layers + index,
@@ -143,7 +144,7 @@ class MeasureCapacity:
                     "exact": bounds.exact,
                     "erfc": bounds.erfc,
                     "exponential": bounds.exponential,
-                    "capacity": bound_capacity(bounds, upper),
+                    "capacity": capacities[-1],
                 }
             )
-        return tuple(layer["capacity"] for layer in layers), {"step": step, "event": "capacity", "layers": layers}
+        return tuple(capacities), {"step": step, "event": "capacity", "layers": layers}

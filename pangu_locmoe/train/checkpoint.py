@@ -1,6 +1,7 @@
 """Checkpoints: one folder each, whole or not there.
 
     model.safetensors       weights, experts by their global id: blocks.3.moe.experts.5.w_in
+    model-rankR.safetensors, optimizer-rankR.safetensors   the experts of rank R, where a job of several ranks wrote it
     optimizer.safetensors   Adam's moments by weight: adam_m.NAME, adam_v.NAME (absent from inherited and extracted models)
     state.json              step, data position, loss scale, capacities, best validation loss
     config.yaml, tokenizer.json, prepared.json   what it takes to evaluate and to generate
@@ -11,9 +12,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
-from typing import Any, Iterable, Mapping, Optional
+from typing import Any, Iterable, Iterator, Mapping, Optional
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn
@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 
 from pangu_locmoe.config import Config, load_config
 from pangu_locmoe.errors import CheckpointError
+from pangu_locmoe.parallel.world import World
 
 _EXPERTS = ".experts."
 
@@ -33,40 +34,69 @@ def save_checkpoint(
     model: nn.Cell,
     optimizer: Optional[nn.Cell] = None,
     state: Optional[Mapping[str, Any]] = None,
+    world: Optional[World] = None,
 ) -> None:
-    """Write beside, fsync, rename. Raises CheckpointError when it cannot be written; an older one stays as it was."""
-    temporary = None
+    """Write beside, fsync, rename. Raises CheckpointError when it cannot be written; an older one stays as it was.
+
+    In a job every rank of the first expert-parallel group writes its own experts, and rank 0 everything else, to a folder
+    that all ranks see.
+    """
+    world = world or World.of(config)
+    rank, shards = world.communicator.rank, world.topology.expert_parallel if world.exchange is not None else 1
+    temporary = folder.parent / f".{folder.name}"
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        save_file(named_arrays(model.get_parameters()), temporary / "model.safetensors")
-        if optimizer is not None:
-            save_file(named_arrays(optimizer.get_parameters()), temporary / "optimizer.safetensors")
-        (temporary / "state.json").write_text(json.dumps(dict(state or {"step": 0})), encoding="utf-8")
-        (temporary / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-        if tokenizer_file is not None:
-            shutil.copyfile(tokenizer_file, temporary / "tokenizer.json")
-        for file in temporary.iterdir():
-            _sync(file)
-        temporary.chmod(0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-        _sync(folder.parent)
-    except (OSError, SafetensorError) as error:
-        if temporary is not None:
+        if rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        world.communicator.barrier()
+        if rank < shards:
+            for name, cell in (("model", model), ("optimizer", optimizer)):
+                if cell is not None:
+                    own = [p for p in cell.get_parameters() if rank == 0 or _EXPERTS in p.name]
+                    file = temporary / shard_name(name, rank)
+                    save_file(named_arrays(own, world.held_experts.start if world.held_experts else 0), file)
+                    _sync(file)
+        if rank == 0:
+            contents = {"state.json": json.dumps({"step": 0, **(state or {}), "shards": shards}), "config.yaml": config.to_yaml()}
+            if tokenizer_file is not None:
+                contents["tokenizer.json"] = tokenizer_file.read_text(encoding="utf-8")
+            for name, text in contents.items():
+                (temporary / name).write_text(text, encoding="utf-8")
+                _sync(temporary / name)
+        world.communicator.barrier()
+        if rank == 0:
+            if folder.exists():
+                shutil.rmtree(folder)
+            temporary.rename(folder)
+            _sync(folder.parent)
+        world.communicator.barrier()
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"checkpoint {folder} cannot be written: {error}") from None
 
 
-def load_weights(folder: Path, model: nn.Cell) -> None:
-    """Load a checkpoint's weights into a model. Raises CheckpointError if it is damaged or of another model."""
-    _load(folder / "model.safetensors", model.get_parameters())
+def shard_name(name: str, rank: int) -> str:
+    """The file of one rank's part: model.safetensors, model-rank1.safetensors, ..."""
+    return f"{name}.safetensors" if rank == 0 else f"{name}-rank{rank}.safetensors"
 
 
-def load_optimizer(folder: Path, optimizer: nn.Cell) -> None:
-    """Load Adam's moments. Raises CheckpointError as `load_weights`."""
-    _load(folder / "optimizer.safetensors", optimizer.get_parameters())
+def load_weights(folder: Path, model: nn.Cell, held: Optional[range] = None) -> None:
+    """Load a checkpoint's weights into a model, whatever number of ranks wrote it.
+
+    Args:
+        folder: the checkpoint.
+        model: all of a model, or one rank's part.
+        held: the experts in that part; None: all.
+
+    Raises:
+        CheckpointError: it is damaged, lacks a rank's file, or is of another model.
+    """
+    _load(folder, "model", model.get_parameters(), held)
+
+
+def load_optimizer(folder: Path, optimizer: nn.Cell, held: Optional[range] = None) -> None:
+    """Load Adam's moments; as `load_weights`."""
+    _load(folder, "optimizer", optimizer.get_parameters(), held)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -94,7 +124,7 @@ def read_arrays(file: Path) -> dict[str, np.ndarray]:
     """All arrays of a safetensors file. Raises CheckpointError if it is missing or truncated."""
     try:
         with safe_open(file, framework="numpy") as archive:
-            return {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118: not a mapping
+            return {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118 (not a mapping)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file} is missing or damaged: {error}") from None
 
@@ -128,36 +158,38 @@ def find_checkpoint(path: Path) -> Path:
     return folder
 
 
-def remove_old(run_dir: Path, keep: int, best_step: Optional[int]) -> None:
-    """Keep the newest `keep` and the best."""
-    for folder in step_folders(run_dir)[:-keep]:
-        if int(folder.name.split("-")[1]) != best_step:
-            shutil.rmtree(folder)
+def remove_old(run_dir: Path, step: int, keep: int, best_step: Optional[int]) -> None:
+    """Keep the newest `keep` up to `step` and the best. Later ones, which a resumed run passed over as damaged, do not count."""
+    folders = {int(folder.name.split("-")[1]): folder for folder in step_folders(run_dir)}
+    for old in [number for number in folders if number <= step][:-keep]:
+        if old != best_step:
+            shutil.rmtree(folders[old])
 
 
-def named_arrays(parameters: Iterable[Parameter]) -> dict[str, np.ndarray]:
+def named_arrays(parameters: Iterable[Parameter], first_expert: int = 0) -> dict[str, np.ndarray]:
     """Arrays by checkpoint name: an experts' parameter [E, ...] becomes E entries by global expert id."""
     arrays: dict[str, np.ndarray] = {}
     for parameter in parameters:
         value = parameter.asnumpy()
         if _EXPERTS in parameter.name:
-            arrays.update((_expert_name(parameter.name, expert), value[expert]) for expert in range(len(value)))
+            arrays.update((_expert_name(parameter.name, first_expert + place), value[place]) for place in range(len(value)))
         else:
             arrays[parameter.name] = value
     return arrays
 
 
-def set_parameters(parameters: Iterable[Parameter], arrays: Mapping[str, np.ndarray], origin: str) -> None:
+def set_parameters(parameters: Iterable[Parameter], arrays: Mapping[str, np.ndarray], origin: str, first_expert: int = 0) -> None:
     """The inverse of `named_arrays`. Raises CheckpointError naming the first weight that is missing, left over or of another shape."""
     left = set(arrays)
     for parameter in parameters:
         names = [parameter.name]
         if _EXPERTS in parameter.name:
-            names = [_expert_name(parameter.name, expert) for expert in range(parameter.shape[0])]
+            names = [_expert_name(parameter.name, first_expert + place) for place in range(parameter.shape[0])]
         missing = [name for name in names if name not in arrays]
         if missing:
             raise CheckpointError(f"{origin} is of another model: it has no {missing[0]}")
-        value = np.stack([arrays[name] for name in names]) if _EXPERTS in parameter.name else arrays[parameter.name]
+        values = [arrays[name] for name in names]
+        value = np.stack(values) if _EXPERTS in parameter.name else values[0]
         if value.shape != parameter.shape:
             raise CheckpointError(f"{origin} is of another model: {names[0]} gives {parameter.name} the shape {list(value.shape)}, not {list(parameter.shape)}")
         parameter.set_data(Tensor(value))
@@ -166,8 +198,44 @@ def set_parameters(parameters: Iterable[Parameter], arrays: Mapping[str, np.ndar
         raise CheckpointError(f"{origin} is of another model: {min(left)} has no place in this one")
 
 
-def _load(file: Path, parameters: Iterable[Parameter]) -> None:
-    set_parameters(parameters, read_arrays(file), str(file))
+class _Shards(Mapping[str, np.ndarray]):
+    """The arrays of a checkpoint by name, each read when it is asked for: a rank reads its share and no more.
+
+    Args:
+        folder: the checkpoint.
+        name: "model" or "optimizer".
+        held: list only these experts; None: all.
+    """
+
+    def __init__(self, folder: Path, name: str, held: Optional[range]) -> None:
+        self._files: dict[str, Path] = {}
+        for rank in range(int(read_state(folder).get("shards", 1))):
+            file = folder / shard_name(name, rank)
+            for key in _keys(file):
+                if held is None or _EXPERTS not in key or int(key.split(_EXPERTS)[1].split(".")[0]) in held:
+                    self._files[key] = file
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        with safe_open(self._files[key], framework="numpy") as archive:
+            return np.asarray(archive.get_tensor(key))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def _keys(file: Path) -> list[str]:
+    try:
+        with safe_open(file, framework="numpy") as archive:
+            return list(archive.keys())
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} is missing or damaged: {error}") from None
+
+
+def _load(folder: Path, name: str, parameters: Iterable[Parameter], held: Optional[range]) -> None:
+    set_parameters(parameters, _Shards(folder, name, held), str(folder / shard_name(name, 0)), held.start if held else 0)
 
 
 def _expert_name(name: str, expert: int) -> str:

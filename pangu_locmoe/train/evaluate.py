@@ -8,7 +8,7 @@ Letters: B batch, S sequence, T = B*S tokens, V vocabulary.
 from __future__ import annotations
 
 import math
-from typing import Any, Dict
+from typing import Any, Dict, Optional
 
 import mindspore as ms
 import numpy as np
@@ -20,6 +20,7 @@ from pangu_locmoe.data.prepared import Prepared
 from pangu_locmoe.model import functional
 from pangu_locmoe.model.sigma import PanguSigma
 from pangu_locmoe.moe.capacity import DROPLESS
+from pangu_locmoe.parallel.communicator import Communicator, SingleProcess
 
 
 class TokenLosses(nn.Cell):
@@ -39,12 +40,16 @@ class TokenLosses(nn.Cell):
 
 
 class Evaluator:
-    """Evaluates a model on the first validation sequences of each domain; compiles once."""
+    """Evaluates a model on the first validation sequences of each domain; compiles once.
 
-    def __init__(self, model: PanguSigma, config: Config, prepared: Prepared) -> None:
+    The ranks of a job share every batch.
+    """
+
+    def __init__(self, model: PanguSigma, config: Config, prepared: Prepared, communicator: Optional[Communicator] = None) -> None:
+        self.communicator = communicator or SingleProcess()
         self.config, self.prepared = config, prepared
         losses = TokenLosses(model, config)
-        self._losses = ms.jit(losses) if config.train.mode == "graph" else losses
+        self._losses = ms.jit(losses) if config.train.mode == "graph" and self.communicator.size == 1 else losses
         self._token_bytes_V = np.zeros(config.model.vocab_size, np.int64)
         self._token_bytes_V[: len(prepared.tokenizer.token_bytes)] = prepared.tokenizer.token_bytes
 
@@ -60,10 +65,14 @@ class Evaluator:
         nats: Dict[str, float] = {}
         bits: Dict[str, float] = {}
         totals = {domain: [0.0, 0, 0] for domain in self.prepared.domains}
-        size = evaluation.batch_size or self.config.micro_batch
+        ranks = self.communicator.size
+        # Every rank takes an equal share of a batch.
+        size = -(-(evaluation.batch_size or self.config.micro_batch) // ranks) * ranks
         for domain, batch in validation_batches(self.prepared, sequences or evaluation.sequences, size, self.config.data.reset_at_document_end):
             arrays = (batch.tokens_BS, batch.targets_BS, batch.positions_BS, batch.segments_BS, batch.domains_B)
-            losses_BS = self._losses(*map(Tensor, arrays)).asnumpy().reshape(batch.tokens_BS.shape)[batch.valid_B]
+            share = slice(self.communicator.rank * size // ranks, (self.communicator.rank + 1) * size // ranks)
+            losses = self.communicator.all_gather(self._losses(*(Tensor(array[share]) for array in arrays)))
+            losses_BS = losses.asnumpy().reshape(batch.tokens_BS.shape)[batch.valid_B]
             total = totals[self.prepared.domains[domain]]
             total[0] += float(losses_BS.sum(dtype=np.float64))
             total[1] += losses_BS.size

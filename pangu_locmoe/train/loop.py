@@ -6,11 +6,14 @@ import math
 import shutil
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, NoReturn, Optional
 
+import mindspore as ms
 import numpy as np
+from mindspore import Tensor
 
 from pangu_locmoe.config import Config
 from pangu_locmoe.data.loader import BatchLoader
@@ -21,6 +24,7 @@ from pangu_locmoe.model.sigma import PanguSigma
 from pangu_locmoe.moe.capacity import initial_capacity
 from pangu_locmoe.moe.domains import allowed_experts
 from pangu_locmoe.parallel.topology import Topology
+from pangu_locmoe.parallel.world import World
 from pangu_locmoe.train import callbacks as jobs
 from pangu_locmoe.train.checkpoint import (
     check_tokenizer,
@@ -32,6 +36,7 @@ from pangu_locmoe.train.checkpoint import (
     remove_old,
     save_checkpoint,
 )
+from pangu_locmoe.train.distributed import DistributedStepper
 from pangu_locmoe.train.evaluate import Evaluator
 from pangu_locmoe.train.metrics import training_row
 from pangu_locmoe.train.schedule import learning_rate
@@ -46,21 +51,31 @@ class Trainer:
         prepared: its data.
         run_dir: where everything is written.
         init_from: a checkpoint whose weights the run starts from (an inherited model, for example); None: random weights.
+        world: this process's place in the job; None: a single process.
     """
 
-    def __init__(self, config: Config, prepared: Prepared, run_dir: Path, init_from: Optional[Path] = None) -> None:
+    def __init__(
+        self, config: Config, prepared: Prepared, run_dir: Path, init_from: Optional[Path] = None, world: Optional[World] = None
+    ) -> None:
         self.config, self.prepared, self.run_dir = config, prepared, run_dir
-        self.topology = Topology.from_config(config)
-        self.model = PanguSigma(config, prepared.token_counts)
+        self.world = world or World.of(config)
+        self.topology = self.world.topology
+        self.model = PanguSigma(config, prepared.token_counts, self.topology, self.world.exchange)
         if init_from is not None:
             folder = find_checkpoint(init_from)
             check_tokenizer(folder, prepared.path / "tokenizer.json")
-            load_weights(folder, self.model)
-        num_tokens = config.micro_batch * config.model.seq_length
+            load_weights(folder, self.model, self.world.held_experts)
+        num_tokens = config.micro_batch * config.model.seq_length * self.topology.expert_parallel // self.topology.num_ranks
         capacity = initial_capacity(config.moe.capacity, num_tokens, config.moe.num_experts)
-        self.stepper = Stepper(self.model, config, (capacity,) * config.model.num_moe_layers)
+        capacities = (capacity,) * config.model.num_moe_layers
+        if self.world.exchange is not None:
+            if config.train.mode == "graph":
+                self.model.compile_parts()
+            self.stepper: Stepper = DistributedStepper(self.model, config, capacities, self.topology, self.world.exchange)
+        else:
+            self.stepper = Stepper(self.model, config, capacities)
         self.loader = BatchLoader(prepared, _sampler(config, prepared, self.topology), config.data.reset_at_document_end)
-        self.evaluator = Evaluator(self.model, config, prepared)
+        self.evaluator = Evaluator(self.model, config, prepared, self.world.communicator)
         self.measure_capacity = jobs.MeasureCapacity(config)
         self.step = 0
         self.best: Optional[Dict[str, float]] = None
@@ -70,14 +85,15 @@ class Trainer:
 
     def resume(self) -> bool:
         """Continue from the newest whole checkpoint; False where there is none, and the run starts at step 0."""
-        for leftover in (self.run_dir / "checkpoints").glob(".step-*"):
-            shutil.rmtree(leftover)  # a checkpoint that a kill interrupted
+        if self.world.is_first:
+            for leftover in (self.run_dir / "checkpoints").glob(".step-*"):
+                shutil.rmtree(leftover)  # a checkpoint that a kill interrupted
         folder = latest_whole_checkpoint(self.run_dir)
         if folder is None:
             return False
         state = read_state(folder)
-        load_weights(folder, self.model)
-        load_optimizer(folder, self.stepper.optimizer)
+        load_weights(folder, self.model, self.world.held_experts)
+        load_optimizer(folder, self.stepper.optimizer, self.world.held_experts)
         self.loader.load_state_dict(state["data"])
         self.step, self.best = state["step"], state["best"]
         if self.stepper.loss_scale is not None:
@@ -89,13 +105,13 @@ class Trainer:
         """Train to the last step. Returns None, or the name of the signal that stopped the run after a saved step.
 
         Raises:
-            DivergenceError: the loss or the gradient is not finite.
-            CheckpointError: a checkpoint cannot be written.
+            DivergenceError: a loss or the gradient is not finite.
+            CheckpointError: a checkpoint or another file of the run cannot be written.
         """
-        self._callbacks = self._make_callbacks(progress)
         handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            while self.step < self.config.train.steps and self._signal is None:
+            self._callbacks = self._make_callbacks(progress)
+            while self.step < self.config.train.steps and not self._stopping():
                 self._advance()
             if self._signal is not None:
                 self._save()
@@ -103,11 +119,20 @@ class Trainer:
             if not self.final:  # resumed after the last step
                 self.final = {"step": self.step, **self.evaluator()}
             return None
+        except OSError as error:
+            raise CheckpointError(f"{self.run_dir} cannot be written: {error}") from None
         finally:
             for callback in self._callbacks:
-                callback.close()
+                with suppress(OSError):  # a full disk was reported above
+                    callback.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+
+    def _stopping(self) -> bool:
+        """Whether any rank got a signal; all ranks agree."""
+        signals = self.world.communicator.all_gather(Tensor([self._signal or 0], ms.int32)).asnumpy()
+        self._signal = int(signals.max()) or None
+        return self._signal is not None
 
     def _advance(self) -> None:
         config, started = self.config, time.perf_counter()
@@ -135,6 +160,8 @@ class Trainer:
 
     def _evaluate(self) -> None:
         self.final = {"step": self.step, **self.evaluator()}
+        if not math.isfinite(self.final["validation_loss"]):
+            self._diverged(f"validation loss {self.final['validation_loss']}")
         if self.best is None or self.final["validation_loss"] < self.best["validation_loss"]:
             self.best = {"step": self.step, "validation_loss": self.final["validation_loss"]}
         self._tell(self.final)
@@ -144,11 +171,8 @@ class Trainer:
             callback.on_row(row)
 
     def _save(self) -> None:
-        try:
-            for callback in self._callbacks:
-                callback.on_checkpoint(self.step)
-        except OSError as error:
-            raise CheckpointError(f"{self.run_dir} cannot be written: {error}") from None
+        for callback in self._callbacks:
+            callback.on_checkpoint(self.step)
         scale = self.stepper.loss_scale
         state = {
             "step": self.step,
@@ -158,21 +182,25 @@ class Trainer:
             "loss_scale": [scale.value, scale.good_steps] if scale is not None else None,
         }
         folder = self.run_dir / "checkpoints" / f"step-{self.step:08d}"
-        save_checkpoint(folder, self.config, self.prepared.path / "tokenizer.json", self.model, self.stepper.optimizer, state)
-        remove_old(self.run_dir, self.config.checkpoint.keep, int(self.best["step"]) if self.best else None)
+        tokenizer_file = self.prepared.path / "tokenizer.json"
+        save_checkpoint(folder, self.config, tokenizer_file, self.model, self.stepper.optimizer, state, self.world)
+        if self.world.is_first:
+            remove_old(self.run_dir, self.step, self.config.checkpoint.keep, int(self.best["step"]) if self.best else None)
 
     def _check_finite(self, result: StepResult) -> None:
         if math.isfinite(result.losses["loss"]) and (math.isfinite(result.grad_norm) or result.skipped):
             return
         broken = np.flatnonzero(~np.isfinite(result.layer_sums))
         where = f"first in layer {broken[0]}" if len(broken) else "first in the loss" if math.isfinite(result.grad_norm) else "first in the gradient"
+        self._diverged(f"loss {result.losses['loss']}, gradient norm {result.grad_norm}, {where}")
+
+    def _diverged(self, what: str) -> NoReturn:
         folder = latest_whole_checkpoint(self.run_dir)
-        raise DivergenceError(
-            f"step {self.step}: loss {result.losses['loss']}, gradient norm {result.grad_norm}, {where}; "
-            f"last good checkpoint: {folder or 'none yet'}; try a lower train.learning_rate"
-        )
+        raise DivergenceError(f"step {self.step}: {what}; last good checkpoint: {folder or 'none yet'}; try a lower train.learning_rate")
 
     def _make_callbacks(self, progress: bool) -> List[jobs.Callback]:
+        if not self.world.is_first:
+            return []
         every, last = self.config.train.log_every, self.step
         made: List[jobs.Callback] = [
             jobs.WriteMetrics(self.run_dir / "metrics.jsonl", every, last),

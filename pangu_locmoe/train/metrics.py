@@ -19,12 +19,13 @@ def training_row(
     """One training row; what has no meaning in this run is null.
 
     delta is the configured statistic of the cosines between tokens and the gates of their experts, over all MoE layers;
-    local_fraction the share of tokens whose expert is in the node they come from.
+    local_fraction the share of tokens whose expert is in the node they come from. In a job of several processes also what all
+    ranks sent each other inside nodes and between them (payload), and the seconds of the slowest rank in the exchange.
     """
     load_LE = result.load_LNE.sum(axis=1)
     routed = int(load_LE.sum())
     gated = bool(result.cosine_LT.any())
-    return {
+    row = {
         "step": step,
         **result.losses,
         "learning_rate": learning_rate,
@@ -37,6 +38,15 @@ def training_row(
         "local_fraction": topology.local_fraction(result.load_LNE) if routed and topology.num_nodes > 1 else None,
         "delta": cosine_statistic(result.cosine_LT, config.moe.capacity.statistic) if gated else None,
     }
+    if result.traffic is not None:
+        row.update(
+            intra_node_bytes=result.traffic.intra_node_bytes,
+            inter_node_bytes=result.traffic.inter_node_bytes,
+            intra_node_messages=result.traffic.intra_node_messages,
+            inter_node_messages=result.traffic.inter_node_messages,
+            exchange_seconds=result.traffic.seconds,
+        )
+    return row
 
 
 class MetricsFile:

@@ -18,16 +18,25 @@ from pangu_locmoe.errors import CheckpointError, ConfigError
 from pangu_locmoe.files import write_atomic
 from pangu_locmoe.generate import Generator
 from pangu_locmoe.model.size import num_active_params, num_params
+from pangu_locmoe.parallel.communicator import Communicator
+from pangu_locmoe.parallel.world import World
 from pangu_locmoe.report.page import build_report
 from pangu_locmoe.train.evaluate import format_evaluation
 from pangu_locmoe.train.loop import Trainer
 
-# What may differ between a run and its resumption: it changes what is written or when it ends, not what is learned.
-_FREE_KEYS = ("evaluation", "checkpoint", "trace", "sample", "train.log_every", "data.prepared_dir")
+# What may differ between a run and its resumption: where things are computed and what is written, not what is learned.
+_FREE_KEYS = ("parallel", "evaluation", "checkpoint", "trace", "sample", "train.log_every", "data.prepared_dir")
 
 
-def train(config: Config, run_dir: Path, resume: bool = False, init_from: Optional[Path] = None, progress: bool = True) -> Optional[str]:
-    """Train, evaluate, sample, report; everything goes to `run_dir`.
+def train(
+    config: Config,
+    run_dir: Path,
+    resume: bool = False,
+    init_from: Optional[Path] = None,
+    progress: bool = True,
+    communicator: Optional[Communicator] = None,
+) -> Optional[str]:
+    """Train, evaluate, sample, report; everything goes to `run_dir`. In a job of several processes all call this; rank 0 writes.
 
     Returns:
         None, or the name of the signal that stopped the run (its state is saved).
@@ -36,24 +45,38 @@ def train(config: Config, run_dir: Path, resume: bool = False, init_from: Option
         LocMoEError: anything a user can act on.
     """
     _check_device(config)
-    _open_run_dir(config, run_dir, resume)
+    _check_run_dir(config, run_dir, resume)
     started = time.perf_counter()
+    world = World.of(config, communicator)
+    say = print if world.is_first else _say_nothing
+    if not world.is_first:
+        world.communicator.barrier()  # rank 0 prepares, the others find it prepared
     prepared = prepare(config, progress)
-    print(prepared.summary())
-    trainer = Trainer(config, prepared, run_dir, init_from)
+    if world.is_first:
+        world.communicator.barrier()
+    say(prepared.summary())
+    trainer = Trainer(config, prepared, run_dir, init_from, world)
+    if world.is_first:
+        _write(run_dir / "config.yaml", config.to_yaml())  # only now: a run that cannot begin leaves no directory behind
     if resume and trainer.resume():
-        print(f"resuming after step {trainer.step}")
-    print(f"{num_params(config):,} parameters, {num_active_params(config):,} active for one token; {config.moe.router} router; run directory {run_dir}")
+        say(f"resuming after step {trainer.step}")
+    say(f"{num_params(config):,} parameters, {num_active_params(config):,} active for one token; {config.moe.router} router; run directory {run_dir}")
     stopped_by = trainer.run(progress)
     if stopped_by is not None:
-        print(f"stopped by {stopped_by} after step {trainer.step}, state saved; continue with --resume auto --run-dir {run_dir}")
+        say(f"stopped by {stopped_by} after step {trainer.step}, state saved; continue with --resume auto --run-dir {run_dir}")
         return stopped_by
     summary = _summarise(trainer, time.perf_counter() - started)
-    write_atomic(run_dir / "summary.json", json.dumps(summary, ensure_ascii=False, indent=1).encode("utf-8"))
+    if not world.is_first:
+        return None
+    _write(run_dir / "summary.json", json.dumps(summary, ensure_ascii=False, indent=1))
     report = build_report([run_dir], run_dir / "report.html")
     _print_summary(summary)
     print(f"run directory: {run_dir}\nreport: {report}")
     return None
+
+
+def _say_nothing(text: str) -> None:
+    """What ranks other than 0 print."""
 
 
 def default_run_dir(name: str, router: str, resume: bool) -> Path:
@@ -81,17 +104,20 @@ def _check_device(config: Config) -> None:
         raise ConfigError("train.precision = 'bf16': MindSpore's CPU backend has no bf16 kernels; use fp32 (or fp16, slower)")
 
 
-def _open_run_dir(config: Config, run_dir: Path, resume: bool) -> None:
+def _check_run_dir(config: Config, run_dir: Path, resume: bool) -> None:
     file = run_dir / "config.yaml"
     if file.exists() and not resume:
         raise ConfigError(f"--run-dir {run_dir}: holds a run already; give another directory, or --resume auto to continue it")
     if file.exists():
         _check_same_run(yaml.safe_load(file.read_text(encoding="utf-8")), config, run_dir)
+
+
+def _write(file: Path, text: str) -> None:
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_atomic(file, config.to_yaml().encode("utf-8"))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(file, text.encode("utf-8"))
     except OSError as error:
-        raise CheckpointError(f"--run-dir {run_dir}: cannot be written: {error.strerror}") from None
+        raise CheckpointError(f"{file} cannot be written: {error.strerror}") from None
 
 
 def _check_same_run(before: Dict[str, Any], config: Config, run_dir: Path) -> None:
@@ -136,7 +162,7 @@ def _samples(trainer: Trainer, sample: SampleConfig) -> List[Dict[str, str]]:
         return []
     prepared = trainer.prepared
     prompts = [_prompt(prepared, domain) for domain in range(len(prepared.domains))]
-    generator = Generator(trainer.model, trainer.config, prepared.tokenizer)
+    generator = Generator(trainer.model, trainer.config, prepared.tokenizer, compiled=trainer.world.exchange is None)
     texts = generator(prompts, range(len(prompts)), sample, trainer.config.train.seed)
     return [{"domain": domain, "prompt": prompt, "text": text} for domain, prompt, text in zip(prepared.domains, prompts, texts)]
 

@@ -14,8 +14,6 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     if config.schedule == "constant":
         return config.learning_rate
     progress = min(1.0, (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps))
-    if config.schedule == "cosine":
-        remaining = 0.5 * (1 + math.cos(math.pi * progress))
-    else:
-        remaining = (1 - progress) ** config.polynomial_power
+    cosine = config.schedule == "cosine"
+    remaining = 0.5 * (1 + math.cos(math.pi * progress)) if cosine else (1 - progress) ** config.polynomial_power
     return config.learning_rate * (config.final_learning_rate + (1 - config.final_learning_rate) * remaining)

@@ -20,6 +20,7 @@ from pangu_locmoe.data.loader import Batch
 from pangu_locmoe.model import functional
 from pangu_locmoe.model.sigma import PanguSigma
 from pangu_locmoe.noise import draw_keys
+from pangu_locmoe.parallel.exchange import Ledger
 from pangu_locmoe.train.optimizer import AdamW
 
 LOSSES = ("loss", "cross_entropy", "balance_loss", "locality_loss", "z_loss")
@@ -34,6 +35,7 @@ class StepResult:
     load_LNE, dropped_LE: token counts, int64. cosine_LT: fp32. Empty without MoE layers.
     layer_sums: one number for each layer, finite exactly where the layer's output was.
     skipped: fp16 overflow; no update was made.
+    traffic: what all ranks exchanged; None in a single process.
     """
 
     losses: Dict[str, float]
@@ -43,6 +45,7 @@ class StepResult:
     cosine_LT: np.ndarray
     layer_sums: np.ndarray
     skipped: bool = False
+    traffic: Optional[Ledger] = None
 
 
 @dataclass
@@ -168,7 +171,7 @@ class BufferedUpdate(nn.Cell):
             gradients = []
             for buffer in self.buffers:
                 gradients.append(buffer * factor)
-            self.optimizer.update(gradients, learning_rate, step, norm)
+            self.optimizer.update(tuple(gradients), learning_rate, step, norm)
         for buffer in self.buffers:
             ops.assign(buffer, ops.zeros_like(buffer))
         return norm
@@ -219,7 +222,7 @@ class Stepper:
         keys_BS, columns = rows_T.reshape(batch.tokens_BS.shape), Tensor(columns_D)
         rate, number = Tensor(learning_rate, ms.float32), Tensor(step, ms.int32)
         if self._buffers is None:
-            inputs = _inputs(batch, keys_BS, columns, slice(None))
+            inputs = batch_inputs(batch, keys_BS, columns, slice(None))
             losses, stats, norm = self._fused(*inputs, Tensor(1.0, ms.float32), rate, number)
             return _result([(losses, stats)], float(norm.asnumpy()))
         return self._accumulated(batch, keys_BS, columns, rate, number)
@@ -229,7 +232,7 @@ class Stepper:
         micro_batches = self.config.train.accumulation_steps
         outputs = []
         for part in _node_parts(len(batch.domains_B), self.config.parallel.emulated_nodes, micro_batches):
-            outputs.append(self._accumulate(*_inputs(batch, keys_BS, columns, part), Tensor(scale, ms.float32)))
+            outputs.append(self._accumulate(*batch_inputs(batch, keys_BS, columns, part), Tensor(scale, ms.float32)))
         factor = 1.0 / (scale * micro_batches)
         norm = float(self._norm().asnumpy()) * factor
         # Without loss scaling a norm that is not finite is a divergence, which the loop reports.
@@ -250,7 +253,8 @@ def _as_is(cell: nn.Cell) -> Callable[..., Any]:
     return cell
 
 
-def _inputs(batch: Batch, keys_BS: np.ndarray, columns: Tensor, part: Any) -> tuple[Tensor, ...]:
+def batch_inputs(batch: Batch, keys_BS: np.ndarray, columns: Tensor, part: Any) -> tuple[Tensor, ...]:
+    """The objective's inputs, but for the loss scale, from some sequences of a batch."""
     arrays = (batch.tokens_BS, batch.targets_BS, batch.positions_BS, batch.segments_BS, batch.domains_B)
     return (*(Tensor(array[part]) for array in arrays), Tensor(keys_BS[part].reshape(-1)), columns)
 

@@ -42,6 +42,8 @@ class Router(nn.Cell):
     """A router maps T tokens to experts. Subclass it in a file of this folder with `name="..."` to register it."""
 
     has_gate: ClassVar[bool] = True
+    has_balance_loss: ClassVar[bool] = True
+    has_locality_loss: ClassVar[bool] = False
 
     def __init_subclass__(cls, name: Optional[str] = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -97,7 +99,7 @@ class GatedRouter(Router):
         allowed_KE, topology = context.allowed_KE, context.topology
         self.two_level = not allowed_KE.all()
         self.group_mask_KE = Tensor(np.where(allowed_KE, 0.0, -1e9).astype(np.float32))
-        self.has_locality = topology.num_nodes > 1
+        self.has_locality = self.has_locality_loss and topology.num_nodes > 1
         self.has_z_loss = config.moe.z_loss > 0
         local_NE = topology.local_NE
         self.log_local_NE = Tensor(np.log(losses.local_distribution(local_NE, config.moe.locality_smoothing)))
@@ -129,6 +131,7 @@ class GatedRouter(Router):
         return {
             "expert_T": expert_T,
             "one_hot_TE": one_hot_TE,
+            "probs_TE": probs_TE,
             "weight_T": probability_T,
             "affinity_T": ops.stop_gradient(probability_T),
             "cosine_T": ops.stop_gradient(self.cosine(x_TD, logits_TE, expert_T)),

@@ -43,6 +43,7 @@ class HashRouter(Router, name="hash"):
     """Expert = table[domain, token], weight 1, no gate and no loss (PanGu-Sigma; LocMoE's baseline)."""
 
     has_gate = False
+    has_balance_loss = False
 
     def __init__(self, config: Config, context: RouterContext) -> None:
         super().__init__(config, context)
@@ -75,6 +76,7 @@ class HashRouter(Router, name="hash"):
         return {
             "expert_T": expert_T,
             "one_hot_TE": one_hot_TE,
+            "probs_TE": one_hot_TE,
             "weight_T": ones_T,
             "affinity_T": ones_T,
             "cosine_T": ops.zeros_like(ones_T),

