@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import yaml
 
-from pangu_locmoe.config import Config, load_config, parse_config
+from pangu_locmoe.config import Config, doubtful_settings, json_schema, load_config, parse_config
 from pangu_locmoe.errors import ConfigError
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+CONFIG_FOLDER = Path(__file__).parents[1] / "configs"
+CONFIGS = sorted(CONFIG_FOLDER.rglob("*.yaml"))
 TWO_DOMAINS = {"sources": [{"path": "a", "domain": "en"}, {"path": "b", "domain": "zh"}]}
 
 # (values, what the message must hold: the key with its value, then the rule or the nearest key)
@@ -235,8 +236,6 @@ def test_an_empty_file_is_the_defaults(tmp_path):
 
 
 def test_the_schema_knows_every_key_and_describes_it():
-    from pangu_locmoe.config import json_schema
-
     schema = json.loads(json_schema())
     assert schema["additionalProperties"] is False
     assert "base" in schema["properties"]
@@ -265,3 +264,22 @@ def test_the_schema_knows_every_key_and_describes_it():
     assert [key for key, node in known.items() if not node.get("description") and key.rpartition(".")[2] not in ("beta1", "beta2", "top_p")] == []
     assert known["train.steps"]["minimum"] == 1
     assert known["moe.capacity.policy"]["enum"] == ["factor", "bound", "dropless"]
+
+
+def test_the_schema_for_editors_is_up_to_date():
+    assert (CONFIG_FOLDER / "schema.json").read_text(encoding="utf-8") == json_schema()
+
+
+def test_doubtful_settings_are_said():
+    on_one_node = parse_config({"moe": {"router": "locmoe"}})
+    assert ["on one node" in line for line in doubtful_settings(on_one_node)] == [True]
+    iid = parse_config({"moe": {"router": "locmoe", "locality_loss": 0.1}, "parallel": {"emulated_nodes": 2}})
+    assert ["can only cost" in line for line in doubtful_settings(iid)] == [True]
+    assert not list(doubtful_settings(parse_config({"moe": {"router": "hash"}})))
+
+
+def test_the_locality_loss_defaults_to_nothing_where_it_can_only_cost():
+    values = {"parallel": {"emulated_nodes": 2}}
+    assert parse_config(values).locality_weight == 0
+    assert parse_config({**values, "data": {"sharding": "domain"}}).locality_weight == 0.1
+    assert parse_config({**values, "moe": {"locality_loss": 0.3}}).locality_weight == 0.3

@@ -12,7 +12,7 @@ from typing import Any, Dict, Iterator, List, Optional
 import mindspore as ms
 import yaml
 
-from pangu_locmoe.config import Config, SampleConfig
+from pangu_locmoe.config import Config, SampleConfig, doubtful_settings
 from pangu_locmoe.data.prepared import Prepared, prepare
 from pangu_locmoe.errors import CheckpointError, ConfigError
 from pangu_locmoe.files import write_atomic
@@ -54,6 +54,8 @@ def train(
     prepared = prepare(config, progress)
     if world.is_first:
         world.communicator.barrier()
+    for note in doubtful_settings(config):
+        say(f"note: {note}")
     say(prepared.summary())
     trainer = Trainer(config, prepared, run_dir, init_from, world)
     if world.is_first:

@@ -72,7 +72,7 @@ class Objective(nn.Cell):
         super().__init__(auto_prefix=False)
         moe = config.moe
         self.model, self.capacities = model, capacities
-        self.balance, self.locality, self.z = moe.balance_loss, moe.locality_loss, moe.z_loss
+        self.balance, self.locality, self.z = moe.balance_loss, config.locality_weight, moe.z_loss
 
     def construct(
         self,

@@ -1,0 +1,76 @@
+"""The configuration of a run: read, checked, frozen.
+
+A file may name another one with `base: PATH` (relative to itself); its own keys win. `--set a.b=c` wins over both.
+Anything that is not known, not of the right type or not possible stops here with a ConfigError.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from pangu_locmoe.config.explain import explain
+from pangu_locmoe.config.models import (
+    CapacityConfig,
+    Config,
+    CutFromConfig,
+    DataConfig,
+    ModelConfig,
+    SampleConfig,
+    SourceConfig,
+    TrainConfig,
+)
+from pangu_locmoe.config.reading import override_value, read
+from pangu_locmoe.config.rules import broken_rules, doubtful_settings
+from pangu_locmoe.errors import ConfigError
+
+__all__ = [
+    "CapacityConfig",
+    "Config",
+    "CutFromConfig",
+    "DataConfig",
+    "ModelConfig",
+    "SampleConfig",
+    "SourceConfig",
+    "TrainConfig",
+    "doubtful_settings",
+    "json_schema",
+    "load_config",
+    "parse_config",
+]
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file, its bases and `key=value` overrides. Raises ConfigError naming key, value and what is allowed."""
+    values = read(Path(path), ())
+    for override in overrides or []:
+        override_value(values, override)
+    return parse_config(values)
+
+
+def parse_config(values: dict[str, Any]) -> Config:
+    """Validate plain nested values. Raises ConfigError with one line per problem."""
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(explain(error.errors()))) from None
+    problems = [f"{key} = {_lookup(config, key)!r}: {rule}" for key, rule in broken_rules(config)]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def json_schema() -> str:
+    """The JSON schema of a configuration file, for editors."""
+    schema = Config.model_json_schema()
+    schema["properties"]["base"] = {"type": "string", "description": "another file whose values this one starts from"}
+    return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
+
+
+def _lookup(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config

@@ -1,0 +1,161 @@
+"""Every key of the YAML, its default and its meaning on one line, as typed models."""
+
+from __future__ import annotations
+
+from typing import Dict, List, Literal, Optional, Union
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    vocab_size: int = Field(8192, ge=257, description="tokens in the vocabulary; 256 bytes and the end-of-document token at least")
+    hidden_size: int = Field(256, ge=1, description="D, width of the residual stream")
+    num_layers: int = Field(5, ge=2, description="all layers, the query layer included")
+    num_moe_layers: int = Field(2, ge=0, description="the top decoder blocks below the query layer that are sparse")
+    num_heads: int = Field(4, ge=1, description="H, attention heads")
+    ffn_size: int = Field(1024, ge=1, description="F, inner width of a feed-forward network and of an expert")
+    seq_length: int = Field(256, ge=2, description="S, tokens in a sequence")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on embeddings, attention output and feed-forward output")
+    domain_embeddings: bool = Field(False, description="one word-embedding slot per domain instead of a shared one")
+    init_std: float = Field(0.02, gt=0, description="standard deviation of the initial weights; residual outputs get it divided by sqrt(2*num_layers)")
+
+
+class CapacityConfig(Section):
+    policy: Literal["factor", "bound", "dropless"] = Field("factor", description="factor: ceil(factor*tokens/experts); bound: LocMoE's lower bound, measured after warm-up; dropless: never drop")
+    factor: float = Field(1.25, ge=1.0, description="capacity factor c_f; for `bound`, the upper clamp")
+    statistic: Union[Literal["min", "median", "mean", "max"], float] = Field("median", description="bound: which statistic (or quantile in [0, 1]) of the cosines between tokens and their gate is delta")
+    warmup_steps: int = Field(100, ge=1, description="bound: steps before delta is measured; routing swings wildly in the first 50")
+    drop_order: Literal["affinity", "position"] = Field("affinity", description="which tokens lose when an expert is full: the lowest affinity, or the last position")
+    local_factor: Optional[float] = Field(None, gt=0, description="capacity factor for sources in the expert's node (static exchange)")
+    remote_factor: Optional[float] = Field(None, gt=0, description="capacity factor for sources in other nodes (static exchange)")
+
+
+class CutFromConfig(Section):
+    num_experts: int = Field(ge=1, description="experts of each sparse layer of the whole model")
+    first_expert: int = Field(ge=0, description="where the sub-model's experts begin in it")
+
+
+class MoEConfig(Section):
+    router: str = Field("locmoe", description="hash | switch | locmoe, or the name of a registered router")
+    num_experts: int = Field(8, ge=1, description="E, experts in each sparse layer")
+    levels: int = Field(2, ge=1, le=2, description="2: a token may only go to its domain's expert group; 1: one group of all experts")
+    group_sizes: Optional[Dict[str, int]] = Field(None, description="experts of each domain's group (levels: 2); null: equal shares")
+    balance_loss: float = Field(0.01, ge=0, description="alpha, weight of the load-balance loss (switch, locmoe)")
+    locality_loss: Optional[float] = Field(None, ge=0, description="mu, weight of the locality loss (locmoe); null: 0.1, but 0 with data.sharding: iid, where it can only cost")
+    locality_smoothing: float = Field(0.1, gt=0, le=1, description="e in D_l = (1-e)*uniform(local experts) + e*uniform(all)")
+    z_loss: float = Field(0.0, ge=0, description="weight of the squared log-partition of the gate's logits (switch, locmoe)")
+    jitter: float = Field(0.0, ge=0, lt=1, description="gate input times uniform(1-jitter, 1+jitter) while training (switch)")
+    gate_scale: Optional[float] = Field(None, gt=0, description="scale of GrAP logits (locmoe); null: sqrt(hidden_size/num_experts)")
+    cut_from: Optional[CutFromConfig] = Field(None, description="set in extracted sub-models: the model whose gate they keep")
+    capacity: CapacityConfig = Field(default_factory=CapacityConfig)
+
+
+class ParallelConfig(Section):
+    expert_parallel: int = Field(1, ge=1, description="ranks that share the experts of one layer")
+    tensor_parallel: int = Field(1, ge=1, description="ranks that share one layer's matrices")
+    ranks_per_node: Optional[int] = Field(None, ge=1, description="ranks in one node")
+    emulated_nodes: int = Field(1, ge=1, description="N, nodes to which one process assigns its sequences and experts, so that locality can be trained and measured")
+    exchange: Literal["flat", "hierarchical", "groupwise"] = Field("flat", description="how tokens travel to their experts")
+    overlap_chunks: int = Field(1, ge=1, description="chunks of the exchange that run under computation")
+
+
+class SourceConfig(Section):
+    path: str = Field(description="a file, a folder or a glob, relative to the working directory; .txt, .jsonl, code, any of them .gz")
+    domain: str = Field(min_length=1, description="the domain of its documents: zh, en, bilingual, code, or a name of your own")
+
+
+class DataConfig(Section):
+    sources: List[SourceConfig] = Field(default_factory=list, description="where the text is")
+    prepared_dir: str = Field("data/prepared", description="where tokenizers and MindRecord shards are kept, one folder per distinct preparation")
+    tokenizer: Optional[str] = Field(None, description="a tokenizer.json to load; null: train one on the training text")
+    mixture: Optional[Dict[str, float]] = Field(None, description="share of each domain in a batch; null: in proportion to its sequences")
+    validation_fraction: float = Field(0.05, gt=0, lt=1, description="share of the documents held out")
+    max_document_bytes: int = Field(1_000_000, ge=64, description="longer documents are cut into pieces of this size, longer undivided files than 100 times this are left out")
+    max_bytes_per_domain: Optional[int] = Field(None, ge=1024, description="stop reading a domain after this much text; null: read all")
+    reset_at_document_end: bool = Field(True, description="attention and positions start anew at each document")
+    sharding: Literal["iid", "domain", "cluster"] = Field("iid", description="which node reads what: anything, or mostly the domains whose experts it holds")
+
+
+class TrainConfig(Section):
+    steps: int = Field(1000, ge=1, description="optimizer steps")
+    batch_size: int = Field(8, ge=1, description="sequences in one optimizer step, over all ranks and accumulation steps")
+    accumulation_steps: int = Field(1, ge=1, description="micro-batches that make one optimizer step")
+    learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
+    final_learning_rate: float = Field(0.1, ge=0, le=1, description="where the decay ends, as a share of the peak")
+    warmup_steps: int = Field(50, ge=0, description="steps of linear warm-up")
+    schedule: Literal["cosine", "polynomial", "constant"] = Field("cosine", description="decay after the warm-up")
+    polynomial_power: float = Field(1.0, gt=0, description="power of the polynomial decay")
+    weight_decay: float = Field(0.1, ge=0, description="decoupled; not on norms, biases and embeddings")
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    epsilon: float = Field(1e-8, gt=0, description="Adam's epsilon")
+    clip_norm: float = Field(1.0, gt=0, description="largest global norm of the gradient")
+    mode: Literal["graph", "pynative"] = Field("graph", description="graph: the whole step compiled; pynative: operator by operator, for debugging")
+    precision: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="of activations and matrix products; weights, norms, softmax and routing stay fp32")
+    loss_scale: float = Field(65536.0, gt=0, description="fp16: initial loss scale; halved on overflow, doubled after loss_scale_window good steps")
+    loss_scale_window: int = Field(1000, ge=1, description="fp16: good steps before the loss scale doubles")
+    recompute: bool = Field(False, description="recompute activations of decoder blocks in the backward pass")
+    seed: int = Field(1, ge=0, description="of weights, data order, hash tables and dropout")
+    log_every: int = Field(1, ge=1, description="steps between training rows in metrics.jsonl")
+
+
+class EvaluationConfig(Section):
+    every: int = Field(100, ge=1, description="steps between evaluations; always at the last step")
+    sequences: int = Field(64, ge=1, description="validation sequences per domain at each evaluation")
+    batch_size: Optional[int] = Field(None, ge=1, description="sequences at a time; null: train.batch_size / train.accumulation_steps")
+
+
+class TraceConfig(Section):
+    every: int = Field(1, ge=1, description="steps between rows of load.npz")
+    max_rows: Optional[int] = Field(None, ge=1, description="stop tracing after this many rows; null: never")
+
+
+class CheckpointConfig(Section):
+    every: int = Field(200, ge=1, description="steps between checkpoints; always at the last step")
+    keep: int = Field(2, ge=1, description="how many of the latest to keep, besides the best")
+
+
+class SampleConfig(Section):
+    tokens: int = Field(64, ge=0, description="tokens of the sample printed for each domain after training; 0: none")
+    temperature: float = Field(0.8, ge=0, description="0: always the likeliest token")
+    top_k: int = Field(40, ge=0, description="0: no limit")
+    top_p: float = Field(0.95, gt=0, le=1)
+
+
+class Config(Section):
+    """A whole run. `load_config` reads it; frozen, so that what is logged is what was used."""
+
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    moe: MoEConfig = Field(default_factory=MoEConfig)
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    trace: TraceConfig = Field(default_factory=TraceConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    sample: SampleConfig = Field(default_factory=SampleConfig)
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Domain names in the order of their first source; domain ids everywhere index this tuple."""
+        return tuple(dict.fromkeys(source.domain for source in self.data.sources))
+
+    @property
+    def locality_weight(self) -> float:
+        """mu, the weight of the locality loss, its default resolved: with identically distributed nodes it can only cost."""
+        if self.moe.locality_loss is not None:
+            return self.moe.locality_loss
+        return 0.1 if self.data.sharding != "iid" else 0.0
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences in one forward pass."""
+        return self.train.batch_size // self.train.accumulation_steps
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
