@@ -20,8 +20,8 @@ setup(
     packages=find_packages(include=["pangu_locmoe", "pangu_locmoe.*"]),
     python_requires=">=3.9,<3.13",
     install_requires=[
-        "mindspore>=2.10,<2.11",
-        # MindSpore 2.10's extension is built for NumPy 1: with NumPy 2 its first array operations fail.
+        "mindspore>=2.9,<2.11",
+        # MindSpore's extension is built for NumPy 1: with NumPy 2 its first array operations fail.
         "numpy>=1.25,<2",
         "pydantic>=2.7,<3",
         "PyYAML>=6,<7",

@@ -61,6 +61,7 @@ class ParallelConfig(Section):
     ranks_per_node: Optional[int] = Field(None, ge=1, description="ranks in one node")
     emulated_nodes: int = Field(1, ge=1, description="N, nodes to which one process assigns its sequences and experts, so that locality can be trained and measured")
     exchange: Literal["flat", "hierarchical", "groupwise"] = Field("flat", description="how tokens travel to their experts")
+    sizes: Literal["counts", "static"] = Field("counts", description="counts: exactly the routed tokens travel; static: a fixed number of slots, moe.capacity.local_factor and remote_factor, so that a step compiles as one graph (Ascend)")
     overlap_chunks: int = Field(1, ge=1, description="chunks of the exchange that run under computation")
 
 
@@ -78,7 +79,7 @@ class DataConfig(Section):
     max_document_bytes: int = Field(1_000_000, ge=64, description="longer documents are cut into pieces of this size, longer undivided files than 100 times this are left out")
     max_bytes_per_domain: Optional[int] = Field(None, ge=1024, description="stop reading a domain after this much text; null: read all")
     reset_at_document_end: bool = Field(True, description="attention and positions start anew at each document")
-    sharding: Literal["iid", "domain", "cluster"] = Field("iid", description="which node reads what: anything, or mostly the domains whose experts it holds")
+    sharding: Literal["iid", "domain", "cluster"] = Field("iid", description="which node reads what: anything; mostly the domains whose experts it holds; or sequences of alike content")
 
 
 class TrainConfig(Section):

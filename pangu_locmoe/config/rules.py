@@ -39,8 +39,11 @@ def _broken_moe_rules(config: Config) -> Iterator[tuple[str, str]]:
     if isinstance(statistic, float) and not 0 <= statistic <= 1:
         yield "moe.capacity.statistic", "must be min, median, mean, max or a quantile between 0 and 1"
     for key in ("local_factor", "remote_factor"):
-        if getattr(moe.capacity, key) is not None:
-            yield f"moe.capacity.{key}", "needs expert parallelism with static sizes, which this version does not have; leave it out"
+        given, static = getattr(moe.capacity, key) is not None, config.parallel.sizes == "static"
+        if given and not static:
+            yield f"moe.capacity.{key}", "needs parallel.sizes: static"
+        if static and not given:
+            yield f"moe.capacity.{key}", "parallel.sizes: static needs a number: slots = factor * tokens of a rank / moe.num_experts"
     if moe.cut_from is not None and moe.cut_from.first_expert + moe.num_experts > moe.cut_from.num_experts:
         yield "moe.cut_from", f"must have room for moe.num_experts ({moe.num_experts}) from its first_expert on"
     if moe.levels == 1 and moe.group_sizes is not None:
@@ -68,6 +71,13 @@ def _broken_parallel_rules(config: Config) -> Iterator[tuple[str, str]]:
         yield "parallel.exchange", "groupwise needs tensor parallelism, which this version does not have: must be flat or hierarchical"
     if parallel.exchange == "hierarchical" and parallel.ranks_per_node is None:
         yield "parallel.exchange", "hierarchical needs parallel.ranks_per_node, which is never guessed"
+    if parallel.sizes == "static":
+        if parallel.expert_parallel == 1:
+            yield "parallel.sizes", "static is for the exchange between ranks: needs parallel.expert_parallel > 1"
+        if config.moe.capacity.policy != "factor":
+            yield "moe.capacity.policy", "must be factor with parallel.sizes: static, whose capacity is moe.capacity.local_factor and remote_factor"
+        if parallel.exchange != "flat":
+            yield "parallel.exchange", "must be flat with parallel.sizes: static"
     if config.model.num_moe_layers and config.moe.num_experts % parallel.expert_parallel:
         yield "parallel.expert_parallel", f"must divide moe.num_experts ({config.moe.num_experts}): every rank holds as many experts"
     if parallel.expert_parallel > 1 and config.train.recompute:
@@ -86,10 +96,8 @@ def _broken_data_rules(config: Config) -> Iterator[tuple[str, str]]:
             yield "data.mixture", f"must have exactly the domains of data.sources ({', '.join(domains)})"
         elif min(data.mixture.values(), default=0) < 0 or sum(data.mixture.values()) <= 0:
             yield "data.mixture", "shares must be at least 0 and one of them above 0"
-    if data.sharding == "cluster":
-        yield "data.sharding", "this version has iid and domain"
-    if data.sharding == "domain" and config.parallel.emulated_nodes == 1 and config.parallel.ranks_per_node is None:
-        yield "data.sharding", "domain sharding needs more than one node (parallel.emulated_nodes, or parallel.ranks_per_node in a job)"
+    if data.sharding != "iid" and config.parallel.emulated_nodes == 1 and config.parallel.ranks_per_node is None:
+        yield "data.sharding", "needs more than one node (parallel.emulated_nodes, or parallel.ranks_per_node in a job)"
 
 
 def _broken_train_rules(config: Config) -> Iterator[tuple[str, str]]:

@@ -26,8 +26,8 @@ class BatchSampler(Iterator[list[Pick]]):
     sequence of the corpus comes exactly once before any comes again.
 
     Order in a batch: `iid` shuffled; `domain` so that the n-th of `nodes` equal blocks holds the sequences of domains
-    whose home is node n, and its free places those other nodes have too many of. For accumulation let
-    `batch_size` be a micro-batch and take several.
+    whose home is node n, and its free places those other nodes have too many of; `cluster` the same with a home for each
+    sequence.
     """
 
     def __init__(
@@ -40,10 +40,12 @@ class BatchSampler(Iterator[list[Pick]]):
         sharding: str = "iid",
         home_node: Optional[Sequence[int]] = None,
         domains: Optional[Sequence[str]] = None,
+        home_of_sequence: Optional[Sequence[np.ndarray]] = None,
     ) -> None:
         """`num_sequences` of each domain; `mixture` in the same order, or by name, which needs `domains`.
 
-        `home_node` of each domain; null: domains spread over the nodes in order. Raises DataError if sizes do not fit.
+        `home_node` of each domain; null: domains spread over the nodes in order. `home_of_sequence`: for `cluster`, the
+        node of each sequence of each domain. Raises DataError if sizes do not fit.
         """
         self.num_sequences = [int(n) for n in num_sequences]
         self.batch_size = batch_size
@@ -66,6 +68,9 @@ class BatchSampler(Iterator[list[Pick]]):
         self._total = sum(self._weights)
         if self._total <= 0 or min(self._weights) < 0 or any(w > 0 and n < 1 for w, n in zip(self._weights, self.num_sequences)):
             raise DataError("every domain with a share above 0 needs at least one sequence")
+        if (sharding == "cluster") != (home_of_sequence is not None):
+            raise DataError("sharding by cluster needs a home for each sequence, and only it does")
+        self._home_of_sequence = home_of_sequence
         self._taken = [0] * count
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
 
@@ -77,8 +82,8 @@ class BatchSampler(Iterator[list[Pick]]):
     def __next__(self) -> list[Pick]:
         number = self.batches
         picks = [self._pick() for _ in range(self.batch_size)]
-        if self.sharding == "domain":
-            return _by_home(picks, self.home_node, self.nodes)
+        if self.sharding != "iid":
+            return _by_home(picks, [self._home(pick) for pick in picks], self.nodes)
         order = np.random.default_rng([self.seed, 0, number]).permutation(self.batch_size)
         return [picks[i] for i in order]
 
@@ -92,6 +97,10 @@ class BatchSampler(Iterator[list[Pick]]):
             if state[key] != getattr(self, key):
                 raise DataError(f"cannot continue the data order: {key} was {state[key]}, now it is {getattr(self, key)}")
         self._taken = [int(n) for n in state["taken"]]
+
+    def _home(self, pick: Pick) -> int:
+        domain, sequence = pick
+        return self.home_node[domain] if self._home_of_sequence is None else int(self._home_of_sequence[domain][sequence])
 
     def _pick(self) -> Pick:
         count = sum(self._taken) + 1
@@ -109,14 +118,14 @@ class BatchSampler(Iterator[list[Pick]]):
         return self._orders[domain][1]
 
 
-def _by_home(picks: list[Pick], home_node: Sequence[int], nodes: int) -> list[Pick]:
-    """Equal blocks, one per node: its own domains' sequences first, then what other nodes have too many of."""
+def _by_home(picks: list[Pick], homes: Sequence[int], nodes: int) -> list[Pick]:
+    """Equal blocks, one per node: the sequences at home there first, then what other nodes have too many of."""
     share = len(picks) // nodes
-    ordered = sorted(picks, key=lambda pick: (home_node[pick[0]], pick[0]))
+    ordered = sorted(zip(homes, picks), key=lambda item: (item[0], item[1][0]))
     blocks: list[list[Pick]] = [[] for _ in range(nodes)]
     spare: list[Pick] = []
-    for pick in ordered:
-        block = blocks[home_node[pick[0]]]
+    for home, pick in ordered:
+        block = blocks[home]
         (block if len(block) < share else spare).append(pick)
     for block in blocks:
         missing = share - len(block)

@@ -60,8 +60,8 @@ class Topology:
         if num_ranks == 1:
             if parallel.expert_parallel > 1:
                 raise TopologyError(f"parallel.expert_parallel = {parallel.expert_parallel}: there is 1 process; start more with scripts/train_cpu_cluster.sh")
-            if config.data.sharding == "domain" and parallel.emulated_nodes == 1:
-                raise TopologyError("data.sharding = 'domain': one process is one node; set parallel.emulated_nodes, or start more processes")
+            if config.data.sharding != "iid" and parallel.emulated_nodes == 1:
+                raise TopologyError(f"data.sharding = {config.data.sharding!r}: one process is one node; set parallel.emulated_nodes, or start more processes")
             return cls.emulated(parallel.emulated_nodes, num_experts)
         if parallel.emulated_nodes > 1:
             raise TopologyError(f"parallel.emulated_nodes = {parallel.emulated_nodes}: {num_ranks} processes have nodes of their own; set parallel.ranks_per_node")

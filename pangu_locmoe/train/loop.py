@@ -16,6 +16,7 @@ import numpy as np
 from mindspore import Tensor
 
 from pangu_locmoe.config import Config
+from pangu_locmoe.data.clusters import nodes_by_content
 from pangu_locmoe.data.loader import BatchLoader
 from pangu_locmoe.data.prepared import Prepared
 from pangu_locmoe.data.sampler import BatchSampler
@@ -214,6 +215,7 @@ class Trainer:
 
 
 def _sampler(config: Config, prepared: Prepared, topology: Topology) -> BatchSampler:
+    by_content = config.data.sharding == "cluster"
     return BatchSampler(
         prepared.num_sequences["train"],
         config.train.batch_size,
@@ -223,4 +225,5 @@ def _sampler(config: Config, prepared: Prepared, topology: Topology) -> BatchSam
         config.data.sharding,
         topology.home_nodes(allowed_experts(config)),
         prepared.domains,
+        nodes_by_content(prepared, topology.num_nodes, config.train.seed) if by_content else None,
     )
