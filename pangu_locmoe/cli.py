@@ -131,6 +131,17 @@ def _extract(options: argparse.Namespace) -> int:
     return 0
 
 
+def _check(options: argparse.Namespace) -> int:
+    from pangu_locmoe.cluster.check import check
+    from pangu_locmoe.config import load_config
+
+    result = check(load_config(options.config, options.set), options.ranks, options.rank)
+    print(json.dumps(result.to_dict()) if options.json else result.format())
+    if result.differences:
+        print(f"pangu-locmoe: the graph is not what the plan says: {'; '.join(result.differences)}", file=sys.stderr)
+    return 1 if result.differences else 0
+
+
 class _Parser(argparse.ArgumentParser):
     """Says in one line what is wrong, as everything else here does."""
 
@@ -177,6 +188,12 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
     verb.add_argument("--output", type=Path, help="the page (RUN_DIR/report.html of the first)")
 
+    verb = _add(verbs, "check", _check, "compile one rank's step of an Ascend job, here and without devices, and list what it communicates")
+    _add_config(verb)
+    verb.add_argument("--ranks", type=int, required=True, help="processes of the job")
+    verb.add_argument("--rank", type=int, default=0, help="whose step (0)")
+    verb.add_argument("--json", action="store_true", help="print JSON")
+
     verb = _add(verbs, "inherit", _inherit, "make a sparse model from a dense checkpoint: its feed-forward networks become the experts")
     verb.add_argument("checkpoint", type=Path, metavar="DENSE", help="run directory or checkpoint")
     verb.add_argument("--config", type=Path, required=True, help="the sparse model")
@@ -190,7 +207,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add(verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str, verb: Verb, text: str) -> argparse.ArgumentParser:
+def _add(verbs: argparse._SubParsersAction[_Parser], name: str, verb: Verb, text: str) -> argparse.ArgumentParser:
     parser = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
     parser.set_defaults(verb=verb)
     return parser

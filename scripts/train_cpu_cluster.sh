@@ -73,6 +73,7 @@ if [ -z "$run_dir" ]; then
     done
 fi
 mkdir -p "$run_dir/logs"
+rm -f "$run_dir"/logs/*.log # what an earlier part of the run printed
 
 threads=$(($(nproc) / ranks))
 export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
@@ -82,7 +83,7 @@ export MS_RETRY_INTERVAL_LOWER=1 MS_RETRY_INTERVAL_UPPER=1
 export MS_NODE_TIMEOUT=${MS_NODE_TIMEOUT:-5} MS_CPU_COMM_OP_TIMEOUT=${MS_CPU_COMM_OP_TIMEOUT:-120}
 set +e
 msrun --worker_num "$ranks" --local_worker_num "$ranks" --master_addr 127.0.0.1 --master_port "$port" --join=True \
-    --log_dir "$run_dir/logs" "$(python -c 'import pangu_locmoe.launch as m; print(m.__file__)')" \
+    --cluster_time_out 120 --log_dir "$run_dir/logs" "$(python -c 'import pangu_locmoe.launch as m; print(m.__file__)')" \
     train "$config" --set "parallel.ranks_per_node=$per_node" --set "parallel.expert_parallel=$ranks" \
     --run-dir "$run_dir" --resume "$resume" "${rest[@]}" "${progress[@]}" >"$run_dir/logs/msrun.log" 2>&1 &
 job=$!
@@ -92,7 +93,8 @@ wait $job
 code=$?
 sleep 0.2
 if [ $code -ne 0 ]; then
-    grep -h '^pangu-locmoe: ' "$run_dir"/logs/worker_*.log 2>/dev/null | sort -u | head -n 1 >&2
+    reason=$(python scripts/explain_job.py "$run_dir/logs")
+    [ -z "$reason" ] || grep -qsxF "pangu-locmoe: $reason" "$run_dir/logs/worker_0.log" || echo "train_cpu_cluster.sh: $reason" >&2
     echo "train_cpu_cluster.sh: the job failed (exit code $code); logs are in $run_dir/logs" >&2
 fi
 exit $code

@@ -46,8 +46,9 @@ def test_an_interruption_leaves_nothing(tmp_path, monkeypatch):
 
 def test_the_content_is_on_the_disk_before_the_name(tmp_path, monkeypatch):
     calls = []
-    for name in ("fsync", "replace"):
-        monkeypatch.setattr(os, name, lambda *arguments, name=name, real=getattr(os, name): (calls.append(name), real(*arguments)))
+    real = {name: getattr(os, name) for name in ("fsync", "replace")}
+    for name in real:
+        monkeypatch.setattr(os, name, lambda *arguments, name=name: (calls.append(name), real[name](*arguments)))
     write_atomic(tmp_path / "a", b"new")
     assert calls == ["fsync", "replace"]
 

@@ -169,7 +169,7 @@ def test_a_continuation_ends_with_the_document(config, model):
 
 def test_domains_by_name(config):
     assert [domain_index(config, name) for name in (None, "en", "zh", "code")] == [0, 0, 1, 2]
-    with pytest.raises(DataError, match="^--domain klingon: the model knows en, zh, code$"):
+    with pytest.raises(DataError, match=r"^--domain klingon: the model knows en, zh, code$"):
         domain_index(config, "klingon")
 
 

@@ -133,7 +133,7 @@ def test_an_inherited_model_can_be_trained(inherited, tmp_path):
 
 def test_inheriting_refuses(inherited, tmp_path):
     folder, _ = dense()
-    with pytest.raises(CheckpointError, match="^--output .*: exists already$"):
+    with pytest.raises(CheckpointError, match=r"^--output .*: exists already$"):
         inherit(folder, sparse_config("hash"), tmp_path)
     with pytest.raises(CheckpointError, match="is neither a checkpoint nor a run directory"):
         inherit(tmp_path, sparse_config("hash"), tmp_path / "new")
@@ -207,9 +207,9 @@ def test_a_part_is_evaluated_and_continues_text(tmp_path, capsys):
 
 
 def test_extracting_refuses(inherited, tmp_path):
-    with pytest.raises(CheckpointError, match="^--output .*: exists already$"):
+    with pytest.raises(CheckpointError, match=r"^--output .*: exists already$"):
         extract(whole("hash", False), "zh", tmp_path)
-    with pytest.raises(CheckpointError, match="^--domain klingon: the model knows en, zh, code$"):
+    with pytest.raises(CheckpointError, match=r"^--domain klingon: the model knows en, zh, code$"):
         extract(whole("hash", False), "klingon", tmp_path / "part")
     with pytest.raises(CheckpointError, match="routes on one level: its experts belong to all domains"):
         extract(inherited("hash")[0], "zh", tmp_path / "part")

@@ -17,6 +17,7 @@ from pangu_locmoe.model.init import normal
 from pangu_locmoe.moe.distributed import DistributedMoELayer
 from pangu_locmoe.moe.layer import MoELayer, MoEStats
 from pangu_locmoe.moe.routers.base import RouterContext
+from pangu_locmoe.moe.static import StaticMoELayer
 from pangu_locmoe.noise import Noise, dropout
 from pangu_locmoe.parallel.exchange import Exchange
 
@@ -48,7 +49,11 @@ class DecoderBlock(nn.Cell):
         self.norm2 = LayerNorm(config.model.hidden_size)
         self.sparse = context is not None
         if context is not None:
-            self.moe = MoELayer(config, context) if exchange is None else DistributedMoELayer(config, context, exchange)
+            if exchange is None:
+                self.moe = MoELayer(config, context)
+            else:
+                layer = StaticMoELayer if config.parallel.sizes == "static" else DistributedMoELayer
+                self.moe = layer(config, context, exchange)
         else:
             self.ffn = FeedForward(config.model, seed)
 

@@ -7,6 +7,7 @@ no collective may come between a send and its receive.
 
 from __future__ import annotations
 
+import os
 from typing import Dict, Sequence, Tuple
 
 import mindspore as ms
@@ -16,6 +17,7 @@ from mindspore.common.initializer import Zero
 from mindspore.communication import GlobalComm, create_group, get_group_size, get_rank, init
 from mindspore.ops.auto_generate.gen_ops_prim import dist_comm_irecv_op, dist_comm_isend_op
 
+from pangu_locmoe.errors import TopologyError
 from pangu_locmoe.parallel.communicator import Communicator
 
 
@@ -24,7 +26,10 @@ class MCCL(Communicator):
 
     def __init__(self) -> None:
         ms.set_device("CPU")
-        init()
+        try:
+            init()
+        except RuntimeError:
+            raise TopologyError(_cannot_join()) from None
         # Errors of asynchronous operators would surface at a later one; small exchanges are also five times faster.
         ms.runtime.launch_blocking()
         self.rank, self.size = get_rank(), get_group_size()
@@ -71,3 +76,12 @@ class MCCL(Communicator):
                 create_group(group, list(ranks))
             self._reducers[ranks] = ops.AllReduce(ops.ReduceOp.SUM, group)
         return self._reducers[ranks]
+
+
+def _cannot_join() -> str:
+    """One line on why a job did not come together; msrun's variables say which job."""
+    job = {name: os.environ.get(f"MS_{name}", "?") for name in ("WORKER_NUM", "SCHED_HOST", "SCHED_PORT", "TOPO_TIMEOUT")}
+    return (
+        f"rank {os.environ.get('RANK_ID', '?')} cannot join the job of {job['WORKER_NUM']} processes at {job['SCHED_HOST']}:{job['SCHED_PORT']}: "
+        f"another rank did not start within {job['TOPO_TIMEOUT']} s, or another program uses the port"
+    )

@@ -49,6 +49,12 @@ def join() -> Communicator:
     """
     if "MS_ROLE" not in os.environ:
         return SingleProcess()
+    if os.environ["MS_ROLE"] == "MS_WORKER":  # scripts/explain_job.py finds a dead process's rank by this line
+        print(f"[INFO] rank {os.environ.get('RANK_ID', '?')} is process {os.getpid()}", flush=True)
+    if os.environ.get("PANGU_LOCMOE_DEVICE") == "Ascend":  # scripts/train_ascend.sh
+        from pangu_locmoe.parallel.hccl import HCCL
+
+        return HCCL()
     from pangu_locmoe.parallel.mccl import MCCL
 
     return MCCL()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 from typing import Any, Dict
 
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
 from pangu_locmoe.config import Config
@@ -56,7 +59,11 @@ class WriteTensorBoard(Callback):
     """TensorBoard event files with every number of every row."""
 
     def __init__(self, folder: Path, every: int, last_step: int) -> None:
-        self._writer, self._every = SummaryWriter(str(folder), purge_step=last_step + 1), every
+        # Not tensorboardX's SummaryWriter: its thread dies when the disk is full, and the run would wait for it for ever.
+        folder.mkdir(parents=True, exist_ok=True)
+        self._writer, self._every = EventsWriter(str(folder / "events")), every
+        # Readers then leave out what a run wrote after the checkpoint it is resumed from.
+        self._writer.write_event(Event(wall_time=time.time(), step=last_step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def on_step(self, step: int, result: StepResult, row: Row) -> None:
         if step % self._every == 0 or step == 1:
@@ -73,11 +80,14 @@ class WriteTensorBoard(Callback):
         self._writer.close()
 
     def _scalars(self, group: str, row: Row) -> None:
+        scalars = []
         for name, value in row.items():
             values = value.items() if isinstance(value, dict) else [(None, value)]
             for domain, number in values:
                 if isinstance(number, (int, float)) and name != "step":
-                    self._writer.add_scalar(f"{group}/{name}" + (f"/{domain}" if domain else ""), number, row["step"])
+                    tag = f"{group}/{name}" + (f"/{domain}" if domain else "")
+                    scalars.append(Summary.Value(tag=tag, simple_value=number))
+        self._writer.write_event(Event(wall_time=time.time(), step=row["step"], summary=Summary(value=scalars)))
 
 
 class WriteTrace(Callback):

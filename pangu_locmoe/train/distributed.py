@@ -45,12 +45,14 @@ class DistributedStepper(Stepper):
         self._gradient = ms.value_and_grad(objective, None, self.optimizer.parameters, has_aux=True)
 
     def __call__(self, batch: Batch, step: int, learning_rate: float) -> StepResult:
-        train, ranks = self.config.train, self.topology.num_ranks
+        train = self.config.train
         rows_T, columns_D = draw_keys(train.seed, step, batch.tokens_BS.size, self.config.model.hidden_size)
         keys_BS, columns = rows_T.reshape(batch.tokens_BS.shape), Tensor(columns_D)
         scale = self.loss_scale.value if self.loss_scale else 1.0
-        # This rank's contiguous share of the batch, which is in the order of the ranks, in micro-batches.
-        places = np.arange(len(batch.domains_B)).reshape(ranks, train.accumulation_steps, -1)[self.communicator.rank]
+        # As in one process, a micro-batch is an equal share of each node's run; a rank has its part of its node's share.
+        node, place = divmod(self.communicator.rank, self.topology.ranks_per_node)
+        runs = np.arange(len(batch.domains_B)).reshape(self.topology.num_nodes, train.accumulation_steps, self.topology.ranks_per_node, -1)
+        places = runs[node, :, place]
         gradients: List[Tensor] = []
         reports = []
         for part in places:

@@ -18,7 +18,8 @@ from pangu_locmoe.errors import CheckpointError, ConfigError
 from pangu_locmoe.files import write_atomic
 from pangu_locmoe.generate import Generator
 from pangu_locmoe.model.size import num_active_params, num_params
-from pangu_locmoe.parallel.communicator import Communicator
+from pangu_locmoe.parallel.communicator import Communicator, SingleProcess
+from pangu_locmoe.parallel.selfcheck import check_groups, check_same_run
 from pangu_locmoe.parallel.world import World
 from pangu_locmoe.report.page import build_report
 from pangu_locmoe.train.evaluate import format_evaluation
@@ -44,10 +45,13 @@ def train(
     Raises:
         LocMoEError: anything a user can act on.
     """
+    communicator = communicator or SingleProcess()
+    check_same_run(config, communicator)
     _check_device(config)
     _check_run_dir(config, run_dir, resume)
     started = time.perf_counter()
     world = World.of(config, communicator)
+    check_groups(world.topology, communicator)
     say = print if world.is_first else _say_nothing
     if not world.is_first:
         world.communicator.barrier()  # rank 0 prepares, the others find it prepared

@@ -93,7 +93,7 @@ def test_a_truncated_trace_is_named(tmp_path):
     fill(TraceWriter(file), 1, 50)
     for length in (100, file.stat().st_size // 2, file.stat().st_size - 10):
         (tmp_path / "cut.npz").write_bytes(file.read_bytes()[:length])
-        with pytest.raises(DataError, match="cut.npz: not a load trace: "):
+        with pytest.raises(DataError, match=r"cut\.npz: not a load trace: "):
             read_trace(tmp_path / "cut.npz")
 
 

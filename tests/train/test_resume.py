@@ -25,7 +25,7 @@ def config_file(tmp_path_factory):
     return tiny.write(tiny.reference_config(), tmp_path_factory.mktemp("config"))
 
 
-def start(config_file: Path, run_dir: Path, log: Path) -> "subprocess.Popen[bytes]":
+def start(config_file: Path, run_dir: Path, log: Path) -> subprocess.Popen[bytes]:
     arguments = ("train", config_file, "--run-dir", run_dir, "--resume", "auto", "--no-progress")
     return subprocess.Popen(tiny.command(*arguments), env=tiny.environment(), stdout=log.open("ab"), stderr=subprocess.STDOUT)
 
@@ -37,7 +37,7 @@ def last_step(run_dir: Path) -> int:
     return int(steps[-1]) if steps else 0
 
 
-def wait_for_step(process: "subprocess.Popen[bytes]", run_dir: Path, step: int) -> None:
+def wait_for_step(process: subprocess.Popen[bytes], run_dir: Path, step: int) -> None:
     for _ in range(6000):
         if last_step(run_dir) >= step or process.poll() is not None:
             return

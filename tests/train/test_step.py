@@ -64,7 +64,7 @@ def test_jitter_and_dropout_do_something():
     still, dropout_only = switch(1, 1, dropout=0.0, jitter=0.0), switch(1, 1, jitter=0.0)
     first = [tiny.steps(config, 1)[0] for config in (still, dropout_only)] + [_large_batch(1)[0]]
     assert abs(first[1].losses["loss"] - first[0].losses["loss"]) > 1e-3
-    assert abs(first[2].losses["loss"] - first[1].losses["loss"]) > 1e-3
+    assert (first[2].load_LNE != first[1].load_LNE).any()
 
 
 @pytest.mark.parametrize("accumulation_steps, nodes", [(4, 1), (2, 2), (4, 2)])

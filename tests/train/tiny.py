@@ -139,7 +139,7 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "pangu_locmoe", *map(str, arguments)]
 
 
-def cli(*arguments: object, folder: Optional[Path] = None, timeout: float = 120) -> "subprocess.CompletedProcess[str]":
+def cli(*arguments: object, folder: Optional[Path] = None, timeout: float = 120) -> subprocess.CompletedProcess[str]:
     """Run a verb in a process of its own."""
     return subprocess.run(command(*arguments), cwd=folder, env=environment(), text=True, capture_output=True, timeout=timeout)
 

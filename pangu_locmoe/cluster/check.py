@@ -1,0 +1,159 @@
+"""`pangu-locmoe check`: an Ascend job's step, compiled without devices and held against what it must communicate."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Tuple
+
+from pangu_locmoe.cluster.plan import Operation, Weight, buffer_megabytes, differences, node_bytes, plan
+from pangu_locmoe.config import Config
+from pangu_locmoe.errors import ConfigError, TopologyError
+from pangu_locmoe.model.size import num_params
+from pangu_locmoe.moe.static import certain_drops
+from pangu_locmoe.parallel.topology import Topology
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was compiled for one rank, and where it is not what the plan says (`differences`, empty if it is)."""
+
+    config: Config
+    topology: Topology
+    rank: int
+    operations: List[Operation]
+    groups: Dict[str, Tuple[int, ...]]
+    weights: List[Weight]
+    differences: List[str]
+    notes: List[str]
+
+    def to_dict(self) -> Dict[str, Any]:
+        """For --json."""
+        return {
+            "ranks": self.topology.num_ranks,
+            "rank": self.rank,
+            "nodes": self.topology.num_nodes,
+            "agrees": not self.differences,
+            "differences": self.differences,
+            "notes": self.notes,
+            "groups": [{"name": name, "ranks": list(ranks), "buffer_bytes": self.buffer_bytes} for name, ranks in self.groups.items()],
+            "operations": self.rows(),
+            "weight_bytes": self.weight_bytes,
+            "optimizer_bytes": 2 * self.weight_bytes,
+            "gradient_bytes": self.weight_bytes,
+            "hccl_buffer_megabytes": buffer_megabytes(self.config, self.topology.num_ranks),
+        }
+
+    @property
+    def weight_bytes(self) -> int:
+        """fp32 weights of this rank."""
+        return 4 * sum(_size(weight.shape) for weight in self.weights)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Device memory of one group: HCCL keeps a buffer for sending and one for receiving."""
+        return 2 * 2**20 * buffer_megabytes(self.config, self.topology.num_ranks)
+
+    def rows(self) -> List[Dict[str, Any]]:
+        """Operators that are alike as one row, with how often each runs in one optimizer step."""
+        micro_batches = self.config.train.accumulation_steps
+        rows = []
+        for operation, count in Counter(self.operations).items():
+            inside, between = node_bytes(operation, self.groups[operation.group], self.topology, self.rank)
+            row = {**operation.to_dict(), "ranks": list(self.groups[operation.group])}
+            row["times"] = count * (1 if operation.direction == "update" else micro_batches)
+            if operation.kind == "AlltoAllV":
+                row["intra_node_bytes"], row["inter_node_bytes"] = inside, between
+            rows.append(row)
+        return rows
+
+    def format(self) -> str:
+        """A table for people."""
+        lines = [
+            f"rank {self.rank} of {self.topology.num_ranks} in {self.topology.num_nodes} nodes; {num_params(self.config):,} parameters in all",
+            f"on this rank: weights {_bytes(self.weight_bytes)}, gradients {_bytes(self.weight_bytes)}, Adam's moments {_bytes(2 * self.weight_bytes)}; activations are not estimated",
+        ]
+        lines += [f"group {name}: {len(ranks)} ranks, {_bytes(self.buffer_bytes)} of HCCL buffers" for name, ranks in self.groups.items()]
+        table = [("times", "operator", "pass", "group", "operand", "result", "bytes", "to other nodes")]
+        for row in self.rows():
+            between = _bytes(row["inter_node_bytes"]) if "inter_node_bytes" in row else ""
+            shapes = [f"{row['dtype']}{list(row[key])}" for key in ("shape", "result")]
+            table.append((str(row["times"]), row["kind"], row["direction"], row["group"], *shapes, _bytes(row["bytes"]), between))
+        widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
+        lines += ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in table]
+        lines += [f"note: {note}" for note in self.notes]
+        if not self.differences:
+            lines.append("the graph is what the plan says")
+        return "\n".join(lines)
+
+
+def check(config: Config, num_ranks: int, rank: int = 0) -> Check:
+    """Compile one rank's step in a process of its own and compare it with the plan.
+
+    Raises:
+        ConfigError: the configuration does not compile as one graph.
+        TopologyError: the number of ranks does not fit it.
+    """
+    if num_ranks < 2:
+        raise TopologyError(f"--ranks {num_ranks}: must be at least 2")
+    if not 0 <= rank < num_ranks:
+        raise TopologyError(f"--rank {rank}: must be between 0 and {num_ranks - 1}")
+    if config.parallel.sizes != "static":
+        raise ConfigError("parallel.sizes = 'counts': exchanges as many tokens as are routed, in PyNative; a step compiles as one graph with static")
+    topology = Topology.from_config(config, num_ranks)
+    result = _compile(config, num_ranks, rank)
+    weights = [Weight(item["name"], tuple(item["shape"]), item["expert"]) for item in result["weights"]]
+    operations = [_operation(item) for item in result["operations"]]
+    found = differences(plan(config, topology, rank, weights), operations)
+    held = sum(_size(weight.shape) * (topology.expert_parallel if weight.expert else 1) for weight in weights)
+    if held != num_params(config):
+        found.append(f"the ranks of an expert-parallel group hold {held:,} parameters, the configuration has {num_params(config):,}")
+    tokens = config.micro_batch * config.model.seq_length // num_ranks
+    groups = {name: tuple(ranks) for name, ranks in result["groups"].items()}
+    return Check(config, topology, rank, operations, groups, weights, found, list(certain_drops(config, topology, rank, tokens)))
+
+
+def _compile(config: Config, num_ranks: int, rank: int) -> Dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        request, result = Path(folder) / "request.json", Path(folder) / "result.json"
+        values = {"config": config.model_dump(mode="json"), "ranks": num_ranks, "rank": rank}
+        request.write_text(json.dumps(values), encoding="utf-8")
+        root = str(Path(__file__).resolve().parents[2])
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+        # MindSpore takes these from the environment when it is imported, and leaves files where it fails.
+        environment.update(RANK_SIZE=str(num_ranks), RANK_ID=str(rank))
+        command = [sys.executable, "-m", "pangu_locmoe.cluster.compile", str(request), str(result)]
+        done = subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True)
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith(("[WARNING]", " "))]
+            raise ConfigError(f"the step does not compile: {lines[-1] if lines else f'exit code {done.returncode}'}")
+        loaded: Dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+        return loaded
+
+
+def _operation(item: Dict[str, Any]) -> Operation:
+    return Operation(
+        item["kind"], item["group"], item["direction"], item["dtype"], tuple(item["shape"]), tuple(item["result"]), tuple(item["sent"])
+    )
+
+
+def _size(shape: Tuple[int, ...]) -> int:
+    size = 1
+    for length in shape:
+        size *= length
+    return size
+
+
+def _bytes(number: int) -> str:
+    value = float(number)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

@@ -1,0 +1,113 @@
+"""Compiles the front end of one rank's training step on a machine without devices. A process of its own: it leaves
+MindSpore unfit for anything else. `python -m pangu_locmoe.cluster.compile CONFIG.json RESULT.json`.
+
+The step's parameters have shapes but no values here, so that a large configuration takes no memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, Tuple
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor
+from mindspore.common.initializer import Zero
+from mindspore.nn.utils import no_init_parameters
+from mindspore.ops.operations import comm_ops
+
+from pangu_locmoe.cluster.graph import communication
+from pangu_locmoe.cluster.step import GraphStep
+from pangu_locmoe.config import Config, parse_config
+from pangu_locmoe.model import attention, block, sigma
+from pangu_locmoe.moe import experts, static
+from pangu_locmoe.parallel.exchange import Exchange
+from pangu_locmoe.parallel.gradients import is_expert
+from pangu_locmoe.parallel.hccl import HcclOperators
+from pangu_locmoe.parallel.topology import Topology
+from pangu_locmoe.train import optimizer
+from pangu_locmoe.train.step import Objective, is_decayed
+
+
+def compile_step(config: Config, num_ranks: int, rank: int) -> Dict[str, Any]:
+    """The communication operators of a rank's step, its groups and its weights, as plain values."""
+    _without_values()
+    communicator = HcclOperators(rank, num_ranks, lambda name, ranks: None)
+    # Nothing has joined a job: without this, MindSpore takes every group for the whole world.
+    comm_ops.get_group_size = lambda group: len(communicator.groups[group])
+    topology = Topology.from_config(config, num_ranks)
+    group = topology.expert_group(rank)
+    exchange = Exchange(communicator, group, [topology.node_of_rank(member) for member in group], False)
+    train = config.train
+    with no_init_parameters():
+        model = sigma.PanguSigma(config, None, topology, exchange)
+        parameters = list(model.trainable_params())
+        decayed = [is_decayed(parameter) for parameter in parameters]
+        adam = optimizer.AdamW(parameters, decayed, train.beta1, train.beta2, train.epsilon, train.weight_decay, train.clip_norm)
+    capacities = (1,) * config.model.num_moe_layers  # not used with static sizes, but for not being dropless
+    step = GraphStep(Objective(model, config, capacities), adam, topology, communicator)
+    text = _front_end(step, _inputs(config, num_ranks))
+    return {
+        "operations": [operation.to_dict() for operation in communication(text)],
+        "groups": {name: list(ranks) for name, ranks in communicator.groups.items()},
+        "weights": [{"name": p.name, "shape": list(p.shape), "expert": is_expert(p)} for p in parameters],
+    }
+
+
+def _front_end(step: GraphStep, inputs: Tuple[Tensor, ...]) -> str:
+    from mindspore._c_expression import dump_func_graph
+    from mindspore.graph.api import _frontend_compile
+
+    return str(dump_func_graph(_frontend_compile(step)(*inputs).func_graph))
+
+
+def _inputs(config: Config, num_ranks: int) -> Tuple[Tensor, ...]:
+    batch, length = config.micro_batch // num_ranks, config.model.seq_length
+
+    def integers(*shape: int) -> Tensor:
+        return Tensor(np.zeros(shape, np.int32))
+
+    rows = [integers(batch, length) for _ in range(4)]
+    keys = (integers(batch), integers(batch * length), integers(config.model.hidden_size))
+    return (*rows, *keys, Tensor(1.0, ms.float32), Tensor(0.001, ms.float32), Tensor(1, ms.int32))
+
+
+def _without_values() -> None:
+    """In this process, weights and optimizer state are shapes only."""
+
+    def shape_only(seed: Any, shape: Tuple[int, ...], std: float) -> np.ndarray:
+        return np.broadcast_to(np.float32(0), shape)
+
+    def tensor(value: Any, *arguments: Any, **keywords: Any) -> Tensor:
+        if isinstance(value, np.ndarray) and value.ndim and not any(value.strides):
+            return Tensor(shape=value.shape, dtype=ms.float32, init=Zero())
+        return Tensor(value, *arguments, **keywords)
+
+    def expert_weights(config: Config, layer: int, held: range) -> List[np.ndarray]:
+        hidden, inner = config.model.hidden_size, config.model.ffn_size
+        return [np.broadcast_to(np.float32(0), (len(held), *shape)) for shape in ((hidden, inner), (inner, hidden))]
+
+    def moment(parameter: Parameter, prefix: str) -> Parameter:
+        return Parameter(Tensor(shape=parameter.shape, dtype=ms.float32, init=Zero()), name=prefix + parameter.name, requires_grad=False)
+
+    for module in (attention, block, sigma):
+        module.normal = shape_only  # type: ignore[attr-defined]
+        module.Tensor = tensor  # type: ignore[attr-defined,assignment]
+    experts.Tensor = tensor  # type: ignore[attr-defined,assignment]
+    static.expert_weights = expert_weights  # type: ignore[attr-defined,assignment]
+    optimizer._zeros = moment
+
+
+def main(arguments: List[str]) -> int:
+    request = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
+    os.environ["RANK_SIZE"], os.environ["RANK_ID"] = str(request["ranks"]), str(request["rank"])
+    result = compile_step(parse_config(request["config"]), request["ranks"], request["rank"])
+    Path(arguments[1]).write_text(json.dumps(result), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,134 @@
+"""What the ranks of an Ascend job must send each other in one step: from the topology and the configuration alone.
+
+Letters: R ranks of the expert-parallel group, E experts, D hidden.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any, Dict, Iterator, List, Sequence, Tuple
+
+from pangu_locmoe.config import Config
+from pangu_locmoe.moe.static import group_slots
+from pangu_locmoe.parallel.hccl import group_name
+from pangu_locmoe.parallel.topology import Topology
+
+ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+IR_NAMES = {"fp32": "Float32", "fp16": "Float16", "bf16": "BFloat16"}
+Shape = Tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One communication operator of the step's graph.
+
+    kind: AlltoAllV, AllReduce or AllGather.
+    group: its name. direction: forward, backward or update.
+    dtype: as the graph writes it. shape, result: of this rank's operand and result.
+    sent: rows to each rank of the group (AlltoAllV), else empty.
+    """
+
+    kind: str
+    group: str
+    direction: str
+    dtype: str
+    shape: Shape
+    result: Shape
+    sent: Tuple[int, ...] = ()
+
+    @property
+    def bytes(self) -> int:
+        """Size of this rank's operand."""
+        return math.prod(self.shape) * (4 if self.dtype == "Float32" else 2)
+
+    def describe(self) -> str:
+        return f"{self.kind} {self.direction} on {self.group}, {self.dtype} {list(self.shape)} -> {list(self.result)}"
+
+    def to_dict(self) -> Dict[str, Any]:
+        return {**asdict(self), "bytes": self.bytes}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A trainable parameter as one rank holds it."""
+
+    name: str
+    shape: Shape
+    expert: bool
+
+
+def plan(config: Config, topology: Topology, rank: int, weights: Sequence[Weight]) -> List[Operation]:
+    """Every communication operator that the step of this rank needs, once for each time it runs in one micro-batch."""
+    return [*_exchanges(config, topology, rank), *_statistics(config, topology), *_reductions(topology, rank, weights)]
+
+
+def _exchanges(config: Config, topology: Topology, rank: int) -> Iterator[Operation]:
+    """Rows to the experts and back; the gradient takes the same ways in the other direction."""
+    tokens = config.micro_batch * config.model.seq_length // topology.num_ranks
+    group, features = topology.expert_group(rank), config.model.hidden_size
+    size, place = len(group), group.index(rank)
+    rows_RR = group_slots(config.moe.capacity, topology, rank, tokens).reshape(size, size, -1).sum(axis=2)
+    out, back = rows_RR[place], rows_RR[:, place]
+    dtype, name = IR_NAMES[config.train.precision], group_name(group, topology.num_ranks)
+    for direction in ("forward", "backward"):
+        for sent, received in ((out, back), (back, out)):
+            operation = Operation(
+                "AlltoAllV", name, direction, dtype, (int(sent.sum()) * features,), (int(received.sum()) * features,), tuple(sent.tolist())
+            )
+            yield from [operation] * config.model.num_moe_layers
+
+
+def _statistics(config: Config, topology: Topology) -> Iterator[Operation]:
+    """Counts and mean probabilities of all ranks, for the balance and the locality loss and the load trace."""
+    numbers, world = 2 * config.moe.num_experts, group_name(range(topology.num_ranks), topology.num_ranks)
+    gather = Operation("AllGather", world, "forward", "Float32", (1, numbers), (topology.num_ranks, numbers))
+    yield from [gather] * config.model.num_moe_layers
+
+
+def _reductions(topology: Topology, rank: int, weights: Sequence[Weight]) -> Iterator[Operation]:
+    """Gradients, and the experts' part of their norm."""
+    size = topology.num_ranks
+    for weight in weights:
+        ranks = topology.expert_replicas(rank) if weight.expert else range(size)
+        if len(ranks) > 1:
+            yield Operation("AllReduce", group_name(ranks, size), "update", "Float32", weight.shape, weight.shape)
+    group = topology.expert_group(rank)
+    if len(group) > 1:
+        yield Operation("AllReduce", group_name(group, size), "update", "Float32", (1,), (1,))
+
+
+def differences(planned: Sequence[Operation], compiled: Sequence[Operation]) -> List[str]:
+    """One line for every operator of which plan and graph have different numbers."""
+    wanted, got = Counter(planned), Counter(compiled)
+    return [
+        f"{operation.describe()}: {wanted[operation]} in the plan, {got[operation]} in the graph"
+        for operation in dict.fromkeys([*planned, *compiled])
+        if wanted[operation] != got[operation]
+    ]
+
+
+def node_bytes(operation: Operation, ranks: Sequence[int], topology: Topology, rank: int) -> Tuple[int, int]:
+    """Bytes of an AlltoAllV to other ranks in this rank's node, and to other nodes."""
+    row_bytes = operation.bytes // max(1, sum(operation.sent))
+    inside = between = 0
+    for target, rows in zip(ranks, operation.sent):
+        if topology.node_of_rank(target) != topology.node_of_rank(rank):
+            between += rows * row_bytes
+        elif target != rank:
+            inside += rows * row_bytes
+    return inside, between
+
+
+def buffer_megabytes(config: Config, num_ranks: int) -> int:
+    """HCCL_BUFFSIZE: the documentation's recommendation for language models, tokens * hidden size * bytes, at least its default.
+
+    The exchange's messages are the largest of the forward pass; with static sizes they are known and count if larger.
+    """
+    topology = Topology.from_config(config, num_ranks)
+    tokens = config.micro_batch * config.model.seq_length // topology.num_ranks
+    rows = tokens
+    if config.parallel.sizes == "static":
+        rows = max(tokens, *(operation.shape[0] // config.model.hidden_size for operation in _exchanges(config, topology, 0)), tokens)
+    return max(200, math.ceil(rows * config.model.hidden_size * ITEM_BYTES[config.train.precision] / 2**20))

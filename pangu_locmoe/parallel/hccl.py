@@ -1,0 +1,150 @@
+"""Several processes on Ascend devices, over HCCL. Started by msrun.
+
+The communicator's methods run in PyNative, with sizes that follow the routing. The cells below are the same operators for
+a compiled graph, with sizes that are constants. A group costs twice HCCL_BUFFSIZE of device memory on each member, so a
+rank makes at most three: the world, its expert-parallel group, and the replicas of its experts.
+
+None of this has run on a device: what is handed to the operators is tested, what they do with it is their documentation's.
+
+Letters: R ranks, M rows, D features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from typing import Any, Callable, Dict, List, Sequence, Tuple
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn, ops
+from mindspore.common.initializer import Zero
+from mindspore.communication import HCCL_WORLD_COMM_GROUP, create_group, get_group_size, get_rank, init
+
+from pangu_locmoe.parallel.communicator import Communicator
+
+CreateGroup = Callable[[str, List[int]], Any]
+
+
+class HcclOperators(Communicator):
+    """The operators of one rank, apart from joining a job, so that a configuration can be checked without one.
+
+    Args:
+        rank: this process.
+        size: processes of the job.
+        create: makes a group of a name and its ranks; called once for each group, by its members only.
+    """
+
+    def __init__(self, rank: int, size: int, create: CreateGroup) -> None:
+        self.rank, self.size = rank, size
+        self.groups: Dict[str, Tuple[int, ...]] = {}
+        self._create = create
+        self._operators: Dict[Tuple[Any, ...], Any] = {}
+
+    def group(self, ranks: Sequence[int]) -> str:
+        """The name of a group, which is made when it is first asked for."""
+        members = tuple(ranks)
+        if self.rank not in members:
+            raise ValueError(f"rank {self.rank} is no member of {members}")
+        name = group_name(members, self.size)
+        if name not in self.groups:
+            if name != HCCL_WORLD_COMM_GROUP:
+                self._create(name, list(members))
+            self.groups[name] = members
+        return name
+
+    def all_reduce(self, x: Tensor, ranks: Sequence[int]) -> Tensor:
+        if len(ranks) == 1:
+            return x
+        group = self.group(ranks)
+        return self._operator(("sum", group), lambda: ops.AllReduce(ops.ReduceOp.SUM, group))(x)
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        group = self.group(range(self.size))
+        gathered = self._operator(("gather", group), lambda: ops.AllGather(group))(ops.reshape(x, (1, -1)))
+        return ops.reshape(gathered, (self.size, *x.shape))
+
+    def all_to_all(self, rows_MD: Tensor, sent: Sequence[int], received: Sequence[int], ranks: Sequence[int]) -> Tensor:
+        if len(ranks) == 1:
+            return rows_MD
+        features = rows_MD.shape[1:]
+        if sum(sent) == 0:
+            # A rank with nothing to send must still take part; one row that no count covers stands for an empty tensor.
+            rows_MD = ops.zeros((1, *features), rows_MD.dtype)
+        group, block = self.group(ranks), int(np.prod(features))
+        exchange = self._operator(("rows", group, block), lambda: ops.AlltoAllV(group, block))
+        arrived = exchange(ops.reshape(rows_MD, (-1,)), list(sent), list(received))
+        if sum(received) == 0:  # the operator's result has no meaning then
+            return Tensor(shape=(0, *features), dtype=rows_MD.dtype, init=Zero())
+        return ops.reshape(arrived, (sum(received), *features))
+
+    def barrier(self) -> None:
+        self.all_reduce(ops.ones((1,), ms.float32), range(self.size)).asnumpy()
+
+    def _operator(self, key: Tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        if key not in self._operators:
+            self._operators[key] = make()
+        return self._operators[key]
+
+
+class HCCL(HcclOperators):
+    """Joins the job that msrun started; HCCL_DETERMINISTIC=true asks for the same numbers in every run, more slowly."""
+
+    def __init__(self) -> None:
+        ms.set_device("Ascend")
+        if os.environ.get("HCCL_DETERMINISTIC", "").lower() == "true":
+            ms.set_deterministic(True)
+        init("hccl")
+        super().__init__(get_rank(), get_group_size(), create_group)
+
+
+def group_name(ranks: Sequence[int], size: int) -> str:
+    """The same on all members, different for different ranks, and short: HCCL takes names of up to 127 characters."""
+    if tuple(ranks) == tuple(range(size)):
+        return HCCL_WORLD_COMM_GROUP
+    steps = set(np.diff(ranks).tolist())
+    if len(steps) == 1:
+        return f"ranks-{ranks[0]}-to-{ranks[-1]}-by-{steps.pop()}"
+    return "ranks-" + hashlib.sha256(",".join(map(str, ranks)).encode()).hexdigest()[:32]
+
+
+class AllToAllRows(nn.Cell):
+    """Rows sorted by destination -> rows sorted by source, with constant counts; the operator has its own gradient.
+
+    Args:
+        group: name of the group.
+        features: D.
+        sent, received: rows to and from each rank of the group.
+    """
+
+    def __init__(self, group: str, features: int, sent: Sequence[int], received: Sequence[int]) -> None:
+        super().__init__()
+        self.exchange = ops.AlltoAllV(group, features)
+        self.features, self.total = features, int(sum(received))
+        self.sent, self.received = tuple(map(int, sent)), tuple(map(int, received))
+
+    def construct(self, rows_MD: Tensor) -> Tensor:
+        flat = self.exchange(ops.reshape(rows_MD, (-1,)), self.sent, self.received)
+        return ops.reshape(flat, (self.total, self.features))
+
+
+class GatherRows(nn.Cell):
+    """A vector of every rank of the group, [R, M]. No gradient is asked of it."""
+
+    def __init__(self, group: str) -> None:
+        super().__init__()
+        self.gather = ops.AllGather(group)
+
+    def construct(self, x_M: Tensor) -> Tensor:
+        return self.gather(ops.expand_dims(x_M, 0))
+
+
+class SumOver(nn.Cell):
+    """The sum over a group."""
+
+    def __init__(self, group: str) -> None:
+        super().__init__()
+        self.sum = ops.AllReduce(ops.ReduceOp.SUM, group)
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.sum(x)

@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# Compares hash, switch and locmoe on an emulated cluster: seconds, bytes between nodes, balance, loss.
+set -euo pipefail
+
+usage() {
+    cat <<'TEXT'
+usage: bash scripts/compare_routers.sh [--quick] [--output DIR] [--seeds N] [--steps N] [--timing-steps N] [--shares A,B]
+                                       [--core] [--results DIR] [--config CONFIG] [--set KEY=VALUE]...
+
+Trains every router on the same text, seeds and steps, finds the link rates at which the exchange takes 18% and 29% of
+hash's step, and times the last steps of every run on 2 nodes with 2 processes each. Prints a table; rows, table and picture
+are in DIR. Needs root and iproute2, takes hours, and wants the machine to itself. What is finished in DIR is not run again.
+
+  --quick            1 seed, 60 steps, one share, the four main variants: under 15 minutes on 2 cores
+  --output DIR       runs and results (runs/compare; with --quick runs/compare-quick)
+  --seeds N          seeds (3)
+  --steps N          training steps (250)
+  --timing-steps N   the last steps, which are made again on the cluster (36)
+  --shares A,B       percent of hash's step that the exchange takes (18,29)
+  --core             only the four main variants: hash, switch and locmoe with one level, hash with two; domain sharding
+  --results DIR      also copy rows, table and picture there, for example docs/results
+  --config CONFIG    model and training (configs/compare.yaml)
+  --set KEY=VALUE    change one value of it; repeatable
+  --help             this text
+TEXT
+}
+
+fail() {
+    echo "compare_routers.sh: $1" >&2
+    exit 2
+}
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+config=configs/compare.yaml output='' seeds=3 steps=250 timing_steps=36 shares=18,29
+more=()
+while [ $# -gt 0 ]; do
+    case $1 in
+        --help | -h) usage; exit 0 ;;
+        --quick)
+            seeds=1 steps=60 timing_steps=14 shares=18 output=${output:-runs/compare-quick}
+            more+=(--core --set train.warmup_steps=10)
+            ;;
+        --core) more+=(--core) ;;
+        --output | --seeds | --steps | --timing-steps | --shares | --results | --config | --set)
+            [ $# -ge 2 ] && [ -n "$2" ] || fail "$1 needs a value"
+            case $1 in
+                --output) output=$2 ;;
+                --seeds) seeds=$2 ;;
+                --steps) steps=$2 ;;
+                --timing-steps) timing_steps=$2 ;;
+                --shares) shares=$2 ;;
+                --config) config=$2 ;;
+                *) more+=("$1" "$2") ;;
+            esac
+            shift
+            ;;
+        *) fail "unknown flag $1; --help lists the flags" ;;
+    esac
+    shift
+done
+for flag in seeds steps timing_steps; do
+    [[ ${!flag} =~ ^[1-9][0-9]*$ ]] || fail "--${flag//_/-} must be a whole number of at least 1, not ${!flag}"
+done
+[[ $shares =~ ^[0-9]+(,[0-9]+)*$ ]] || fail "--shares must be percentages such as 18,29, not $shares"
+[ "$timing_steps" -ge 6 ] || fail "--timing-steps must be at least 6: the first 4 only warm up"
+[ "$steps" -ge $((2 * timing_steps)) ] || fail "--steps must be at least twice --timing-steps"
+[ -f "$config" ] || fail "$config: no such configuration"
+[ "$(id -u)" = 0 ] || fail "only root may make network namespaces"
+for tool in ip tc; do
+    command -v $tool >/dev/null || fail "needs $tool of iproute2: apt-get install iproute2"
+done
+
+. scripts/venv.sh
+use_venv ""
+if [ ! -e data/corpus ] && grep -q data/corpus "$config" configs/cpu_base.yaml; then
+    bash scripts/fetch_corpus.sh --python .venv/bin/python
+fi
+python -m pangu_locmoe prepare "$config" >/dev/null
+exec python scripts/compare_routers.py "$config" --output "${output:-runs/compare}" --seeds "$seeds" --steps "$steps" \
+    --timing-steps "$timing_steps" --shares "$shares" ${more[@]+"${more[@]}"}

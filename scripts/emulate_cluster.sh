@@ -1,0 +1,145 @@
+#!/usr/bin/env bash
+# Trains one configuration on a cluster that this machine plays: a network namespace for each node, slow links between them.
+set -euo pipefail
+
+usage() {
+    cat <<'TEXT'
+usage: bash scripts/emulate_cluster.sh [CONFIG] [--nodes N] [--ranks-per-node N] [--rate RATE] [--port PORT]
+                                       [--set KEY=VALUE]... [--run-dir DIR] [--resume auto|never]
+                                       [--init-from CHECKPOINT] [--no-progress]
+
+Trains CONFIG (configs/cpu_cluster.yaml) with N times N processes. Every node is a network namespace with an address of its
+own; a bridge joins them, and both ends of every node's link are limited to RATE. Ranks of one node talk over that node's
+loopback. Needs root and iproute2. Whatever was made is removed at the end, also after Ctrl-C. The exit code is the job's;
+the logs of all ranks are in DIR/logs, what went over the links is in DIR/links.json.
+
+  --nodes N            nodes (2)
+  --ranks-per-node N   processes in each (2)
+  --rate RATE          of a link in each direction, as tc writes it: 50mbit, 1gbit; or unlimited (50mbit)
+  --port PORT          port of msrun's scheduler (8118); namespaces have ports of their own, so that jobs do not collide
+  --help               this text
+  the rest             as for scripts/train.sh
+TEXT
+}
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. scripts/job.sh
+nodes=2 per_node=2 rate=50mbit port=8118
+while [ $# -gt 0 ]; do
+    case $1 in
+        --help | -h) usage; exit 0 ;;
+        --nodes | --ranks-per-node | --rate | --port)
+            [ $# -ge 2 ] || fail "$1 needs a value"
+            case $1 in
+                --nodes) nodes=$2 ;;
+                --ranks-per-node) per_node=$2 ;;
+                --rate) rate=$2 ;;
+                --port) port=$2 ;;
+            esac
+            shift 2
+            ;;
+        *)
+            take_train_flag "$@"
+            shift $taken
+            ;;
+    esac
+done
+[[ $nodes =~ ^[1-9][0-9]?$ ]] || fail "--nodes must be a number of nodes, 1 to 99"
+[[ $per_node =~ ^[1-9][0-9]*$ ]] || fail "--ranks-per-node must be a number of processes, at least 1"
+[[ $port =~ ^[1-9][0-9]*$ ]] || fail "--port must be a number"
+[[ $rate =~ ^([0-9]+(\.[0-9]+)?[kmg]?bit|unlimited)$ ]] || fail "--rate must be a rate such as 50mbit or 1gbit, or unlimited, not $rate"
+[ "$(id -u)" = 0 ] || fail "only root may make network namespaces; scripts/train_cpu_cluster.sh needs no rights, but has no slow links"
+for tool in ip tc; do
+    command -v $tool >/dev/null || fail "needs $tool of iproute2: apt-get install iproute2"
+done
+
+owner_of() { # the process that made a namespace or a link of ours: moe1234n0 -> 1234
+    grep -oE '^moe[0-9]+' <<<"$1" | tr -d moe
+}
+
+remove_cluster() { # remove_cluster PID: everything that process made, running ranks included
+    local name
+    for name in $(ip netns list | grep -oE "^moe$1n[0-9]+"); do
+        ip netns pids "$name" | xargs -r kill -KILL 2>/dev/null
+        ip netns del "$name" # its end of the link goes with it, and so the other end
+    done
+    ip link del "moe$1b" 2>/dev/null
+    return 0
+}
+
+for name in $(ip netns list | grep -oE '^moe[0-9]+n[0-9]+'; ip -o link show type bridge | grep -oE 'moe[0-9]+b'); do
+    owner=$(owner_of "$name")
+    grep -qs emulate_cluster "/proc/$owner/cmdline" || remove_cluster "$owner"
+done
+
+ranks=$((nodes * per_node))
+prepare_job $ranks "$nodes-nodes"
+
+stopped=0 watcher='' jobs=()
+clean() {
+    trap '' INT TERM
+    [ -z "$watcher" ] || kill "$watcher" 2>/dev/null || true
+    remove_cluster $$
+    wait
+}
+trap clean EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+ip link add "moe$$b" type bridge
+ip link set "moe$$b" up
+slow_down() { # slow_down INTERFACE [COMMAND...]: COMMAND runs tc where the interface is
+    [ "$rate" = unlimited ] || "${@:2}" tc qdisc add dev "$1" root tbf rate "$rate" burst 32kb latency 200ms
+}
+for ((node = 0; node < nodes; node++)); do
+    space=moe$$n$node host=moe$$v$node
+    inside=(ip netns exec "$space")
+    ip netns add "$space"
+    ip link add "$host" type veth peer name eth0 netns "$space"
+    ip link set "$host" master "moe$$b" up
+    "${inside[@]}" ip link set lo up
+    "${inside[@]}" ip address add "10.77.0.$((node + 1))/24" dev eth0
+    "${inside[@]}" ip link set eth0 up
+    slow_down "$host"
+    slow_down eth0 "${inside[@]}"
+done
+
+python scripts/links.py "$run_dir" --owner $$ --nodes "$nodes" --ranks-per-node "$per_node" --rate "$rate" &
+watcher=$!
+for ((node = 0; node < nodes; node++)); do
+    ip netns exec "moe$$n$node" env "MS_WORKER_IP=10.77.0.$((node + 1))" \
+        msrun --worker_num $ranks --local_worker_num "$per_node" --node_rank $node \
+        --master_addr 10.77.0.1 --master_port "$port" --join=True --log_dir "$run_dir/logs" "$launch" \
+        train "$config" --set "parallel.ranks_per_node=$per_node" --set "parallel.expert_parallel=$ranks" \
+        --run-dir "$run_dir" --resume "$resume" "${rest[@]}" "${progress[@]}" >"$run_dir/logs/msrun-$node.log" 2>&1 &
+    jobs+=($!)
+done
+
+# On a signal the ranks save their state and end by themselves; the next signal ends everything at once.
+stop() {
+    stopped=$1
+    trap "exit $1" INT TERM
+    echo "emulate_cluster.sh: stopping after this step" >&2
+    for ((node = 0; node < nodes; node++)); do
+        for process in $(ip netns pids "moe$$n$node"); do
+            ! grep -qsz '^MS_ROLE=MS_WORKER$' "/proc/$process/environ" || kill -TERM "$process" 2>/dev/null || true
+        done
+    done
+}
+trap 'stop 130' INT
+trap 'stop 143' TERM
+show_job "${jobs[0]}"
+
+code=0
+for job in "${jobs[@]}"; do
+    while kill -0 "$job" 2>/dev/null; do # `wait` returns early when a signal comes
+        wait "$job" || true
+    done
+    wait "$job" || code=$?
+done
+[ $stopped = 0 ] || code=$stopped
+kill "$watcher" 2>/dev/null && wait "$watcher" || true
+watcher=''
+sleep 0.2
+[ $stopped != 0 ] || explain_job $code
+exit $code

@@ -1,0 +1,72 @@
+# Sourced by train_cpu_cluster.sh and emulate_cluster.sh: what every job of several processes on this machine needs.
+# Sets config, run_dir, resume, rest and progress from the flags that go through to `train`.
+
+config=configs/cpu_cluster.yaml run_dir='' resume=never
+rest=() progress=()
+
+fail() {
+    echo "$(basename "$0"): $1" >&2
+    exit 2
+}
+
+# Takes one flag of `train` from the front of the arguments; `taken` is how many arguments it and its value are.
+take_train_flag() {
+    taken=1
+    case $1 in
+        --no-progress) progress=(--no-progress) ;;
+        --run-dir | --resume | --set | --init-from)
+            [ $# -ge 2 ] || fail "$1 needs a value"
+            taken=2
+            case $1 in
+                --run-dir) run_dir=$2 ;;
+                --resume) resume=$2 ;;
+                *) rest+=("$1" "$2") ;;
+            esac
+            ;;
+        -*) fail "unknown flag $1; --help lists the flags" ;;
+        *) config=$1 ;;
+    esac
+}
+
+# prepare_job RANKS SUFFIX: Python, the corpus, the run directory (its default name ends in SUFFIX) and the environment.
+prepare_job() {
+    [ -f "$config" ] || fail "$config: no such configuration"
+    . scripts/venv.sh
+    use_venv ""
+    if [ ! -e data/corpus ] && grep -q data/corpus "$config" configs/cpu_base.yaml; then
+        bash scripts/fetch_corpus.sh --python .venv/bin/python
+    fi
+    if [ -z "$run_dir" ]; then
+        local stem number=2
+        stem=runs/$(basename "$config" .yaml)-$2
+        run_dir=$stem
+        while [ "$resume" = never ] && [ -e "$run_dir" ]; do
+            run_dir=$stem-$number
+            number=$((number + 1))
+        done
+    fi
+    mkdir -p "$run_dir/logs"
+    rm -f "$run_dir"/logs/*.log # what an earlier part of the run printed
+    local threads=$(($(nproc) / $1))
+    export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
+    # Joining takes 10 seconds instead of 30 with short retries. A dead rank ends the job after MS_NODE_TIMEOUT seconds; a
+    # late one has MS_CPU_COMM_OP_TIMEOUT seconds to arrive.
+    export MS_RETRY_INTERVAL_LOWER=1 MS_RETRY_INTERVAL_UPPER=1
+    export MS_NODE_TIMEOUT=${MS_NODE_TIMEOUT:-5} MS_CPU_COMM_OP_TIMEOUT=${MS_CPU_COMM_OP_TIMEOUT:-120}
+    launch=$(python -c 'import pangu_locmoe.launch as m; print(m.__file__)')
+}
+
+# show_job PID: what rank 0 prints, until PID ends.
+show_job() {
+    tail --pid="$1" --retry -n +1 -qf "$run_dir/logs/worker_0.log" 2>/dev/null | grep --line-buffered -v -e '^\[WARNING\]' -e '^\[INFO\]' -e '^$' &
+}
+
+# explain_job CODE: why a job has failed: which rank died, or the first error, unless rank 0 had it: that was shown.
+explain_job() {
+    if [ "$1" -ne 0 ]; then
+        local reason
+        reason=$(python scripts/explain_job.py "$run_dir/logs")
+        [ -z "$reason" ] || grep -qsxF "pangu-locmoe: $reason" "$run_dir/logs/worker_0.log" || echo "$(basename "$0"): $reason" >&2
+        echo "$(basename "$0"): the job failed (exit code $1); logs are in $run_dir/logs" >&2
+    fi
+}

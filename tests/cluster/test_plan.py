@@ -1,0 +1,97 @@
+"""The plan in numbers, the reading of a graph, and what a difference looks like."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from small import small_config
+
+from pangu_locmoe.cluster.graph import communication
+from pangu_locmoe.cluster.plan import Operation, Weight, buffer_megabytes, differences, node_bytes, plan
+from pangu_locmoe.parallel.topology import Topology
+
+WEIGHTS = [Weight("word_table", (300, 16), False), Weight("blocks.1.moe.experts.w_in", (2, 16, 24), True)]
+
+GRAPH = """
+subgraph @f() {
+  %3(flat) = AlltoAllV(%2, (I64(4), I64(2)), (I64(3), I64(3))) {instance name: exchange} primitive_attrs: {group: "g", block_size: I64(16)} cnode_attrs: {checkpoint: Bool(1)}
+      : (<Tensor[BFloat16], (96)>, <Tuple[Int64*2], TupleShape(NoShape, NoShape)>, <Tuple[Int64*2], TupleShape(NoShape, NoShape)>) -> (<Tensor[BFloat16], (96)>)
+      # Scope: (Default)
+  %4(dx) = AlltoAllV(%3, (I64(3), I64(3)), (I64(4), I64(2))) {instance name: exchange} primitive_attrs: {group: "g", block_size: I64(16)}
+      : (<Tensor[BFloat16], (96)>, <Tuple[Int64*2]>, <Tuple[Int64*2]>) -> (<Tensor[BFloat16], (96)>)
+      : (S:[96], <null>, <null>) -> (S:[96])
+      # Scope: (Gradients/Default/Grad_AlltoAllV)
+  %5(a) = PrimFunc_Add(%4, %4)
+      : (<Tensor[Float32], (96)>, <Tensor[Float32], (96)>) -> (<Tensor[Float32], (96)>)
+  %6(b) = AllReduce(%5) {instance name: sum} primitive_attrs: {group: "hccl_world_group", fusion: I64(0), op: "sum"}
+      : (<Tensor[Float32], (5, 7)>) -> (<Tensor[Float32], (5, 7)>)
+      # Scope: (Default/over_world-SumOver)
+  %7(c) = ReduceScatter(%6) {instance name: r} primitive_attrs: {rank_size: I64(5), group: "g"}
+      : (<Tensor[Float32], (5, 7)>) -> (<Tensor[Float32], (1, 7)>)
+"""
+
+
+def test_operators_of_a_graph():
+    assert communication(GRAPH) == [
+        Operation("AlltoAllV", "g", "forward", "BFloat16", (96,), (96,), (4, 2)),
+        Operation("AlltoAllV", "g", "backward", "BFloat16", (96,), (96,), (3, 3)),
+        Operation("AllReduce", "hccl_world_group", "update", "Float32", (5, 7), (5, 7)),
+        Operation("ReduceScatter", "g", "forward", "Float32", (5, 7), (1, 7)),
+    ]
+
+
+def test_an_operator_without_shapes_is_not_passed_over():
+    with pytest.raises(ValueError, match="no shapes for AllReduce"):
+        communication('  %6(b) = AllReduce(%5) {instance name: sum} primitive_attrs: {group: "g"}\n      # Scope: (Default)')
+
+
+def static_config(**parallel):
+    return small_config(
+        moe={"num_experts": 8, "capacity": {"local_factor": 2.0, "remote_factor": 0.5}},
+        parallel={"expert_parallel": 4, "ranks_per_node": 2, "sizes": "static", **parallel},
+        train={"batch_size": 16, "precision": "bf16"},
+    )
+
+
+def test_the_plan_in_numbers():
+    """8 ranks in 4 nodes, 16 tokens each; 2 experts on each rank: 4 slots for each local one, 1 for each remote one."""
+    operations = plan(static_config(), Topology(8, 2, 4, 8), 3, WEIGHTS)
+    rows = Operation("AlltoAllV", "ranks-0-to-3-by-1", "forward", "BFloat16", (20 * 16,), (20 * 16,), (2, 2, 8, 8))
+    assert operations == [
+        *[rows] * 2,
+        *[dataclasses.replace(rows, direction="backward")] * 2,
+        Operation("AllGather", "hccl_world_group", "forward", "Float32", (1, 16), (8, 16)),
+        Operation("AllReduce", "hccl_world_group", "update", "Float32", (300, 16), (300, 16)),
+        Operation("AllReduce", "ranks-3-to-7-by-4", "update", "Float32", (2, 16, 24), (2, 16, 24)),
+        Operation("AllReduce", "ranks-0-to-3-by-1", "update", "Float32", (1,), (1,)),
+    ]
+    assert rows.bytes == 20 * 16 * 2
+    assert node_bytes(rows, (0, 1, 2, 3), Topology(8, 2, 4, 8), 3) == (8 * 16 * 2, 4 * 16 * 2)
+
+
+def test_experts_that_only_one_rank_holds_are_not_reduced():
+    operations = plan(static_config(), Topology(4, 2, 4, 8), 0, WEIGHTS)
+    assert [o.shape for o in operations if o.kind == "AllReduce"] == [(300, 16), (1,)]
+
+
+def test_differences_have_a_line_each():
+    operations = plan(static_config(), Topology(8, 2, 4, 8), 3, WEIGHTS)
+    assert differences(operations, operations[::-1]) == []
+    strange = Operation("ReduceScatter", "g", "forward", "Float32", (5, 7), (1, 7))
+    assert differences(operations, [*operations[:-1], strange]) == [
+        "AllReduce update on ranks-0-to-3-by-1, Float32 [1] -> [1]: 1 in the plan, 0 in the graph",
+        "ReduceScatter forward on g, Float32 [5, 7] -> [1, 7]: 0 in the plan, 1 in the graph",
+    ]
+
+
+def test_buffers_are_as_large_as_the_largest_message():
+    assert buffer_megabytes(static_config(), 8) == 200  # HCCL's default
+    # 16 sequences of 8,192 tokens on 8 ranks: 16,384 tokens in 20,480 slots of 8,192 numbers of 2 bytes
+    large = small_config(
+        model={"seq_length": 8192, "hidden_size": 8192},
+        moe={"num_experts": 8, "capacity": {"local_factor": 2.0, "remote_factor": 0.5}},
+        parallel={"expert_parallel": 4, "ranks_per_node": 2, "sizes": "static"},
+        train={"batch_size": 16, "precision": "bf16"},
+    )
+    assert buffer_megabytes(large, 8) == 320

@@ -1,0 +1,210 @@
+"""The runs that must not depend on the number of processes, in both forms: on one process and as a rank of a job.
+
+The batches repeat, so that the model learns; with the small learning rate and the larger epsilon Adam does not blow up
+the rounding of gradients near zero, and 1e-5 over 20 steps is a fair demand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor
+
+from pangu_locmoe.config import Config, parse_config
+from pangu_locmoe.data.loader import Batch
+from pangu_locmoe.model.sigma import PanguSigma
+from pangu_locmoe.moe.capacity import initial_capacity
+from pangu_locmoe.noise import draw_keys
+from pangu_locmoe.parallel.communicator import Communicator
+from pangu_locmoe.parallel.gradients import is_expert
+from pangu_locmoe.parallel.world import World
+from pangu_locmoe.train import distributed
+from pangu_locmoe.train.step import Objective, Stepper, StepResult, batch_inputs
+
+VOCAB, LENGTH, BATCH, EXPERTS, DOMAINS = 300, 16, 24, 12, 4
+STEPS, RATE = 20, 5e-4
+
+
+@dataclass(frozen=True)
+class Case:
+    """moe, model, train: what differs from `base`. nodes: of the job, and emulated by the single process.
+
+    expert_parallel: None is the whole world. idle: all tokens go to expert 0.
+    """
+
+    moe: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+    nodes: int = 1
+    exchange: str = "flat"
+    expert_parallel: Optional[int] = None
+    idle: bool = False
+    steps: int = STEPS
+
+    def config(self, ranks: int) -> Config:
+        parallel: dict[str, Any] = {"emulated_nodes": self.nodes}
+        if ranks > 1:
+            parallel = {"exchange": self.exchange, "ranks_per_node": ranks // self.nodes, "expert_parallel": self.expert_parallel or ranks}
+        return parse_config(
+            {
+                "model": {
+                    "vocab_size": VOCAB, "hidden_size": 48, "num_layers": 2, "num_moe_layers": 1, "num_heads": 4, "ffn_size": 64,
+                    "seq_length": LENGTH, "init_std": 0.1, **self.model,
+                },
+                "moe": {"router": "locmoe", "num_experts": EXPERTS, "levels": 1, "locality_loss": 0.1, **self.moe},
+                "data": {"sources": [{"path": f"corpus/{domain}", "domain": str(domain)} for domain in range(DOMAINS)]},
+                "train": {"steps": STEPS, "batch_size": BATCH, "warmup_steps": 0, "epsilon": 1e-6, "mode": "pynative", **self.train},
+                "parallel": parallel,
+            }
+        )  # fmt: skip
+
+
+DROPLESS, TIGHT = {"policy": "dropless"}, {"factor": 1.0}
+CASES = {
+    "hash": Case({"router": "hash", "capacity": TIGHT}),
+    "hash by position": Case({"router": "hash", "levels": 2, "capacity": {"factor": 1.0, "drop_order": "position"}}, nodes=2),
+    "switch": Case({"router": "switch", "capacity": TIGHT}),
+    "switch, noise": Case({"router": "switch", "capacity": TIGHT, "z_loss": 0.01, "jitter": 0.05}, {"dropout": 0.2}),
+    "switch, nodes": Case({"router": "switch", "capacity": TIGHT}, nodes=2),
+    "switch, nodes, hierarchical": Case({"router": "switch", "capacity": TIGHT}, nodes=2, exchange="hierarchical"),
+    "locmoe": Case({"capacity": TIGHT}, {"num_layers": 4, "num_moe_layers": 2}, {"mode": "graph"}),
+    "locmoe, nodes": Case({"capacity": TIGHT}, nodes=2),
+    "locmoe, nodes, hierarchical": Case({"capacity": TIGHT}, nodes=2, exchange="hierarchical"),
+    "locmoe, dropless": Case({"capacity": DROPLESS}),
+    "locmoe, dropless, nodes": Case({"capacity": DROPLESS}, nodes=2),
+    "locmoe, dropless, nodes, hierarchical": Case({"capacity": DROPLESS}, nodes=2, exchange="hierarchical"),
+    "two levels": Case({"levels": 2, "capacity": TIGHT}, nodes=2),
+    "two levels, dropless": Case({"levels": 2, "capacity": DROPLESS, "group_sizes": {"0": 6, "1": 3, "2": 2, "3": 1}}),
+    "three nodes": Case({"capacity": TIGHT}, nodes=3),
+    "three nodes, hierarchical": Case({"capacity": TIGHT}, nodes=3, exchange="hierarchical"),
+    "accumulation": Case({"capacity": TIGHT, "balance_loss": 0.5}, train={"accumulation_steps": 3}),
+    "accumulation, nodes": Case({"router": "switch", "capacity": DROPLESS, "balance_loss": 0.5}, {"dropout": 0.2}, {"accumulation_steps": 3}, nodes=2),
+    "data and expert parallel": Case({"capacity": DROPLESS}, expert_parallel=2),
+    "data and expert parallel, nodes": Case({"router": "switch", "capacity": DROPLESS}, nodes=2, expert_parallel=2),
+    "data parallel": Case({"capacity": DROPLESS}, expert_parallel=1),
+    "idle": Case({"router": "hash", "capacity": DROPLESS}, idle=True, steps=3),
+    "idle, drops": Case({"router": "hash", "capacity": TIGHT}, nodes=2, idle=True, exchange="hierarchical", steps=3),
+    "half precision": Case({"router": "switch", "capacity": TIGHT}, train={"precision": "fp16", "loss_scale": 1024.0}, steps=3),
+}
+# The cases of the everyday suite; the slow tests run all that the number of ranks allows.
+EVERYDAY = {
+    2: ["hash by position", "switch, noise", "locmoe", "two levels", "accumulation", "data parallel", "idle", "half precision"],
+    3: ["hash", "locmoe, dropless", "three nodes", "three nodes, hierarchical"],
+    4: ["locmoe, nodes", "locmoe, nodes, hierarchical", "accumulation, nodes", "data and expert parallel, nodes", "idle, drops"],
+}
+GRADIENTS = ("locmoe, nodes", "switch, noise", "accumulation, nodes", "data parallel", "idle")
+
+
+def possible(ranks: int) -> list[str]:
+    """The cases that fit a number of ranks."""
+    return [
+        name
+        for name, case in CASES.items()
+        if ranks % case.nodes == 0
+        and ranks % (case.expert_parallel or 1) == 0
+        and (case.expert_parallel or 1) < ranks
+        and BATCH % (ranks * case.train.get("accumulation_steps", 1)) == 0
+    ]
+
+
+def batches(count: int) -> list[Batch]:
+    """Three batches over and over: token sequences with a rule in them."""
+    made = []
+    for number in range(3):
+        generator = np.random.default_rng([5, number])
+        domains_B = np.arange(BATCH, dtype=np.int32) // (BATCH // DOMAINS)
+        start_B, stride_B = generator.integers(0, 60, BATCH), generator.integers(1, 4, BATCH)
+        tokens = (start_B[:, None] + stride_B[:, None] * np.arange(LENGTH + 1) + 61 * domains_B[:, None]) % VOCAB
+        tokens = tokens.astype(np.int32)
+        positions_BS = np.tile(np.arange(LENGTH, dtype=np.int32), (BATCH, 1))
+        segments_BS = np.repeat((np.arange(LENGTH, dtype=np.int32) >= 10)[None], BATCH, 0).astype(np.int32)
+        made.append(Batch(tokens[:, :-1].copy(), tokens[:, 1:].copy(), positions_BS, segments_BS, domains_B, np.ones(BATCH, bool)))
+    return [made[number % 3] for number in range(count)]
+
+
+def make_stepper(case: Case, communicator: Optional[Communicator] = None) -> Stepper:
+    """A rank's fresh model and optimizer, as Trainer makes them."""
+    ranks = communicator.size if communicator else 1
+    config = case.config(ranks)
+    world = World.of(config, communicator)
+    model = PanguSigma(config, None, world.topology, world.exchange)
+    if case.idle:
+        for block in model.blocks:
+            if block.sparse:
+                block.moe.router.table.set_data(Tensor(np.zeros_like(block.moe.router.table.asnumpy())))
+    tokens = config.micro_batch * LENGTH * world.topology.expert_parallel // world.topology.num_ranks
+    capacities = (initial_capacity(config.moe.capacity, tokens, EXPERTS),) * config.model.num_moe_layers
+    if world.exchange is None:
+        return Stepper(model, config, capacities)
+    if config.train.mode == "graph":
+        model.compile_parts()
+    return distributed.DistributedStepper(model, config, capacities, world.topology, world.exchange)
+
+
+def row(result: StepResult) -> dict[str, Any]:
+    traffic = {} if result.traffic is None else {name: value for name, value in vars(result.traffic).items() if name != "seconds"}
+    return {
+        "losses": [*result.losses.values(), result.grad_norm],
+        "load": result.load_LNE.tolist(),
+        "dropped": result.dropped_LE.tolist(),
+        "skipped": result.skipped,
+        **traffic,
+    }
+
+
+def run(case: Case, communicator: Optional[Communicator] = None) -> dict[str, Any]:
+    """A row for each step, and the digest of the weights that all ranks have."""
+    stepper = make_stepper(case, communicator)
+    rows = [row(stepper(batch, number, RATE)) for number, batch in enumerate(batches(case.steps), 1)]
+    digest = hashlib.sha256()
+    for parameter in stepper.parameters:
+        if not is_expert(parameter):
+            digest.update(parameter.asnumpy().tobytes())
+    return {"rows": rows, "digest": digest.hexdigest()}
+
+
+def reduced_gradients(case: Case, communicator: Communicator) -> dict[str, np.ndarray]:
+    """What a rank's optimizer is given at the first step; experts by their global id."""
+    stepper = make_stepper(case, communicator)
+    kept: list[Any] = []
+    before = distributed.reduce_gradients
+
+    def keep(*arguments: Any) -> Any:
+        kept.append(before(*arguments))
+        return kept[-1]
+
+    distributed.reduce_gradients = keep
+    try:
+        stepper(batches(1)[0], 1, RATE)
+    finally:
+        distributed.reduce_gradients = before
+    first = stepper.topology.experts_of_rank(communicator.rank).start  # type: ignore[attr-defined]
+    return _by_expert(stepper, [gradient.asnumpy() for gradient in kept[0]], first, stepper.config.train.accumulation_steps)
+
+
+def single_gradients(case: Case) -> dict[str, np.ndarray]:
+    """The same of the single process, without the stepper: the mean over its micro-batches."""
+    stepper = make_stepper(case)
+    config, batch, parts = stepper.config, batches(1)[0], stepper.config.train.accumulation_steps
+    rows_T, columns_D = draw_keys(config.train.seed, 1, batch.tokens_BS.size, config.model.hidden_size)
+    gradient = ms.value_and_grad(Objective(stepper.model, config, stepper.capacities), None, stepper.optimizer.parameters, has_aux=True)
+    found: list[np.ndarray] = []
+    for part in np.arange(BATCH).reshape(case.nodes, parts, -1).swapaxes(0, 1).reshape(parts, -1):
+        inputs = batch_inputs(batch, rows_T.reshape(batch.tokens_BS.shape), Tensor(columns_D), part)
+        values = [value.asnumpy() for value in gradient(*inputs, Tensor(1.0, ms.float32))[1]]
+        found = [total + value for total, value in zip(found, values)] if found else values
+    return _by_expert(stepper, found, 0, parts)
+
+
+def _by_expert(stepper: Stepper, gradients: list[np.ndarray], first: int, parts: int) -> dict[str, np.ndarray]:
+    named = {}
+    for parameter, gradient in zip(stepper.parameters, gradients):
+        if is_expert(parameter):
+            named.update((f"{parameter.name}.{first + place}", value / parts) for place, value in enumerate(gradient))
+        else:
+            named[parameter.name] = gradient / parts
+    return named

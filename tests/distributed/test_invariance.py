@@ -1,0 +1,131 @@
+"""The number of processes changes nothing: the same batches give the same losses, counts and gradients as one process."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from distributed import cases, jobs
+
+WORKER = Path(__file__).with_name("worker.py")
+EVERYDAY = [(ranks, name) for ranks, names in cases.EVERYDAY.items() for name in names]
+REST = [(ranks, name) for ranks in (2, 3, 4) for name in cases.possible(ranks) if name not in cases.EVERYDAY[ranks]]
+PAIRS = [(3, "three nodes"), (4, "locmoe, nodes")]
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """A function: what every rank of a job of so many found, [ranks]; each job runs once, with all its cases."""
+
+    @functools.cache
+    def run(ranks: int, which: str) -> tuple[Path, list[dict[str, Any]]]:
+        folder = tmp_path_factory.mktemp(f"{which}-{ranks}")
+        done = jobs.msrun(ranks, folder, WORKER, folder, which, timeout=240 if which == "everyday" else 900)
+        assert done.returncode == 0, jobs.logs(folder)
+        return folder, [json.loads((folder / f"rank-{rank}.json").read_text(encoding="utf-8")) for rank in range(ranks)]
+
+    return run
+
+
+@functools.cache
+def single(name: str) -> dict[str, Any]:
+    return cases.run(cases.CASES[name])
+
+
+def losses(found: dict[str, Any]) -> np.ndarray:
+    return np.array([row["losses"] for row in found["rows"]])
+
+
+def assert_same_as_one_process(found: list[dict[str, Any]], name: str) -> None:
+    case, wanted = cases.CASES[name], single(name)
+    half = case.train.get("precision") == "fp16"
+    assert len(wanted["rows"]) == case.steps
+    difference = np.abs(losses(found[0][name]) - losses(wanted)).max()
+    assert difference <= (5e-3 if half else 1e-5), f"losses differ by {difference}"
+    for row, one in zip(found[0][name]["rows"], wanted["rows"]):
+        assert row["skipped"] is False
+        if not half:
+            np.testing.assert_array_equal(row["load"], one["load"])
+            np.testing.assert_array_equal(row["dropped"], one["dropped"])
+    for rank in found:
+        assert rank[name]["digest"] == found[0][name]["digest"], "the ranks' dense weights differ"
+        assert rank[name]["rows"] == found[0][name]["rows"], "the ranks report different things"
+
+
+@pytest.mark.parametrize("ranks, name", EVERYDAY)
+def test_losses_do_not_depend_on_the_number_of_processes(job, ranks, name):
+    assert_same_as_one_process(job(ranks, "everyday")[1], name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks, name", REST)
+def test_nor_in_any_other_case(job, ranks, name):
+    assert_same_as_one_process(job(ranks, "all")[1], name)
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_the_cases_test_something(name):
+    """The loss falls, tokens are dropped where they should be, and idle experts are idle."""
+    case, rows = cases.CASES[name], single(name)["rows"]
+    dropped = sum(np.sum(row["dropped"]) for row in rows)
+    assert (dropped == 0) == (case.moe["capacity"]["policy"] == "dropless" if "policy" in case.moe["capacity"] else False)
+    loads = np.array([row["load"] for row in rows])
+    assert loads.sum() == case.steps * cases.BATCH * cases.LENGTH * case.model.get("num_moe_layers", 1)
+    assert (loads[..., 1:].sum() == 0) == case.idle
+    if case.steps == cases.STEPS:
+        assert rows[-1]["losses"][1] < rows[0]["losses"][1] - 0.02
+
+
+@pytest.mark.parametrize("ranks, name", PAIRS)
+def test_hierarchical_is_bitwise_flat_with_fewer_messages_between_nodes(job, ranks, name):
+    found = job(ranks, "everyday")[1][0]
+    flat, hierarchical = found[name], found[f"{name}, hierarchical"]
+    np.testing.assert_array_equal(losses(hierarchical), losses(flat))
+    assert hierarchical["digest"] == flat["digest"]
+    nodes = cases.CASES[name].nodes
+    for one, other in zip(flat["rows"], hierarchical["rows"]):
+        assert other["inter_node_bytes"] == one["inter_node_bytes"] > 0
+        # Tokens there, their affinity there, outputs back, and the gradients of both: five exchanges.
+        assert other["inter_node_messages"] == 5 * nodes * (nodes - 1)
+        assert ranks == nodes or other["inter_node_messages"] < one["inter_node_messages"]
+
+
+@pytest.mark.parametrize("ranks, name", [(4, "data and expert parallel, nodes"), (3, "locmoe, dropless"), (2, "two levels")])
+def test_the_ledger_counts_exactly_the_routed_tokens(job, ranks, name):
+    """With one node for each rank or group, what crosses follows from the counts alone: four times a token's bytes."""
+    case, row = cases.CASES[name], job(ranks, "everyday")[1][0][name]["rows"][0]
+    load_NE, hidden = np.array(row["load"][0]), 48
+    moved = row["inter_node_bytes"] + row["intra_node_bytes"]
+    if case.nodes == ranks:  # a rank is a node
+        held = np.arange(cases.EXPERTS) // (cases.EXPERTS // ranks)
+        away = load_NE[held[None] != np.arange(ranks)[:, None]].sum()
+        affinity = 4 * away
+        assert (row["intra_node_bytes"], row["inter_node_bytes"]) == (0, away * 4 * hidden * 4 + affinity)
+    elif case.expert_parallel:  # a group is a node: nothing crosses
+        assert row["inter_node_bytes"] == 0 < row["intra_node_bytes"]
+    else:
+        assert row["inter_node_bytes"] == 0 and moved % (4 * hidden * 4) == 0 and 0 < moved <= load_NE.sum() * 4 * hidden * 4
+
+
+@pytest.mark.parametrize("name", cases.GRADIENTS)
+def test_reduced_gradients_equal_those_of_one_process(job, name):
+    folder, _ = job(2, "everyday")
+    found: dict[str, np.ndarray] = {}
+    for rank in (0, 1):
+        with np.load(folder / f"gradients-{rank}.npz") as archive:
+            own = {key.removeprefix(f"{name}: "): archive[key] for key in archive.files if key.startswith(f"{name}: ")}
+        for weight in found.keys() & own.keys():
+            np.testing.assert_array_equal(own[weight], found[weight], err_msg=weight)
+        found.update(own)
+    wanted = cases.single_gradients(cases.CASES[name])
+    assert found.keys() == wanted.keys()
+    whole = np.sqrt(sum(np.sum(value.astype(float) ** 2) for value in wanted.values()))
+    for weight, value in wanted.items():
+        difference = np.linalg.norm((found[weight] - value).astype(float))
+        assert difference <= 1e-6 * max(np.linalg.norm(value.astype(float)), 0.01 * whole), f"{weight}: {difference} of {np.linalg.norm(value)}"
+    if name == "idle":
+        assert all(not value.any() for weight, value in found.items() if ".experts." in weight and not weight.endswith(".0"))
