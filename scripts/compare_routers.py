@@ -77,7 +77,7 @@ class Comparison:
                     self.loss_run(variant, seed)
             if not self.rates:
                 self.rates = {share: self.calibrate(share) for share in shares}
-            for share, rate in self.rates.items():
+            for rate in self.rates.values():
                 for seed in range(1, self.seeds + 1):
                     for variant in group:
                         self.timing_run(variant, seed, rate)

@@ -1,5 +1,5 @@
-# Sourced by train_cpu_cluster.sh and emulate_cluster.sh: what every job of several processes on this machine needs.
-# Sets config, run_dir, resume, rest and progress from the flags that go through to `train`.
+# Sourced by train.sh, train_cpu_cluster.sh and emulate_cluster.sh: what they have in common. Sets config,
+# run_dir, resume, rest and progress from the flags that go through to `train`.
 
 config=configs/cpu_cluster.yaml run_dir='' resume=never
 rest=() progress=()
@@ -28,14 +28,19 @@ take_train_flag() {
     esac
 }
 
-# prepare_job RANKS SUFFIX: Python, the corpus, the run directory (its default name ends in SUFFIX) and the environment.
-prepare_job() {
-    [ -f "$config" ] || fail "$config: no such configuration"
+# prepare_corpus: Python, and the example corpus where the configuration wants it.
+prepare_corpus() {
+    [ -f "$config" ] || fail "$config: no such configuration; configs/ has $(cd configs && echo *.yaml)"
     . scripts/venv.sh
     use_venv ""
     if [ ! -e data/corpus ] && grep -q data/corpus "$config" configs/cpu_base.yaml; then
         bash scripts/fetch_corpus.sh --python .venv/bin/python
     fi
+}
+
+# prepare_job RANKS SUFFIX: Python, the corpus, the run directory (its default name ends in SUFFIX) and the environment.
+prepare_job() {
+    prepare_corpus
     if [ -z "$run_dir" ]; then
         local stem number=2
         stem=runs/$(basename "$config" .yaml)-$2

@@ -2,7 +2,7 @@
 
 Started by emulate_cluster.sh; ends at SIGTERM and then writes RUN_DIR/links.json. Counters are read when the job begins, at
 each new row of metrics.jsonl, and at the end, so that the traffic of the training steps is known apart from that of
-joining, of evaluations and of checkpoints. Nothing but the standard library.
+joining, of evaluations and of checkpoints.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-ECHO = 2.0  # MCCL answers every message with its own payload
-HEADERS = 1.055  # Ethernet, IP and TCP headers, acknowledgements; measured
+ECHO = 2  # MCCL answers every message with its own payload
+HEADERS = 66  # bytes of Ethernet, IPv4 and TCP with time stamps in each packet, all there is in a bare acknowledgement
 
 
 class Links:
@@ -26,10 +26,7 @@ class Links:
 
     def read(self) -> Dict[str, List[int]]:
         """What a node sent is what its port of the bridge received."""
-        return {
-            "sent": [int((folder / "rx_bytes").read_text()) for folder in self.folders],
-            "received": [int((folder / "tx_bytes").read_text()) for folder in self.folders],
-        }
+        return {name: [int((folder / name).read_text()) for folder in self.folders] for name in ("rx_bytes", "rx_packets", "tx_bytes")}
 
 
 def watch(links: Links, metrics: Path) -> Dict[str, Any]:
@@ -55,34 +52,59 @@ def watch(links: Links, metrics: Path) -> Dict[str, Any]:
         for line in lines[:-1]:
             row = json.loads(line)
             kind = "step" if "step_seconds" in row else "event"
-            steps.append({kind: row["step"], "sent": sum(end["sent"]), "payload": row.get("inter_node_bytes")})
+            steps.append({kind: row["step"], "bytes": sum(end["rx_bytes"]), "packets": sum(end["rx_packets"]), "ledger": row.get("inter_node_bytes")})
     end = links.read()
-    return {
-        "links": [{"sent_bytes": b - a, "received_bytes": d - c} for a, b, c, d in zip(begin["sent"], end["sent"], begin["received"], end["received"])],
-        "steps": per_step(steps),
-    }
+    sent = [after - before for before, after in zip(begin["rx_bytes"], end["rx_bytes"])]
+    received = [after - before for before, after in zip(begin["tx_bytes"], end["tx_bytes"])]
+    return {"links": [{"sent_bytes": out, "received_bytes": back} for out, back in zip(sent, received)], "steps": per_step(steps)}
 
 
 def per_step(rows: List[Dict[str, Any]]) -> List[Dict[str, int]]:
     """Bytes on all links in each training step that directly followed another one: no evaluation came between."""
-    return [
-        {"step": row["step"], "wire_bytes": row["sent"] - before["sent"], "payload_bytes": row["payload"]}
-        for before, row in zip(rows, rows[1:])
-        if "step" in before and "step" in row and row["payload"] is not None
-    ]
+    steps = []
+    for before, row in zip(rows, rows[1:]):
+        if "step" in before and "step" in row and row["ledger"] is not None:
+            wire = row["bytes"] - before["bytes"]
+            steps.append(
+                {
+                    "step": row["step"],
+                    "wire_bytes": wire,
+                    "tcp_payload_bytes": wire - HEADERS * (row["packets"] - before["packets"]),
+                    "ledger_bytes": row["ledger"],
+                }
+            )
+    return steps
 
 
-def account(steps: List[Dict[str, int]]) -> Dict[str, Any]:
-    """Totals over the steps: what the ledger's payload explains, and the rest, which is gradients and counts."""
-    wire, payload = sum(step["wire_bytes"] for step in steps), sum(step["payload_bytes"] for step in steps)
-    explained = ECHO * HEADERS * payload
+def account(steps: List[Dict[str, int]], gradient_bytes: int, nodes: int, ranks: int) -> Dict[str, Any]:
+    """Totals over the steps, and how far the ledger is from the counters once the gradients are taken off.
+
+    MCCL reduces gradients in a ring of all ranks: each passes 2 (R-1)/R of them on, and a ring through N nodes leaves a node
+    N times.
+    """
+    wire, carried, ledger = (sum(step[key] for step in steps) for key in ("wire_bytes", "tcp_payload_bytes", "ledger_bytes"))
+    crossings = nodes if nodes > 1 else 0
+    gradients = round(ECHO * gradient_bytes * 2 * (ranks - 1) / ranks * crossings) * len(steps)
+    exchange = carried - gradients
     return {
         "steps": len(steps),
         "wire_bytes": wire,
-        "ledger_payload_bytes": payload,
-        "ledger_wire_bytes": round(explained),
-        "other_bytes_per_step": round((wire - explained) / len(steps)) if steps else None,
+        "tcp_payload_bytes": carried,
+        "gradient_payload_bytes": gradients,
+        "exchange_payload_bytes": exchange,
+        "ledger_bytes": ledger,
+        "ledger_error": (ECHO * ledger - exchange) / exchange if ledger else None,
     }
+
+
+def dense_gradient_bytes(run_dir: Path) -> int:
+    """What one rank reduces with all others in a step: fp32 gradients of everything but the experts."""
+    from pangu_locmoe.config import load_config
+    from pangu_locmoe.model.size import num_params
+
+    config = load_config(run_dir / "config.yaml")
+    model, moe = config.model, config.moe
+    return 4 * (num_params(config) - model.num_moe_layers * moe.num_experts * 2 * model.hidden_size * model.ffn_size)
 
 
 def main() -> None:
@@ -93,17 +115,19 @@ def main() -> None:
     parser.add_argument("--ranks-per-node", type=int, required=True)
     parser.add_argument("--rate", required=True)
     options = parser.parse_args()
-    watched = watch(Links(options.owner, options.nodes), options.run_dir / "metrics.jsonl")
+    run_dir: Path = options.run_dir
+    watched = watch(Links(options.owner, options.nodes), run_dir / "metrics.jsonl")
+    gradients = dense_gradient_bytes(run_dir) if (run_dir / "config.yaml").exists() else 0
     result = {
         "nodes": options.nodes,
         "ranks_per_node": options.ranks_per_node,
         "rate": options.rate,
         "echo": ECHO,
         "headers": HEADERS,
-        "account": account(watched["steps"]),
+        "account": account(watched["steps"], gradients, options.nodes, options.nodes * options.ranks_per_node),
         **watched,
     }
-    (options.run_dir / "links.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
+    (run_dir / "links.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

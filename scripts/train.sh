@@ -18,27 +18,19 @@ Trains CONFIG (configs/cpu_smoke.yaml), evaluates it, prints a sample of each do
 TEXT
 }
 
-for argument in "$@"; do
-    if [ "$argument" = --help ] || [ "$argument" = -h ]; then
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. scripts/job.sh
+config=configs/cpu_smoke.yaml
+flags=()
+while [ $# -gt 0 ]; do
+    if [ "$1" = --help ] || [ "$1" = -h ]; then
         usage
         exit 0
     fi
+    take_train_flag "$@"
+    [ "${1#-}" = "$1" ] || flags+=("${@:1:taken}")
+    shift "$taken"
 done
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-config=configs/cpu_smoke.yaml
-if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
-    config=$1
-    shift
-fi
-if [ ! -f "$config" ]; then
-    echo "train.sh: $config: no such configuration; configs/ has $(cd configs && echo *.yaml)" >&2
-    exit 2
-fi
-
-. scripts/venv.sh
-use_venv ""
-if [ ! -e data/corpus ] && grep -q data/corpus "$config" configs/cpu_base.yaml; then
-    bash scripts/fetch_corpus.sh --python .venv/bin/python
-fi
-exec python -m pangu_locmoe train "$config" "$@"
+prepare_corpus
+exec python -m pangu_locmoe train "$config" "${flags[@]}"

@@ -87,6 +87,16 @@ msrun --worker_num "$ranks" --local_worker_num "$ranks" --master_addr 127.0.0.1 
     train "$config" --set "parallel.ranks_per_node=$per_node" --set "parallel.expert_parallel=$ranks" \
     --run-dir "$run_dir" --resume "$resume" "${rest[@]}" "${progress[@]}" >"$run_dir/logs/msrun.log" 2>&1 &
 job=$!
+(   # msrun waits for its scheduler, which takes ten seconds to notice that the ranks are gone.
+    while kill -0 $job 2>/dev/null; do
+        if grep -qs 'exit with exception' "$run_dir/logs/msrun.log"; then
+            for process in $(pgrep -P $job); do
+                ! grep -qsz '^MS_ROLE=MS_SCHED$' "/proc/$process/environ" || kill -KILL "$process"
+            done
+        fi
+        sleep 0.5
+    done
+) &
 trap 'kill -TERM $job 2>/dev/null' TERM INT
 tail --pid=$job --retry -n +1 -qf "$run_dir/logs/worker_0.log" 2>/dev/null | grep --line-buffered -v -e '^\[WARNING\]' -e '^\[INFO\]' -e '^$' &
 wait $job

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -129,12 +131,18 @@ def _compile(config: Config, num_ranks: int, rank: int) -> Dict[str, Any]:
         # MindSpore takes these from the environment when it is imported, and leaves files where it fails.
         environment.update(RANK_SIZE=str(num_ranks), RANK_ID=str(rank))
         command = [sys.executable, "-m", "pangu_locmoe.cluster.compile", str(request), str(result)]
-        done = subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True)
+        done = subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True, preexec_fn=_deep_stack)
         if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith(("[WARNING]", " "))]
-            raise ConfigError(f"the step does not compile: {lines[-1] if lines else f'exit code {done.returncode}'}")
+            errors = [line for line in done.stderr.splitlines() if re.match(r"[A-Za-z_.]*(Error|Exception)\b", line)]
+            raise ConfigError(f"the step does not compile: {errors[0] if errors else f'exit code {done.returncode}'}")
         loaded: Dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
         return loaded
+
+
+def _deep_stack() -> None:
+    """The front end's recursion grows with the number of parameters."""
+    _, most = resource.getrlimit(resource.RLIMIT_STACK)
+    resource.setrlimit(resource.RLIMIT_STACK, (most, most))
 
 
 def _operation(item: Dict[str, Any]) -> Operation:

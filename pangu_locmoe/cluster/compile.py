@@ -20,7 +20,7 @@ from mindspore.nn.utils import no_init_parameters
 from mindspore.ops.operations import comm_ops
 
 from pangu_locmoe.cluster.graph import communication
-from pangu_locmoe.cluster.step import GraphStep
+from pangu_locmoe.cluster.step import RECURSION_LIMIT, GraphStep
 from pangu_locmoe.config import Config, parse_config
 from pangu_locmoe.model import attention, block, sigma
 from pangu_locmoe.moe import experts, static
@@ -35,6 +35,7 @@ from pangu_locmoe.train.step import Objective, is_decayed
 def compile_step(config: Config, num_ranks: int, rank: int) -> Dict[str, Any]:
     """The communication operators of a rank's step, its groups and its weights, as plain values."""
     _without_values()
+    ms.set_recursion_limit(RECURSION_LIMIT)
     communicator = HcclOperators(rank, num_ranks, lambda name, ranks: None)
     # Nothing has joined a job: without this, MindSpore takes every group for the whole world.
     comm_ops.get_group_size = lambda group: len(communicator.groups[group])

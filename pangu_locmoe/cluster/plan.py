@@ -61,10 +61,10 @@ class Weight:
 
 def plan(config: Config, topology: Topology, rank: int, weights: Sequence[Weight]) -> List[Operation]:
     """Every communication operator that the step of this rank needs, once for each time it runs in one micro-batch."""
-    return [*_exchanges(config, topology, rank), *_statistics(config, topology), *_reductions(topology, rank, weights)]
+    return [*exchanges(config, topology, rank), *_statistics(config, topology), *_reductions(topology, rank, weights)]
 
 
-def _exchanges(config: Config, topology: Topology, rank: int) -> Iterator[Operation]:
+def exchanges(config: Config, topology: Topology, rank: int) -> Iterator[Operation]:
     """Rows to the experts and back; the gradient takes the same ways in the other direction."""
     tokens = config.micro_batch * config.model.seq_length // topology.num_ranks
     group, features = topology.expert_group(rank), config.model.hidden_size
@@ -130,5 +130,5 @@ def buffer_megabytes(config: Config, num_ranks: int) -> int:
     tokens = config.micro_batch * config.model.seq_length // topology.num_ranks
     rows = tokens
     if config.parallel.sizes == "static":
-        rows = max(tokens, *(operation.shape[0] // config.model.hidden_size for operation in _exchanges(config, topology, 0)), tokens)
+        rows = max(tokens, *(operation.shape[0] // config.model.hidden_size for operation in exchanges(config, topology, 0)), tokens)
     return max(200, math.ceil(rows * config.model.hidden_size * ITEM_BYTES[config.train.precision] / 2**20))

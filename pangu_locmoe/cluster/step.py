@@ -5,13 +5,25 @@ from __future__ import annotations
 from typing import Dict, Tuple
 
 import mindspore as ms
+import numpy as np
 from mindspore import Tensor, nn, ops
 
+from pangu_locmoe.cluster.plan import exchanges, node_bytes
+from pangu_locmoe.config import Config
+from pangu_locmoe.data.loader import Batch
+from pangu_locmoe.errors import ConfigError
+from pangu_locmoe.noise import draw_keys
+from pangu_locmoe.parallel.exchange import Ledger
 from pangu_locmoe.parallel.gradients import is_expert
 from pangu_locmoe.parallel.hccl import HcclOperators, SumOver
 from pangu_locmoe.parallel.topology import Topology
+from pangu_locmoe.train.distributed import DistributedStepper, _world_result
 from pangu_locmoe.train.optimizer import AdamW
-from pangu_locmoe.train.step import Objective
+from pangu_locmoe.train.step import Objective, StepResult, batch_inputs
+
+# The front end nests a call for each parameter of an unrolled loop: 1000, its default, is too few for 40 layers. The stack
+# must be large enough for it, too (`ulimit -s unlimited`).
+RECURSION_LIMIT = 100_000
 
 
 class GraphStep(nn.Cell):
@@ -69,6 +81,55 @@ class GraphStep(nn.Cell):
         norm = ops.sqrt(self.optimizer.squared_norm(tuple(dense)) + of_experts)
         self.optimizer.update(tuple(reduced), learning_rate, step, norm)
         return losses, stats, norm
+
+
+class GraphStepper(DistributedStepper):
+    """A `DistributedStepper` whose step is one compiled graph: on Ascend, with static sizes, without accumulation and fp16.
+
+    Never run: there is no HCCL on a CPU. `pangu-locmoe check` compiles the graph.
+    """
+
+    def set_capacities(self, capacities: Tuple[int, ...]) -> None:
+        refuse_graph(self.config)
+        if not isinstance(self.communicator, HcclOperators):
+            raise ConfigError("a step over several processes compiles as one graph on Ascend only")
+        ms.set_recursion_limit(RECURSION_LIMIT)
+        self.capacities = capacities
+        objective = Objective(self.model, self.config, capacities)
+        self._step = ms.jit(GraphStep(objective, self.optimizer, self.topology, self.communicator))
+
+    def __call__(self, batch: Batch, step: int, learning_rate: float) -> StepResult:
+        rows_T, columns_D = draw_keys(self.config.train.seed, step, batch.tokens_BS.size, self.config.model.hidden_size)
+        keys_BS = rows_T.reshape(batch.tokens_BS.shape)
+        part = np.arange(len(batch.domains_B)).reshape(self.topology.num_ranks, -1)[self.communicator.rank]
+        inputs = batch_inputs(batch, keys_BS, Tensor(columns_D), part)
+        numbers = (Tensor(1.0, ms.float32), Tensor(learning_rate, ms.float32), Tensor(step, ms.int32))
+        losses, stats, norm = self._step(*inputs, *numbers)
+        return _world_result([(losses, stats)], float(norm.asnumpy()), False, planned_traffic(self.config, self.topology), self.communicator)
+
+
+def refuse_graph(config: Config) -> None:
+    """Raises ConfigError for what cannot be in one graph."""
+    train = config.train
+    if train.accumulation_steps > 1:
+        raise ConfigError(f"train.accumulation_steps = {train.accumulation_steps}: a step over several processes is one graph only without accumulation: must be 1")
+    if train.precision == "fp16":
+        raise ConfigError("train.precision = 'fp16': needs a look at the gradients between backward and update, which one graph has not; use bf16 or fp32")
+
+
+def planned_traffic(config: Config, topology: Topology) -> Ledger:
+    """What all ranks send in the exchanges of one step. Constant sizes: known without looking. Seconds are not."""
+    ledger = Ledger()
+    for rank in range(topology.num_ranks):
+        group = topology.expert_group(rank)
+        for operation in exchanges(config, topology, rank):
+            inside, between = node_bytes(operation, group, topology, rank)
+            ledger.intra_node_bytes += inside
+            ledger.inter_node_bytes += between
+            crossing = sum(topology.node_of_rank(other) != topology.node_of_rank(rank) for other in group)
+            ledger.inter_node_messages += crossing
+            ledger.intra_node_messages += len(group) - 1 - crossing
+    return ledger
 
 
 class _Alone(nn.Cell):

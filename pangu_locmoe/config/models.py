@@ -118,7 +118,7 @@ class TraceConfig(Section):
 
 class CheckpointConfig(Section):
     every: int = Field(200, ge=1, description="steps between checkpoints; always at the last step")
-    keep: int = Field(2, ge=1, description="how many of the latest to keep, besides the best")
+    keep: int = Field(2, ge=1, description="how many of the latest to keep, besides the best; a new best is always saved")
 
 
 class SampleConfig(Section):

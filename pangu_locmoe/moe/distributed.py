@@ -46,6 +46,7 @@ class DistributedMoELayer(nn.Cell):
         self.by_affinity = moe.capacity.drop_order == "affinity" and router_class.has_gate
         self.has_balance_loss, self.has_locality_loss = router_class.has_balance_loss, router_class.has_locality_loss
         self.router = router_class(config, context)
+        self.router.has_locality = False  # it would take this rank's tokens for those of all nodes; `_share` makes this loss
         held = topology.experts_of_rank(self.rank)
         self.experts = Experts(*expert_weights(config, context.layer, held))
         self.dispatch = dispatch.Dispatch()

@@ -80,6 +80,8 @@ class MCCL(Communicator):
 
 def _cannot_join() -> str:
     """One line on why a job did not come together; msrun's variables say which job."""
+    if os.environ.get("MS_ROLE") == "MS_SCHED":
+        return "msrun's scheduler: a rank did not start, or ended with an error"
     job = {name: os.environ.get(f"MS_{name}", "?") for name in ("WORKER_NUM", "SCHED_HOST", "SCHED_PORT", "TOPO_TIMEOUT")}
     return (
         f"rank {os.environ.get('RANK_ID', '?')} cannot join the job of {job['WORKER_NUM']} processes at {job['SCHED_HOST']}:{job['SCHED_PORT']}: "

@@ -154,18 +154,20 @@ class Trainer:
             self.stepper.set_capacities(measured[0])
             self._tell(measured[1])
         last = self.step == config.train.steps
-        if last or self.step % config.evaluation.every == 0:
-            self._evaluate()
-        if last or self.step % config.checkpoint.every == 0:
+        improved = (last or self.step % config.evaluation.every == 0) and self._evaluate()
+        if last or improved or self.step % config.checkpoint.every == 0:
             self._save()
 
-    def _evaluate(self) -> None:
+    def _evaluate(self) -> bool:
+        """Whether this is the best model so far."""
         self.final = {"step": self.step, **self.evaluator()}
         if not math.isfinite(self.final["validation_loss"]):
             self._diverged(f"validation loss {self.final['validation_loss']}")
-        if self.best is None or self.final["validation_loss"] < self.best["validation_loss"]:
+        improved = self.best is None or self.final["validation_loss"] < self.best["validation_loss"]
+        if improved:
             self.best = {"step": self.step, "validation_loss": self.final["validation_loss"]}
         self._tell(self.final)
+        return improved
 
     def _tell(self, row: Dict[str, Any]) -> None:
         for callback in self._callbacks:

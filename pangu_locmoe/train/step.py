@@ -102,22 +102,9 @@ class FusedStep(nn.Cell):
         self.optimizer = optimizer
         self.gradient = ms.value_and_grad(objective, None, optimizer.parameters, has_aux=True)
 
-    def construct(
-        self,
-        tokens_BS: Tensor,
-        targets_BS: Tensor,
-        positions_BS: Tensor,
-        segments_BS: Tensor,
-        domains_B: Tensor,
-        row_keys_T: Tensor,
-        column_keys_D: Tensor,
-        scale: Tensor,
-        learning_rate: Tensor,
-        step: Tensor,
-    ) -> Tuple[Tensor, Dict[str, Tensor], Tensor]:
-        (_, losses, stats), gradients = self.gradient(
-            tokens_BS, targets_BS, positions_BS, segments_BS, domains_B, row_keys_T, column_keys_D, scale
-        )
+    def construct(self, learning_rate: Tensor, step: Tensor, *inputs: Tensor) -> Tuple[Tensor, Dict[str, Tensor], Tensor]:
+        """`inputs` as for the objective. Returns the losses, the statistics and the gradient's norm."""
+        (_, losses, stats), gradients = self.gradient(*inputs)
         return losses, stats, self.optimizer(gradients, learning_rate, step)
 
 
@@ -129,20 +116,9 @@ class Accumulate(nn.Cell):
         self.gradient = ms.value_and_grad(objective, None, parameters, has_aux=True)
         self.buffers, self.count = buffers, len(buffers)
 
-    def construct(
-        self,
-        tokens_BS: Tensor,
-        targets_BS: Tensor,
-        positions_BS: Tensor,
-        segments_BS: Tensor,
-        domains_B: Tensor,
-        row_keys_T: Tensor,
-        column_keys_D: Tensor,
-        scale: Tensor,
-    ) -> Tuple[Tensor, Dict[str, Tensor]]:
-        (_, losses, stats), gradients = self.gradient(
-            tokens_BS, targets_BS, positions_BS, segments_BS, domains_B, row_keys_T, column_keys_D, scale
-        )
+    def construct(self, *inputs: Tensor) -> Tuple[Tensor, Dict[str, Tensor]]:
+        """`inputs` as for the objective. Returns the losses and the statistics."""
+        (_, losses, stats), gradients = self.gradient(*inputs)
         for index in range(self.count):
             ops.assign_add(self.buffers[index], gradients[index])
         return losses, stats
@@ -160,7 +136,7 @@ class BufferedNorm(nn.Cell):
 
 
 class BufferedUpdate(nn.Cell):
-    """Update from the buffers and clear them; with factor 0 only clear."""
+    """Update from the buffers and clear them, or only clear them."""
 
     def __init__(self, optimizer: AdamW, buffers: ParameterTuple, apply: bool) -> None:
         super().__init__(auto_prefix=False)
@@ -223,7 +199,7 @@ class Stepper:
         rate, number = Tensor(learning_rate, ms.float32), Tensor(step, ms.int32)
         if self._buffers is None:
             inputs = batch_inputs(batch, keys_BS, columns, slice(None))
-            losses, stats, norm = self._fused(*inputs, Tensor(1.0, ms.float32), rate, number)
+            losses, stats, norm = self._fused(rate, number, *inputs, Tensor(1.0, ms.float32))
             return _result([(losses, stats)], float(norm.asnumpy()))
         return self._accumulated(batch, keys_BS, columns, rate, number)
 

@@ -95,3 +95,22 @@ def test_buffers_are_as_large_as_the_largest_message():
         train={"batch_size": 16, "precision": "bf16"},
     )
     assert buffer_megabytes(large, 8) == 320
+
+
+def test_traffic_of_one_graph_is_known_without_looking():
+    from pangu_locmoe.cluster.step import planned_traffic
+
+    ledger = planned_traffic(static_config(), Topology(8, 2, 4, 8))
+    # Each of 8 ranks, 4 times: 8 rows of 32 bytes to its neighbour, 2 to each of 2 others.
+    assert (ledger.intra_node_bytes, ledger.inter_node_bytes) == (8 * 4 * 8 * 32, 8 * 4 * 4 * 32)
+    assert (ledger.intra_node_messages, ledger.inter_node_messages) == (8 * 4, 8 * 4 * 2)
+
+
+@pytest.mark.parametrize("train, message", [({"accumulation_steps": 2}, "must be 1"), ({"precision": "fp16"}, "use bf16 or fp32")])
+def test_what_one_graph_cannot_do(train, message):
+    from pangu_locmoe.cluster.step import refuse_graph
+    from pangu_locmoe.errors import ConfigError
+
+    refuse_graph(static_config())
+    with pytest.raises(ConfigError, match=message):
+        refuse_graph(small_config(train=train))

@@ -1,0 +1,144 @@
+"""`pangu-locmoe check`: the step of jobs of 8 to 256 ranks, compiled here, has the operators that arithmetic asks for."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+
+import pytest
+import yaml
+
+from pangu_locmoe.cli import main
+from pangu_locmoe.cluster import check as checking
+from pangu_locmoe.cluster.check import check
+from pangu_locmoe.config import parse_config
+from pangu_locmoe.model.size import num_params
+
+LAYERS, SPARSE, HIDDEN, INNER, VOCAB, LENGTH, EXPERTS = 4, 2, 16, 24, 300, 8, 32
+
+
+def values(ranks: int, router: str = "locmoe", **changed):
+    per_node = 8
+    parallel = {"expert_parallel": min(ranks, 16), "ranks_per_node": per_node, "sizes": "static"}
+    return {
+        "model": {
+            "vocab_size": VOCAB, "hidden_size": HIDDEN, "num_layers": LAYERS, "num_moe_layers": SPARSE, "num_heads": 2, "ffn_size": INNER,
+            "seq_length": LENGTH,
+        },
+        "moe": {"router": router, "num_experts": EXPERTS, "levels": 1, "capacity": {"local_factor": 4.0, "remote_factor": 2.0}},
+        "parallel": {**parallel, **changed},
+        "train": {"steps": 20, "batch_size": 2 * ranks, "warmup_steps": 2},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "ranks, rank, router, precision", [(8, 3, "hash", "fp32"), (64, 63, "switch", "fp16"), (128, 17, "locmoe", "bf16"), (256, 200, "locmoe", "fp32")]
+)
+def test_the_step_of_a_job(ranks, rank, router, precision):
+    given = values(ranks, router)
+    given["train"]["precision"] = precision
+    config = parse_config(given)
+    result = check(config, ranks, rank)
+    assert result.differences == []
+    group = min(ranks, 16)
+    replicas = ranks // group
+
+    # 16 tokens on a rank, 32 experts: ceil(4 * 16 / 32) slots for each expert of the node, ceil(2 * 16 / 32) for others.
+    held = EXPERTS // group
+    first = 0 if group == 8 else rank % 16 // 8 * 8  # place in the group of the node's first rank
+    sent = [held * (2 if group == 8 or first <= place < first + 8 else 1) for place in range(group)]
+    rows = [o for o in result.operations if o.kind == "AlltoAllV"]
+    assert [o.direction for o in rows].count("forward") == [o.direction for o in rows].count("backward") == 2 * SPARSE
+    assert {o.sent for o in rows} == {tuple(sent)}
+    assert {o.shape for o in rows} == {o.result for o in rows} == {(sum(sent) * HIDDEN,)}
+    assert {o.dtype for o in rows} == {{"fp32": "Float32", "fp16": "Float16", "bf16": "BFloat16"}[precision]}
+
+    statistics = [o for o in result.operations if o.kind == "AllGather"]
+    assert [(o.group, o.shape, o.result) for o in statistics] == [("hccl_world_group", (1, 2 * EXPERTS), (ranks, 2 * EXPERTS))] * SPARSE
+
+    sums = [o for o in result.operations if o.kind == "AllReduce"]
+    over_world = [o for o in sums if o.group == "hccl_world_group"]
+    of_experts = SPARSE * 2 * EXPERTS * HIDDEN * INNER
+    norm_is_there = group == ranks  # the norm is summed over the expert-parallel group, here the world
+    assert sum(math.prod(o.shape) for o in over_world) == num_params(config) - of_experts + norm_is_there
+    shapes = Counter(o.shape for o in sums if o not in over_world)
+    wanted = Counter() if norm_is_there else Counter({(1,): 1})
+    if replicas > 1:
+        wanted.update({(held, HIDDEN, INNER): SPARSE, (held, INNER, HIDDEN): SPARSE})
+    assert shapes == wanted
+    assert len(result.operations) == len(rows) + len(statistics) + len(sums)
+    assert {name: len(members) for name, members in result.groups.items() if name != "hccl_world_group"} == (
+        {} if norm_is_there else {f"ranks-{rank - rank % 16}-to-{rank - rank % 16 + 15}-by-1": 16, f"ranks-{rank % 16}-to-{ranks - 16 + rank % 16}-by-16": replicas}
+    )
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(values(8)), encoding="utf-8")
+    return path
+
+
+def compiled_as_planned(config, num_ranks, rank):
+    """What the compilation of a job with one weight would give, without compiling."""
+    weights = [{"name": "all", "shape": [num_params(config)], "expert": False}]
+    topology = checking.Topology.from_config(config, num_ranks)
+    planned = checking.plan(config, topology, rank, [checking.Weight("all", (num_params(config),), False)])
+    return {
+        "operations": [operation.to_dict() for operation in planned],
+        "groups": {operation.group: list(range(num_ranks)) for operation in planned},
+        "weights": weights,
+    }
+
+
+def test_the_verb_prints_a_table_or_json(file, monkeypatch, capsys):
+    monkeypatch.setattr(checking, "_compile", compiled_as_planned)
+    assert main(["check", str(file), "--ranks", "8"]) == 0
+    text = capsys.readouterr().out
+    assert "rank 0 of 8 in 1 nodes" in text and text.endswith("the graph is what the plan says\n")
+    assert main(["check", str(file), "--ranks", "8", "--rank", "7", "--json", "--set", "train.accumulation_steps=2"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["ranks"], result["rank"], result["nodes"], result["agrees"]) == (8, 7, 1, True)
+    assert [(row["kind"], row["direction"], row["times"]) for row in result["operations"]] == [
+        ("AlltoAllV", "forward", 8), ("AlltoAllV", "backward", 8), ("AllGather", "forward", 4), ("AllReduce", "update", 1), ("AllReduce", "update", 1),
+    ]  # fmt: skip
+    exchange = result["operations"][0]
+    # Half of the tokens in a micro-batch: one slot for each of 32 experts, 4 of them on this rank, none in another node.
+    assert (exchange["bytes"], exchange["intra_node_bytes"], exchange["inter_node_bytes"]) == (32 * HIDDEN * 4, 28 * HIDDEN * 4, 0)
+    assert result["weight_bytes"] * 2 == result["optimizer_bytes"]
+
+
+def test_a_graph_that_is_not_the_plan_fails_with_one_line(file, monkeypatch, capsys):
+    def one_less(config, num_ranks, rank):
+        result = compiled_as_planned(config, num_ranks, rank)
+        del result["operations"][0]
+        return result
+
+    monkeypatch.setattr(checking, "_compile", one_less)
+    assert main(["check", str(file), "--ranks", "8"]) == 1
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1
+    assert "AlltoAllV forward on hccl_world_group" in printed.err and "4 in the plan, 3 in the graph" in printed.err
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--ranks", "1"], "--ranks 1: must be at least 2"),
+        (["--ranks", "12"], "train.batch_size (16) must be divisible by ranks (12)"),
+        (["--ranks", "8", "--rank", "8"], "--rank 8: must be between 0 and 7"),
+        (["--ranks", "8", "--set", "parallel.sizes=counts", "--set", "moe.capacity={}"], "parallel.sizes = 'counts'"),
+        (["--ranks", "8", "--set", "parallel.expert_parallel=16", "--set", "moe.num_experts=16"], "ranks (8) must be divisible by parallel.expert_parallel (16)"),
+    ],
+)
+def test_refusals(file, capsys, flags, message):
+    assert main(["check", str(file), *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_step_that_does_not_compile_is_one_line(file, monkeypatch, capsys):
+    monkeypatch.setattr(checking.sys, "executable", "/bin/false")
+    assert main(["check", str(file), "--ranks", "8"]) == 2
+    assert capsys.readouterr().err == "pangu-locmoe: the step does not compile: exit code 1\n"
