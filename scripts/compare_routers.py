@@ -23,6 +23,9 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import compare_report
 
+Point = Tuple[float, float, float]
+"""1 / (Mbit/s), seconds in the exchange, seconds in the rest of the step"""
+
 NODES, RANKS_PER_NODE = 2, 2
 SETTLING = 4  # first steps of a timing run, which compile and touch memory for the first time
 
@@ -115,20 +118,27 @@ class Comparison:
         what was measured so far, and the rate they give is measured next.
         """
         hash_router = CORE[0]
-        points: List[Tuple[float, float, float]] = []  # 1 / (Mbit/s), exchange seconds, other seconds
-        for rate in ("unlimited", "200mbit"):
-            points.append(self._point(hash_router, rate))
-        rate = ""
-        for _ in range(4):
-            rate = f"{solve(points, target):.0f}mbit"
-            points.append(self._point(hash_router, rate))
-            _, exchange, other = points[-1]
-            if abs(exchange / (exchange + other) - target) < 0.01:
+        rates = ["unlimited", "100mbit"]
+        points = [self._point(hash_router, rate) for rate in rates]
+        link_only = False
+        while True:
+            start = fit([(x, seconds) for x, seconds, _ in points])[0] if link_only else 0.0
+            misses = [abs((exchange - start) / (exchange + other) - target) for _, exchange, other in points]
+            nearest = min(range(1, len(points)), key=misses.__getitem__)
+            solved = solve(points, target)
+            if misses[nearest] < 0.01 or solved is None or len(points) == 6:
                 break
-        say(f"share {target:.0%} of hash's step at {rate}: measured {exchange / (exchange + other):.1%}")
-        return rate
+            link_only, rate = solved[1], f"{solved[0]:.0f}mbit"
+            if rate in rates:
+                break
+            rates.append(rate)
+            points.append(self._point(hash_router, rate))
+        if link_only:
+            say(f"without any limit the exchange takes more than {target:.0%} of hash's step: the links' part of it was set to {target:.0%} instead")
+        say(f"link rate for {target:.0%} of hash's step: {rates[nearest]}, {misses[nearest]:.1%} off")
+        return rates[nearest]
 
-    def _point(self, variant: Variant, rate: str) -> Tuple[float, float, float]:
+    def _point(self, variant: Variant, rate: str) -> Point:
         rows = timed_rows(self.timing_run(variant, 1, rate))
         exchange = statistics.median(row["exchange_seconds"] for row in rows)
         step = statistics.median(row["step_seconds"] for row in rows)
@@ -158,7 +168,7 @@ class Comparison:
                     timing = self.output / "timing" / rate / f"{variant.name}-seed{seed}"
                     if (timing / "links.json").exists() and (timing / "summary.json").exists():
                         rows.append(self._row(variant, seed, share, rate, timing))
-        shares = {row["link_rate"]: [] for row in rows}
+        shares: Dict[str, List[float]] = {row["link_rate"]: [] for row in rows}
         for row in rows:
             if row["router"] == "hash" and row["levels"] == 1 and row["sharding"] == "domain":
                 shares[row["link_rate"]].append(row["exchange_seconds"] / row["step_seconds"])
@@ -228,14 +238,19 @@ def timed_rows(run_dir: Path) -> List[Dict[str, Any]]:
     return training_rows(run_dir)[SETTLING:]
 
 
-def solve(points: List[Tuple[float, float, float]], target: float) -> float:
-    """Rate in Mbit/s at which fitted lines give the target share; raises SystemExit where none does."""
+def solve(points: List[Point], target: float) -> Optional[Tuple[float, bool]]:
+    """Rate in Mbit/s at which fitted lines give the target share.
+
+    True comes with it where the exchange takes more than that on links without a limit: the rate is then the one at which the part
+    that grows with 1/rate has this share. None where no rate does, because the gradients take more of the links.
+    """
     (e0, e1), (o0, o1) = (fit([(x, exchange) for x, exchange, _ in points]), fit([(x, other) for x, _, other in points]))
-    # (e0 + e1 x) = target (e0 + o0 + (e1 + o1) x)
-    numerator, denominator = target * (e0 + o0) - e0, e1 - target * (e1 + o1)
-    if numerator <= 0 or denominator <= 0:
-        raise SystemExit(f"compare_routers: no link rate gives hash an exchange of {target:.0%}: it takes {e0:.3f} of {e0 + o0:.3f} s without a limit")
-    return denominator / numerator
+    # (e0 + e1 x) = target (e0 + o0 + (e1 + o1) x), or without the first e0
+    slope = e1 - target * (e1 + o1)
+    if slope <= 0:
+        return None
+    link_only = e0 >= target * (e0 + o0)
+    return slope / (target * (e0 + o0) - (0 if link_only else e0)), link_only
 
 
 def fit(points: List[Tuple[float, float]]) -> Tuple[float, float]:

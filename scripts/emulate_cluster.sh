@@ -60,14 +60,17 @@ owner_of() { # the process that made a namespace or a link of ours: moe1234n0 ->
 remove_cluster() { # remove_cluster PID: everything that process made, running ranks included
     local name
     for name in $(ip netns list | grep -oE "^moe$1n[0-9]+"); do
-        ip netns pids "$name" | xargs -r kill -KILL 2>/dev/null
-        ip netns del "$name" # its end of the link goes with it, and so the other end
+        ip netns pids "$name" | xargs -r kill -KILL 2>/dev/null || true
+        ip netns del "$name" || true
     done
-    ip link del "moe$1b" 2>/dev/null
-    return 0
+    # A namespace and its end of a link live until the last process in it is gone; the other end goes at once.
+    for name in $(ip -o link show type veth | grep -oE "moe$1v[0-9]+"); do
+        ip link del "$name" 2>/dev/null || true
+    done
+    ip link del "moe$1b" 2>/dev/null || true
 }
 
-for name in $(ip netns list | grep -oE '^moe[0-9]+n[0-9]+'; ip -o link show type bridge | grep -oE 'moe[0-9]+b'); do
+for name in $(ip netns list | grep -oE '^moe[0-9]+n[0-9]+'; ip -o link | grep -oE 'moe[0-9]+[bv]'); do
     owner=$(owner_of "$name")
     grep -qs emulate_cluster "/proc/$owner/cmdline" || remove_cluster "$owner"
 done

@@ -283,6 +283,14 @@ def test_doubtful_settings_are_said():
     assert not list(doubtful_settings(parse_config({"moe": {"router": "hash"}})))
 
 
+@pytest.mark.parametrize(("local", "said"), [(1.25, ["38% of them find no slot; 2 would hold all"]), (2.0, [])])
+def test_static_slots_too_few_for_local_routing_are_said(local, said):
+    capacity = {"local_factor": local, "remote_factor": 0.5}
+    config = parse_config({"moe": {"router": "hash", "capacity": capacity}, "parallel": {"sizes": "static", "expert_parallel": 4, "ranks_per_node": 2}})
+    lines = list(doubtful_settings(config))
+    assert len(lines) == len(said) and all(part in line for part, line in zip(said, lines))
+
+
 def test_the_locality_loss_defaults_to_nothing_where_it_can_only_cost():
     values = {"parallel": {"emulated_nodes": 2}}
     assert parse_config(values).locality_weight == 0

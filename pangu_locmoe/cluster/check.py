@@ -21,6 +21,8 @@ from pangu_locmoe.model.size import num_params
 from pangu_locmoe.moe.static import certain_drops
 from pangu_locmoe.parallel.topology import Topology
 
+MOST_LAYERS = 12  # a deeper stack compiles for minutes, and its layers are alike
+
 
 @dataclass(frozen=True)
 class Check:
@@ -109,16 +111,47 @@ def check(config: Config, num_ranks: int, rank: int = 0) -> Check:
     if config.parallel.sizes != "static":
         raise ConfigError("parallel.sizes = 'counts': exchanges as many tokens as are routed, in PyNative; a step compiles as one graph with static")
     topology = Topology.from_config(config, num_ranks)
-    result = _compile(config, num_ranks, rank)
+    shallow = _shallower(config)
+    result = _compile(shallow, num_ranks, rank)
     weights = [Weight(item["name"], tuple(item["shape"]), item["expert"]) for item in result["weights"]]
     operations = [_operation(item) for item in result["operations"]]
-    found = differences(plan(config, topology, rank, weights), operations)
+    found = differences(plan(shallow, topology, rank, weights), operations)
     held = sum(_size(weight.shape) * (topology.expert_parallel if weight.expert else 1) for weight in weights)
-    if held != num_params(config):
-        found.append(f"the ranks of an expert-parallel group hold {held:,} parameters, the configuration has {num_params(config):,}")
+    if held != num_params(shallow):
+        found.append(f"the ranks of an expert-parallel group hold {held:,} parameters, the configuration has {num_params(shallow):,}")
     tokens = config.micro_batch * config.model.seq_length // num_ranks
+    notes = list(certain_drops(config, topology, rank, tokens))
+    if shallow is not config:
+        kept, all_layers = shallow.model, config.model
+        notes.append(
+            f"compiled with {kept.num_layers} of {all_layers.num_layers} layers, {kept.num_moe_layers} of {all_layers.num_moe_layers} sparse ones; "
+            "layers of a kind are alike, and the figures above are those of all layers, from the plan"
+        )
+        weights = _deepen(weights, shallow, config)
+        operations = plan(config, topology, rank, weights)
     groups = {name: tuple(ranks) for name, ranks in result["groups"].items()}
-    return Check(config, topology, rank, operations, groups, weights, found, list(certain_drops(config, topology, rank, tokens)))
+    return Check(config, topology, rank, operations, groups, weights, found, notes)
+
+
+def _shallower(config: Config) -> Config:
+    """The same configuration with at most two dense and two sparse blocks, where it has more than MOST_LAYERS layers."""
+    model = config.model
+    if model.num_layers <= MOST_LAYERS:
+        return config
+    dense, sparse = min(2, model.num_layers - 1 - model.num_moe_layers), min(2, model.num_moe_layers)
+    return config.model_copy(update={"model": model.model_copy(update={"num_layers": dense + sparse + 1, "num_moe_layers": sparse})})
+
+
+def _deepen(weights: List[Weight], shallow: Config, config: Config) -> List[Weight]:
+    """The weights of all layers from those of a shallower stack: every block has those of the first of its kind."""
+    first_sparse = shallow.model.num_layers - 1 - shallow.model.num_moe_layers
+    rest = [weight for weight in weights if not weight.name.startswith("blocks.")]
+    blocks = []
+    for index in range(config.model.num_layers - 1):
+        like = 0 if index < config.model.num_layers - 1 - config.model.num_moe_layers else first_sparse
+        own = [weight for weight in weights if weight.name.startswith(f"blocks.{like}.")]
+        blocks += [Weight(f"blocks.{index}." + weight.name.split(".", 2)[2], weight.shape, weight.expert) for weight in own]
+    return [*rest, *blocks]
 
 
 def _compile(config: Config, num_ranks: int, rank: int) -> Dict[str, Any]:

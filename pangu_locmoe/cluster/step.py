@@ -17,7 +17,7 @@ from pangu_locmoe.parallel.exchange import Ledger
 from pangu_locmoe.parallel.gradients import is_expert
 from pangu_locmoe.parallel.hccl import HcclOperators, SumOver
 from pangu_locmoe.parallel.topology import Topology
-from pangu_locmoe.train.distributed import DistributedStepper, _world_result
+from pangu_locmoe.train.distributed import DistributedStepper, world_result
 from pangu_locmoe.train.optimizer import AdamW
 from pangu_locmoe.train.step import Objective, StepResult, batch_inputs
 
@@ -105,7 +105,7 @@ class GraphStepper(DistributedStepper):
         inputs = batch_inputs(batch, keys_BS, Tensor(columns_D), part)
         numbers = (Tensor(1.0, ms.float32), Tensor(learning_rate, ms.float32), Tensor(step, ms.int32))
         losses, stats, norm = self._step(*inputs, *numbers)
-        return _world_result([(losses, stats)], float(norm.asnumpy()), False, planned_traffic(self.config, self.topology), self.communicator)
+        return world_result([(losses, stats)], float(norm.asnumpy()), False, planned_traffic(self.config, self.topology), self.communicator)
 
 
 def refuse_graph(config: Config) -> None:

@@ -116,5 +116,13 @@ def doubtful_settings(config: Config) -> Iterator[str]:
             f"moe.locality_loss = {moe.locality_loss} with data.sharding: iid: all nodes read the same mixture, so no routing can be "
             "local for all of them, and the loss can only cost"
         )
+    parallel, local = config.parallel, moe.capacity.local_factor
+    if parallel.sizes == "static" and parallel.ranks_per_node is not None and local is not None:
+        nodes = max(1, parallel.expert_parallel // parallel.ranks_per_node)  # over which a layer's experts are spread
+        if local < nodes:
+            yield (
+                f"moe.capacity.local_factor = {local} with the experts of a layer on {nodes} nodes: once all tokens stay in their node, "
+                f"{1 - local / nodes:.0%} of them find no slot; {nodes} would hold all"
+            )
     if moe.router == "locmoe" and config.parallel.emulated_nodes == 1 and config.parallel.ranks_per_node is None:
         yield "moe.router = 'locmoe' on one node: everything is local, the locality loss is left out; parallel.emulated_nodes studies it"

@@ -122,6 +122,8 @@ class StaticMoELayer(nn.Cell):
         self.by_affinity = moe.capacity.drop_order == "affinity" and router_class.has_gate
         self.has_balance_loss, self.has_locality_loss = router_class.has_balance_loss, router_class.has_locality_loss
         self.router = router_class(config, context)
+        # The router's own locality loss is for one process that holds the tokens of all nodes; this layer has one for its rank.
+        self.router.has_locality = False
         self.experts = Experts(*expert_weights(config, context.layer, topology.experts_of_rank(communicator.rank)))
         self.dispatch, self.combine = dispatch.Dispatch(), dispatch.Combine()
         tokens = config.micro_batch * config.model.seq_length // topology.num_ranks
@@ -225,7 +227,7 @@ class _PyNativeGather(nn.Cell):
 def _mover(exchange: Exchange, matrix_RR: np.ndarray, features: int) -> nn.Cell:
     if isinstance(exchange.communicator, HcclOperators):
         group = exchange.communicator.group(exchange.ranks)
-        return AllToAllRows(group, features, matrix_RR[exchange.place], matrix_RR[:, exchange.place])
+        return AllToAllRows(group, features, matrix_RR[exchange.place].tolist(), matrix_RR[:, exchange.place].tolist())
     return ExchangeRows(exchange, matrix_RR)
 
 

@@ -16,7 +16,7 @@ from mindspore import Tensor
 
 from pangu_locmoe import __version__
 from pangu_locmoe.config import Config
-from pangu_locmoe.errors import ConfigError, TopologyError
+from pangu_locmoe.errors import CheckpointError, ConfigError, TopologyError
 from pangu_locmoe.parallel.communicator import Communicator
 from pangu_locmoe.parallel.topology import Topology
 
@@ -38,7 +38,17 @@ def check_same_run(config: Config, communicator: Communicator, version: str = __
     ):
         other = np.flatnonzero((part != part[0]).any(axis=1)).tolist()
         if other:
-            raise ConfigError(f"{_ranks(other)} run with another {what} than rank 0: {advice}")
+            raise ConfigError(f"{_ranks(other)} {'has' if len(other) == 1 else 'have'} another {what} than rank 0: {advice}")
+
+
+def check_same_step(step: int, communicator: Communicator) -> None:
+    """Raises CheckpointError where the ranks found different checkpoints to continue from."""
+    steps = communicator.all_gather(Tensor([step], ms.int32)).asnumpy()[:, 0]
+    other = np.flatnonzero(steps != steps[0]).tolist()
+    if other:
+        raise CheckpointError(
+            f"{_ranks(other)} would continue after step {steps[other[0]]}, rank 0 after {steps[0]}: the run directory must be one that all nodes share"
+        )
 
 
 def check_groups(topology: Topology, communicator: Communicator) -> None:
@@ -62,7 +72,9 @@ def check_groups(topology: Topology, communicator: Communicator) -> None:
         checked.append(ranks)
         try:
             _check_sum(name, ranks, communicator)
-            _check_exchange(name, ranks, communicator)
+            counts_RR = exchange_counts(len(ranks))
+            for matrix_RR in (counts_RR, counts_RR.T):
+                _check_exchange(name, ranks, matrix_RR, communicator)
         except RuntimeError as error:
             _missing(rank, "exchange", name, ranks, error)
 
@@ -75,8 +87,7 @@ def _check_sum(name: str, ranks: Sequence[int], communicator: Communicator) -> N
         _wrong(communicator.rank, "AllReduce", name, ranks, f"the sum is {got[0]:g}, not {wanted[0]:g}", got)
 
 
-def _check_exchange(name: str, ranks: Sequence[int], communicator: Communicator) -> None:
-    matrix_RR = exchange_counts(len(ranks))
+def _check_exchange(name: str, ranks: Sequence[int], matrix_RR: np.ndarray, communicator: Communicator) -> None:
     place = list(ranks).index(communicator.rank)
     blocks = [_block(communicator.rank, target, count) for target, count in zip(ranks, matrix_RR[place])]
     sent, received = matrix_RR[place].tolist(), matrix_RR[:, place].tolist()
@@ -90,9 +101,9 @@ def _check_exchange(name: str, ranks: Sequence[int], communicator: Communicator)
 
 
 def exchange_counts(size: int) -> np.ndarray:
-    """How many rows each rank sends to each in the check: uneven, some none, int [R, R]; every rank sends some."""
+    """How many rows each rank sends to each in the check: uneven, some none, int [R, R]."""
     source_R, target_R = np.arange(size)[:, None], np.arange(size)[None]
-    return np.where(source_R == target_R, 1, (source_R + 2 * target_R + 1) % 4)
+    return np.where(source_R == target_R, 1, (source_R + 2 * target_R + 3) % 4)
 
 
 def _block(source: int, target: int, count: int) -> np.ndarray:

@@ -64,7 +64,7 @@ class DistributedStepper(Stepper):
         if self.loss_scale is not None:
             self.loss_scale.update(overflow=skipped)
         traffic = gather_ledgers(self.exchange.ledger.take(), self.communicator)
-        return _world_result(reports, norm, skipped, traffic, self.communicator)
+        return world_result(reports, norm, skipped, traffic, self.communicator)
 
     def _update(self, gradients: List[Tensor], factor: float, learning_rate: float, step: int) -> Tuple[bool, float]:
         reduced = reduce_gradients(gradients, self.parameters, self.topology, self.communicator)
@@ -93,7 +93,7 @@ def gather_ledgers(own: Ledger, communicator: Communicator) -> Ledger:
     return Ledger(totals[0], totals[1], totals[2], totals[3], float(values[:, 4].max()) / 1e6)
 
 
-def _world_result(
+def world_result(
     reports: List[Tuple[Tensor, Dict[str, Tensor]]], norm: float, skipped: bool, traffic: Ledger, communicator: Communicator
 ) -> StepResult:
     """The step's figures over all ranks; one gather for all of them."""

@@ -9,12 +9,13 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, Dict, List, NoReturn, Optional
+from typing import Any, Dict, List, NoReturn, Optional, Tuple
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
+from pangu_locmoe.cluster.step import GraphStepper
 from pangu_locmoe.config import Config
 from pangu_locmoe.data.clusters import nodes_by_content
 from pangu_locmoe.data.loader import BatchLoader
@@ -24,6 +25,7 @@ from pangu_locmoe.errors import CheckpointError, DivergenceError
 from pangu_locmoe.model.sigma import PanguSigma
 from pangu_locmoe.moe.capacity import initial_capacity
 from pangu_locmoe.moe.domains import allowed_experts
+from pangu_locmoe.parallel.hccl import HcclOperators
 from pangu_locmoe.parallel.topology import Topology
 from pangu_locmoe.parallel.world import World
 from pangu_locmoe.train import callbacks as jobs
@@ -68,13 +70,7 @@ class Trainer:
             load_weights(folder, self.model, self.world.held_experts)
         num_tokens = config.micro_batch * config.model.seq_length * self.topology.expert_parallel // self.topology.num_ranks
         capacity = initial_capacity(config.moe.capacity, num_tokens, config.moe.num_experts)
-        capacities = (capacity,) * config.model.num_moe_layers
-        if self.world.exchange is not None:
-            if config.train.mode == "graph":
-                self.model.compile_parts()
-            self.stepper: Stepper = DistributedStepper(self.model, config, capacities, self.topology, self.world.exchange)
-        else:
-            self.stepper = Stepper(self.model, config, capacities)
+        self.stepper = _stepper(self.model, config, (capacity,) * config.model.num_moe_layers, self.world)
         self.loader = BatchLoader(prepared, _sampler(config, prepared, self.topology), config.data.reset_at_document_end)
         self.evaluator = Evaluator(self.model, config, prepared, self.world.communicator)
         self.measure_capacity = jobs.MeasureCapacity(config)
@@ -214,6 +210,17 @@ class Trainer:
 
     def _on_signal(self, number: int, frame: Optional[FrameType]) -> None:
         self._signal = number
+
+
+def _stepper(model: PanguSigma, config: Config, capacities: Tuple[int, ...], world: World) -> Stepper:
+    if world.exchange is None:
+        return Stepper(model, config, capacities)
+    compiled = config.train.mode == "graph"
+    if compiled and config.parallel.sizes == "static" and isinstance(world.communicator, HcclOperators):
+        return GraphStepper(model, config, capacities, world.topology, world.exchange)
+    if compiled:
+        model.compile_parts()
+    return DistributedStepper(model, config, capacities, world.topology, world.exchange)
 
 
 def _sampler(config: Config, prepared: Prepared, topology: Topology) -> BatchSampler:

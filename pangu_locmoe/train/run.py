@@ -19,7 +19,7 @@ from pangu_locmoe.files import write_atomic
 from pangu_locmoe.generate import Generator
 from pangu_locmoe.model.size import num_active_params, num_params
 from pangu_locmoe.parallel.communicator import Communicator, SingleProcess
-from pangu_locmoe.parallel.selfcheck import check_groups, check_same_run
+from pangu_locmoe.parallel.selfcheck import check_groups, check_same_run, check_same_step
 from pangu_locmoe.parallel.world import World
 from pangu_locmoe.report.page import build_report
 from pangu_locmoe.train.evaluate import format_evaluation
@@ -64,7 +64,9 @@ def train(
     trainer = Trainer(config, prepared, run_dir, init_from, world)
     if world.is_first:
         _write(run_dir / "config.yaml", config.to_yaml())  # only now: a run that cannot begin leaves no directory behind
-    if resume and trainer.resume():
+    resumed = resume and trainer.resume()
+    check_same_step(trainer.step, communicator)
+    if resumed:
         say(f"resuming after step {trainer.step}")
     say(f"{num_params(config):,} parameters, {num_active_params(config):,} active for one token; {config.moe.router} router; run directory {run_dir}")
     stopped_by = trainer.run(progress)

@@ -15,7 +15,7 @@ from pangu_locmoe.cluster.check import check
 from pangu_locmoe.config import parse_config
 from pangu_locmoe.model.size import num_params
 
-LAYERS, SPARSE, HIDDEN, INNER, VOCAB, LENGTH, EXPERTS = 4, 2, 16, 24, 300, 8, 32
+LAYERS, SPARSE, HIDDEN, INNER, VOCAB, LENGTH, EXPERTS = 3, 2, 32, 24, 300, 8, 32
 
 
 def values(ranks: int, router: str = "locmoe", **changed):
@@ -142,3 +142,31 @@ def test_a_step_that_does_not_compile_is_one_line(file, monkeypatch, capsys):
     monkeypatch.setattr(checking.sys, "executable", "/bin/false")
     assert main(["check", str(file), "--ranks", "8"]) == 2
     assert capsys.readouterr().err == "pangu-locmoe: the step does not compile: exit code 1\n"
+
+
+def test_a_deep_stack_is_compiled_with_fewer_layers_and_said_so(monkeypatch):
+    given = values(8, "switch")
+    given["model"].update(num_layers=20, num_moe_layers=5)
+    compiled = []
+
+    def record(config, num_ranks, rank):
+        compiled.append(config.model)
+        names = ["blocks.0.w", "blocks.2.moe.experts.w", "query_layer.w", "word_table"]
+        topology = checking.Topology.from_config(config, num_ranks)
+        weights = [checking.Weight(name, (index + 1, 3), "experts" in name) for index, name in enumerate(names)]
+        planned = checking.plan(config, topology, rank, weights)
+        return {
+            "operations": [operation.to_dict() for operation in planned],
+            "groups": {operation.group: list(range(num_ranks)) for operation in planned},
+            "weights": [{"name": weight.name, "shape": list(weight.shape), "expert": weight.expert} for weight in weights],
+        }
+
+    monkeypatch.setattr(checking, "_compile", record)
+    result = check(parse_config(given), 8)
+    assert [(model.num_layers, model.num_moe_layers) for model in compiled] == [(5, 2)]
+    assert any(note.startswith("compiled with 5 of 20 layers, 2 of 5 sparse ones") for note in result.notes)
+    names = [weight.name for weight in result.weights]
+    assert (names.count("word_table"), len([n for n in names if n.endswith(".moe.experts.w")]), len(names)) == (1, 5, 2 + 19)
+    assert sum(o.kind == "AlltoAllV" for o in result.operations) == 5 * 4
+    # The stand-in's weights are not the configuration's, which is found.
+    assert len(result.differences) == 1 and "hold" in result.differences[0]

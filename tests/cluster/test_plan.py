@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 from small import small_config
 
 from pangu_locmoe.cluster.graph import communication
 from pangu_locmoe.cluster.plan import Operation, Weight, buffer_megabytes, differences, node_bytes, plan
+from pangu_locmoe.cluster.step import planned_traffic, refuse_graph
+from pangu_locmoe.config import load_config
+from pangu_locmoe.errors import ConfigError
+from pangu_locmoe.moe.static import certain_drops
 from pangu_locmoe.parallel.topology import Topology
 
 WEIGHTS = [Weight("word_table", (300, 16), False), Weight("blocks.1.moe.experts.w_in", (2, 16, 24), True)]
@@ -98,8 +103,6 @@ def test_buffers_are_as_large_as_the_largest_message():
 
 
 def test_traffic_of_one_graph_is_known_without_looking():
-    from pangu_locmoe.cluster.step import planned_traffic
-
     ledger = planned_traffic(static_config(), Topology(8, 2, 4, 8))
     # Each of 8 ranks, 4 times: 8 rows of 32 bytes to its neighbour, 2 to each of 2 others.
     assert (ledger.intra_node_bytes, ledger.inter_node_bytes) == (8 * 4 * 8 * 32, 8 * 4 * 4 * 32)
@@ -108,9 +111,16 @@ def test_traffic_of_one_graph_is_known_without_looking():
 
 @pytest.mark.parametrize("train, message", [({"accumulation_steps": 2}, "must be 1"), ({"precision": "fp16"}, "use bf16 or fp32")])
 def test_what_one_graph_cannot_do(train, message):
-    from pangu_locmoe.cluster.step import refuse_graph
-    from pangu_locmoe.errors import ConfigError
-
     refuse_graph(static_config())
     with pytest.raises(ConfigError, match=message):
         refuse_graph(small_config(train=train))
+
+
+@pytest.mark.parametrize("name, sizes", [("small", [8]), ("paper_38b", [64, 128, 256])])
+def test_shipped_jobs_fit_their_clusters(name, sizes):
+    config = load_config(Path(__file__).resolve().parents[2] / "configs" / "ascend" / f"{name}.yaml")
+    for ranks in sizes:
+        topology = Topology.from_config(config, ranks)
+        refuse_graph(config)
+        tokens = config.micro_batch * config.model.seq_length // ranks
+        assert not list(certain_drops(config, topology, ranks - 1, tokens))

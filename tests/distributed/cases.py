@@ -92,9 +92,9 @@ CASES = {
 }
 # The cases of the everyday suite; the slow tests run all that the number of ranks allows.
 EVERYDAY = {
-    2: ["hash by position", "switch, noise", "locmoe", "two levels", "accumulation", "data parallel", "idle", "half precision"],
-    3: ["hash", "locmoe, dropless", "three nodes", "three nodes, hierarchical"],
-    4: ["locmoe, nodes", "locmoe, nodes, hierarchical", "accumulation, nodes", "data and expert parallel, nodes", "idle, drops"],
+    2: ["hash by position", "switch, noise", "locmoe", "two levels", "accumulation, nodes", "data parallel", "idle", "half precision"],
+    3: ["hash", "three nodes", "three nodes, hierarchical"],
+    4: ["locmoe, nodes", "locmoe, nodes, hierarchical", "data and expert parallel, nodes", "idle, drops"],
 }
 GRADIENTS = ("locmoe, nodes", "switch, noise", "accumulation, nodes", "data parallel", "idle")
 

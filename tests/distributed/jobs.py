@@ -39,7 +39,7 @@ def environment(**more: str) -> dict[str, str]:
     }
 
 
-def msrun(ranks: int, folder: Path, *script: object, timeout: float = 200, env: Optional[dict[str, str]] = None) -> "subprocess.CompletedProcess[str]":
+def msrun(ranks: int, folder: Path, *script: object, timeout: float = 200, env: Optional[dict[str, str]] = None) -> subprocess.CompletedProcess[str]:
     """Run a script with its arguments on `ranks` processes in `folder`; logs in folder/logs."""
     command = [
         "msrun", "--worker_num", ranks, "--local_worker_num", ranks, "--master_addr", "127.0.0.1", "--master_port", free_port(),

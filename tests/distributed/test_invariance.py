@@ -3,33 +3,16 @@
 from __future__ import annotations
 
 import functools
-import json
-from pathlib import Path
 from typing import Any
 
 import mindspore as ms
 import numpy as np
 import pytest
-from distributed import cases, jobs
+from distributed import cases, runs
 
-WORKER = Path(__file__).with_name("worker.py")
 EVERYDAY = [(ranks, name) for ranks, names in cases.EVERYDAY.items() for name in names]
 REST = [(ranks, name) for ranks in (2, 3, 4) for name in cases.possible(ranks) if name not in cases.EVERYDAY[ranks]]
 PAIRS = [(3, "three nodes"), (4, "locmoe, nodes")]
-
-
-@pytest.fixture(scope="module")
-def job(tmp_path_factory):
-    """A function: what every rank of a job of so many found, [ranks]; each job runs once, with all its cases."""
-
-    @functools.cache
-    def run(ranks: int, which: str) -> tuple[Path, list[dict[str, Any]]]:
-        folder = tmp_path_factory.mktemp(f"{which}-{ranks}")
-        done = jobs.msrun(ranks, folder, WORKER, folder, which, timeout=900)
-        assert done.returncode == 0, jobs.logs(folder)
-        return folder, [json.loads((folder / f"rank-{rank}.json").read_text(encoding="utf-8")) for rank in range(ranks)]
-
-    return run
 
 
 @functools.cache
@@ -59,14 +42,14 @@ def assert_same_as_one_process(found: list[dict[str, Any]], name: str) -> None:
 
 
 @pytest.mark.parametrize("ranks, name", EVERYDAY)
-def test_losses_do_not_depend_on_the_number_of_processes(job, ranks, name):
-    assert_same_as_one_process(job(ranks, "everyday")[1], name)
+def test_losses_do_not_depend_on_the_number_of_processes(ranks, name):
+    assert_same_as_one_process(runs.job(ranks)[1], name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks, name", REST)
-def test_nor_in_any_other_case(job, ranks, name):
-    assert_same_as_one_process(job(ranks, "all")[1], name)
+def test_nor_in_any_other_case(ranks, name):
+    assert_same_as_one_process(runs.job(ranks, "all")[1], name)
 
 
 @pytest.mark.parametrize("name", cases.CASES)
@@ -83,8 +66,8 @@ def test_the_cases_test_something(name):
 
 
 @pytest.mark.parametrize("ranks, name", PAIRS)
-def test_hierarchical_is_bitwise_flat_with_fewer_messages_between_nodes(job, ranks, name):
-    found = job(ranks, "everyday")[1][0]
+def test_hierarchical_is_bitwise_flat_with_fewer_messages_between_nodes(ranks, name):
+    found = runs.job(ranks)[1][0]
     flat, hierarchical = found[name], found[f"{name}, hierarchical"]
     np.testing.assert_array_equal(losses(hierarchical), losses(flat))
     assert hierarchical["digest"] == flat["digest"]
@@ -96,10 +79,10 @@ def test_hierarchical_is_bitwise_flat_with_fewer_messages_between_nodes(job, ran
         assert ranks == nodes or other["inter_node_messages"] < one["inter_node_messages"]
 
 
-@pytest.mark.parametrize("ranks, name", [(4, "data and expert parallel, nodes"), (3, "locmoe, dropless"), (2, "two levels")])
-def test_the_ledger_counts_exactly_the_routed_tokens(job, ranks, name):
+@pytest.mark.parametrize("ranks, name", [(4, "data and expert parallel, nodes"), (3, "three nodes"), (2, "two levels")])
+def test_the_ledger_counts_exactly_the_routed_tokens(ranks, name):
     """With one node for each rank or group, what crosses follows from the counts alone: four times a token's bytes."""
-    case, row = cases.CASES[name], job(ranks, "everyday")[1][0][name]["rows"][0]
+    case, row = cases.CASES[name], runs.job(ranks)[1][0][name]["rows"][0]
     load_NE, hidden = np.array(row["load"][0]), 48
     moved = row["inter_node_bytes"] + row["intra_node_bytes"]
     if case.nodes == ranks:  # a rank is a node
@@ -114,8 +97,8 @@ def test_the_ledger_counts_exactly_the_routed_tokens(job, ranks, name):
 
 
 @pytest.mark.parametrize("name", cases.GRADIENTS)
-def test_reduced_gradients_equal_those_of_one_process(job, name):
-    folder, _ = job(2, "everyday")
+def test_reduced_gradients_equal_those_of_one_process(name):
+    folder, _ = runs.job(2)
     found: dict[str, np.ndarray] = {}
     for rank in (0, 1):
         with np.load(folder / f"gradients-{rank}.npz") as archive:

@@ -1,0 +1,84 @@
+"""The jobs that several tests look at; each starts once. Starting processes is what takes time, so one does many things."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from distributed import jobs
+from train import tiny
+
+from pangu_locmoe.cli import main
+from pangu_locmoe.config import Config
+
+WORKER = Path(__file__).with_name("worker.py")
+STEPS, EVERY = 15, 5
+
+
+def config(**parallel: Any) -> Config:
+    """What the tests of checkpoints train."""
+    return tiny.tiny_config(
+        moe={"router": "locmoe", "locality_loss": 0.1, "capacity": {"factor": 1.0}},
+        data={"sharding": "domain"},
+        train={"steps": STEPS, "learning_rate": 5e-4, "epsilon": 1e-6, "mode": "pynative"},
+        evaluation={"every": EVERY, "sequences": 2},
+        checkpoint={"every": EVERY, "keep": 5},
+        parallel=parallel,
+    )
+
+
+@functools.cache
+def folder() -> Path:
+    """Where the runs are: one (undisturbed, 1 process), four (4 ranks), one-after-four, two-after-one."""
+    path = Path(tempfile.mkdtemp(prefix="runs-"))
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return path
+
+
+@functools.cache
+def job(ranks: int, which: str = "everyday") -> tuple[Path, list[dict[str, Any]]]:
+    """The folder of an invariance job and what every rank found; jobs of 4 and 2 ranks then train, see `train_on`."""
+    path = folder() / f"{which}-{ranks}"
+    path.mkdir()
+    arguments: list[str] = []
+    if which == "everyday" and ranks == 4:
+        arguments = _arguments("four", expert_parallel=4, ranks_per_node=2)
+    if which == "everyday" and ranks == 2:
+        _one_after_four()
+        _hand_over("one-after-four", "two-after-one", 10)
+        arguments = _arguments("two-after-one", expert_parallel=2, ranks_per_node=1)
+    done = jobs.msrun(ranks, path, WORKER, path, which, *arguments, timeout=900)
+    assert done.returncode == 0, jobs.logs(path)
+    return path, [json.loads((path / f"rank-{rank}.json").read_text(encoding="utf-8")) for rank in range(ranks)]
+
+
+@functools.cache
+def train_on() -> Path:
+    """All four runs: 4 ranks, their checkpoint of step 5 in 1 process, and that one's of step 10 on 2 ranks."""
+    assert main(_arguments("one", emulated_nodes=2)) == 0
+    job(2)
+    return folder()
+
+
+@functools.cache
+def _one_after_four() -> None:
+    job(4)
+    _hand_over("four", "one-after-four", 5)
+    assert main(_arguments("one-after-four", emulated_nodes=2)) == 0
+
+
+def _arguments(name: str, **parallel: Any) -> list[str]:
+    return ["train", str(tiny.write(config(**parallel), folder(), name)), "--run-dir", str(folder() / name), "--resume", "auto", "--no-progress"]
+
+
+def _hand_over(before: str, after: str, step: int) -> None:
+    """A run directory that holds another one's checkpoint of a step, and its rows."""
+    name = f"checkpoints/step-{step:08d}"
+    shutil.copytree(folder() / before / name, folder() / after / name)
+    for file in ("metrics.jsonl", "config.yaml"):
+        shutil.copy(folder() / before / file, folder() / after)

@@ -1,0 +1,94 @@
+"""A checkpoint of 4 ranks goes on in 1 process and then on 2 ranks, as if nothing had happened. By the command line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from distributed import runs
+from safetensors import safe_open
+from train import tiny
+
+from pangu_locmoe.cli import main
+from pangu_locmoe.errors import CheckpointError
+from pangu_locmoe.model.sigma import PanguSigma
+from pangu_locmoe.train import checkpoint as checkpoints
+
+
+@pytest.fixture(scope="module")
+def folder():
+    return runs.train_on()
+
+
+def test_two_ranks_took_up_what_one_process_wrote(folder):
+    assert "resuming after step 10" in (folder / "everyday-2" / "logs" / "worker_0.log").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["four", "one-after-four", "two-after-one"])
+def test_the_loss_goes_on(folder, name):
+    wanted, got = tiny.rows(folder / "one"), tiny.rows(folder / name)
+    assert [row["step"] for row in got] == [row["step"] for row in wanted]
+    for one, other in zip(wanted, got):
+        for key in ("loss", "grad_norm", "validation_loss"):
+            assert abs(one.get(key, 0) - other.get(key, 0)) <= 1e-5, f"step {one['step']}: {key} {other[key]}, not {one[key]}"
+
+
+@pytest.mark.parametrize("name", ["four", "one-after-four", "two-after-one"])
+def test_weights_and_moments_are_those_of_the_undisturbed_run(folder, name):
+    wanted, got = (checkpoints.latest_whole_checkpoint(folder / run) for run in ("one", name))
+    for kind in ("model", "optimizer"):
+        one, other = checkpoints._Shards(wanted, kind, None), checkpoints._Shards(got, kind, None)
+        assert set(one) == set(other)
+        for weight in one:
+            np.testing.assert_allclose(other[weight], one[weight], rtol=0, atol=2e-5, err_msg=weight)
+        if kind == "optimizer":
+            assert any(np.abs(one[weight]).max() > 1e-4 for weight in one if "adam_m" in weight and ".experts.3." in weight)
+
+
+def test_every_rank_has_written_its_experts_and_nothing_else(folder):
+    written = checkpoints.latest_whole_checkpoint(folder / "four")
+    for rank in range(4):
+        with safe_open(written / checkpoints.shard_name("model", rank), framework="numpy") as archive:
+            names = list(archive.keys())
+        assert {int(name.split(".experts.")[1].split(".")[0]) for name in names if ".experts." in name} == {rank}
+        assert rank == 0 or all(".experts." in name for name in names)
+    assert json.loads((written / "state.json").read_text(encoding="utf-8"))["shards"] == 4
+
+
+@pytest.mark.parametrize("kind", ["model", "optimizer"])
+def test_a_missing_ranks_file_is_named(folder, tmp_path, capsys, kind):
+    copy = tmp_path / "run" / "checkpoints" / "step-00000015"
+    shutil.copytree(checkpoints.latest_whole_checkpoint(folder / "four"), copy)
+    file = copy / f"{kind}-rank2.safetensors"
+    file.unlink()
+    with pytest.raises(CheckpointError, match=rf"^{file} is missing or damaged: [^\n]*$"):
+        checkpoints._Shards(copy, kind, None)
+    shutil.copy(tiny.write(runs.config(emulated_nodes=2), tmp_path), tmp_path / "run" / "config.yaml")
+    assert main(["train", str(tmp_path / "config.yaml"), "--run-dir", str(tmp_path / "run"), "--resume", "auto", "--no-progress"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"pangu-locmoe: {file} is missing or damaged: ")
+
+
+def test_a_rank_reads_only_its_share(folder, monkeypatch):
+    """Every array that is read is of its own experts or of nobody's, and is read once."""
+    read: list[str] = []
+    before = checkpoints._Shards.__getitem__
+
+    def note(self, key):
+        read.append(key)
+        return before(self, key)
+
+    monkeypatch.setattr(checkpoints._Shards, "__getitem__", note)
+    written = checkpoints.latest_whole_checkpoint(folder / "four")
+    model = PanguSigma(runs.config(emulated_nodes=2))
+    for parameter in model.get_parameters():
+        if ".experts." in parameter.name:
+            parameter.set_data(parameter[1:3].copy(), slice_shape=True)
+    checkpoints.load_weights(written, model, range(1, 3))
+    assert {key.split(".experts.")[1].split(".")[0] for key in read if ".experts." in key} == {"1", "2"}
+    assert len(read) == len(set(read))
+    whole = checkpoints._Shards(written, "model", None)
+    experts = next(parameter for parameter in model.get_parameters() if parameter.name.endswith("experts.w_in"))
+    np.testing.assert_array_equal(experts.asnumpy()[1], whole[experts.name.replace(".experts.", ".experts.2.")])
