@@ -87,7 +87,7 @@ def _verdicts(rows: List[Row]) -> Iterator[str]:
         return
     for name, other in (("hash", base), ("switch", switch)):
         shorter = [1 - b["step_seconds"] / a["step_seconds"] for a, b in _pairs(other, ours)]
-        yield _verdict(f"step shorter than {name}'s", shorter, ".1%", TARGETS[name], True)
+        yield _verdict(f"step shorter than {name}'s", shorter, ".2%", TARGETS[name], True)
     if local:
         # What is left where nothing crosses is not the links' doing.
         gone = [
@@ -105,7 +105,7 @@ def _verdicts(rows: List[Row]) -> Iterator[str]:
 def _verdict(what: str, values: List[float], form: str, target: float, at_least: bool) -> str:
     mean = statistics.mean(values)
     met = mean >= target if at_least else mean <= target
-    return f"- {what}: {_spread(values, form)}; target {'at least' if at_least else 'at most'} {target:.4g}: {'met' if met else 'MISSED'}"
+    return f"- {what}: {_spread(values, form)}; target {'at least' if at_least else 'at most'} {target:{form}}: {'met' if met else 'MISSED'}"
 
 
 def _pairs(first: List[Row], second: List[Row]) -> List[Tuple[Row, Row]]:

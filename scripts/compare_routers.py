@@ -96,9 +96,9 @@ class Comparison:
             shutil.rmtree(run_dir / "checkpoints" / f"step-{self.steps:08d}")
         return run_dir
 
-    def timing_run(self, variant: Variant, seed: int, rate: str) -> Path:
+    def timing_run(self, variant: Variant, seed: int, rate: str, folder: str = "timing") -> Path:
         """The last steps of the loss run on the emulated cluster."""
-        run_dir = self.output / "timing" / rate / f"{variant.name}-seed{seed}"
+        run_dir = self.output / folder / rate / f"{variant.name}-seed{seed}"
         if not ((run_dir / "summary.json").exists() and (run_dir / "links.json").exists()):
             shutil.rmtree(run_dir, ignore_errors=True)
             source = self.loss_run(variant, seed)
@@ -139,7 +139,8 @@ class Comparison:
         return rates[nearest]
 
     def _point(self, variant: Variant, rate: str) -> Point:
-        rows = timed_rows(self.timing_run(variant, 1, rate))
+        # Not among the results: those have all routers side by side.
+        rows = timed_rows(self.timing_run(variant, 1, rate, "calibration"))
         exchange = statistics.median(row["exchange_seconds"] for row in rows)
         step = statistics.median(row["step_seconds"] for row in rows)
         say(f"{variant.name} at {rate}: step {step:.3f} s, exchange {exchange:.3f} s, {exchange / step:.1%}")

@@ -45,6 +45,8 @@ per_node=${per_node:-$ranks}
 [[ $port =~ ^[1-9][0-9]*$ ]] || fail "--port must be a number"
 ! (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null || fail "--port $port: in use; give another one"
 
+# A dead rank is noticed here, by msrun; one that is only late, or stopped for a while, is waited for.
+export MS_NODE_TIMEOUT=${MS_NODE_TIMEOUT:-60}
 prepare_job "$ranks" "$ranks-ranks"
 # A session of its own: Ctrl-C would make msrun kill the ranks before they have saved anything.
 setsid msrun --worker_num "$ranks" --local_worker_num "$ranks" --master_addr 127.0.0.1 --master_port "$port" --join=True \

@@ -56,7 +56,7 @@ class DistributedMoELayer(nn.Cell):
         holders = local_NE.any(axis=1)
         # The locality loss is a mean over the nodes that hold experts, and ranks are averaged over all nodes.
         self.locality_weight = float(holders[node]) * topology.num_nodes / max(1, int(holders.sum())) if topology.num_nodes > 1 else 0.0
-        self.log_local_E = Tensor(np.log(losses.local_distribution(local_NE, moe.locality_smoothing))[node])
+        self.log_local_E = np.log(losses.local_distribution(local_NE, moe.locality_smoothing))[node]
 
     def construct(
         self, x_TD: Tensor, tokens_T: Tensor, domains_T: Tensor, noise: Noise, capacity: int, training: bool
@@ -122,9 +122,9 @@ class DistributedMoELayer(nn.Cell):
         if self.has_locality_loss and training and self.locality_weight > 0:
             node = self.topology.node_of_rank(self.rank)
             probs_NE = shared[:, self.num_experts :].reshape(self.topology.num_nodes, -1, self.num_experts).mean(axis=1)
-            stats["locality_loss"] = self.locality_weight * losses.locality_loss_of_rank(
-                mean_probs_E, Tensor(probs_NE[node]), self.log_local_E
-            )
+            # NumPy's logarithm: in PyNative, MindSpore tries ways to share one out over threads, and they differ in the last bit.
+            log_ratio_E = np.log(probs_NE[node] + np.float32(1e-20)) - self.log_local_E
+            stats["locality_loss"] = self.locality_weight * losses.divergence_of_rank(mean_probs_E, Tensor(probs_NE[node]), Tensor(log_ratio_E))
         nodes = self.topology.num_nodes
         stats["load_NE"] = Tensor(counts_RE.reshape(nodes, world // nodes, -1).sum(axis=1).astype(np.float32))
         return counts_RE, stats

@@ -67,7 +67,11 @@ def locality_loss_of_rank(mean_probs_E: Tensor, node_probs_E: Tensor, log_local_
         node_probs_E: mean over the ranks of the node, fp32; no gradient.
         log_local_E: logarithm of the node's `local_distribution`, fp32.
     """
-    log_ratio_E = ops.stop_gradient(ops.log(node_probs_E + 1e-20) - log_local_E)
+    return divergence_of_rank(mean_probs_E, node_probs_E, ops.stop_gradient(ops.log(node_probs_E + 1e-20) - log_local_E))
+
+
+def divergence_of_rank(mean_probs_E: Tensor, node_probs_E: Tensor, log_ratio_E: Tensor) -> Tensor:
+    """`locality_loss_of_rank` from log_ratio_E = log(D_c / D_l), which has no gradient."""
     slope = ops.reduce_sum((log_ratio_E + 1.0) * mean_probs_E)
     value = ops.reduce_sum(node_probs_E * log_ratio_E)
     return slope + ops.stop_gradient(value - slope)

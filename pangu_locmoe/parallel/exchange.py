@@ -27,7 +27,8 @@ NextHolder = Callable[[Block], int]
 class Ledger:
     """What this rank sent since the last `take`: payload bytes and messages inside the node and between nodes, and seconds.
 
-    Seconds are those spent in the exchange, waiting for slower ranks included.
+    Seconds are those spent in the exchange, waiting for slower ranks included; `reduce_seconds` those in the reduction of the
+    gradients, whose bytes are not counted.
     """
 
     intra_node_bytes: int = 0
@@ -35,6 +36,7 @@ class Ledger:
     intra_node_messages: int = 0
     inter_node_messages: int = 0
     seconds: float = 0.0
+    reduce_seconds: float = 0.0
 
     def record(self, num_bytes: int, crosses_nodes: bool) -> None:
         """One message to another rank."""

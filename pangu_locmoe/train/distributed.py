@@ -5,6 +5,7 @@ The whole step runs in PyNative around compiled parts of the model, because the 
 
 from __future__ import annotations
 
+import time
 from typing import Any, Dict, List, Tuple
 
 import mindspore as ms
@@ -49,6 +50,7 @@ class DistributedStepper(Stepper):
         rows_T, columns_D = draw_keys(train.seed, step, batch.tokens_BS.size, self.config.model.hidden_size)
         keys_BS, columns = rows_T.reshape(batch.tokens_BS.shape), Tensor(columns_D)
         scale = self.loss_scale.value if self.loss_scale else 1.0
+        self.exchange.ledger.take()  # an evaluation since the last step is not this step's traffic
         # As in one process, a micro-batch is an equal share of each node's run; a rank has its part of its node's share.
         node, place = divmod(self.communicator.rank, self.topology.ranks_per_node)
         runs = np.arange(len(batch.domains_B)).reshape(self.topology.num_nodes, train.accumulation_steps, self.topology.ranks_per_node, -1)
@@ -67,7 +69,9 @@ class DistributedStepper(Stepper):
         return world_result(reports, norm, skipped, traffic, self.communicator)
 
     def _update(self, gradients: List[Tensor], factor: float, learning_rate: float, step: int) -> Tuple[bool, float]:
+        started = time.perf_counter()
         reduced = reduce_gradients(gradients, self.parameters, self.topology, self.communicator)
+        self.exchange.ledger.reduce_seconds = time.perf_counter() - started
         reduced = [gradient * factor for gradient in reduced] if factor != 1.0 else reduced
         dense = tuple(gradient for gradient, expert in zip(reduced, self._experts) if not expert)
         experts = tuple(gradient for gradient, expert in zip(reduced, self._experts) if expert)
@@ -84,13 +88,14 @@ class DistributedStepper(Stepper):
 
 def gather_ledgers(own: Ledger, communicator: Communicator) -> Ledger:
     """Bytes and messages of all ranks together; the seconds of the slowest."""
-    numbers = [own.intra_node_bytes, own.inter_node_bytes, own.intra_node_messages, own.inter_node_messages, round(own.seconds * 1e6)]
+    seconds = [round(own.seconds * 1e6), round(own.reduce_seconds * 1e6)]
+    numbers = [own.intra_node_bytes, own.inter_node_bytes, own.intra_node_messages, own.inter_node_messages, *seconds]
     # Bytes of one rank and step fit 31 bits only up to 2 GiB: sent in units of 1 KiB and a rest.
     split = [part for number in numbers for part in divmod(number, 1024)]
     gathered = communicator.all_gather(Tensor(np.asarray(split, np.int32))).asnumpy().astype(np.int64)
     values = gathered[:, 0::2] * 1024 + gathered[:, 1::2]
     totals = values.sum(axis=0).tolist()
-    return Ledger(totals[0], totals[1], totals[2], totals[3], float(values[:, 4].max()) / 1e6)
+    return Ledger(totals[0], totals[1], totals[2], totals[3], *(values[:, 4:].max(axis=0) / 1e6).tolist())
 
 
 def world_result(

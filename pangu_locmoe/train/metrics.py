@@ -20,7 +20,8 @@ def training_row(
 
     delta is the configured statistic of the cosines between tokens and the gates of their experts, over all MoE layers;
     local_fraction the share of tokens whose expert is in the node they come from. In a job of several processes also what all
-    ranks sent each other inside nodes and between them (payload), and the seconds of the slowest rank in the exchange.
+    ranks sent each other inside nodes and between them (payload), and the seconds of the slowest rank in the exchange and in the
+    reduction of the gradients.
     """
     load_LE = result.load_LNE.sum(axis=1)
     routed = int(load_LE.sum())
@@ -45,6 +46,7 @@ def training_row(
             intra_node_messages=result.traffic.intra_node_messages,
             inter_node_messages=result.traffic.inter_node_messages,
             exchange_seconds=result.traffic.seconds,
+            reduce_seconds=result.traffic.reduce_seconds,
         )
     return row
 

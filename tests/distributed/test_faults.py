@@ -117,6 +117,7 @@ def test_a_terminated_job_has_saved_its_last_step(tmp_path):
 
 @pytest.mark.slow
 def test_a_late_rank_does_not_end_the_job(tmp_path):
+    """Nor does one that is stopped altogether."""
     run_dir = tmp_path / "run"
     process = cluster(config_file(tmp_path, steps=60), run_dir)
     wait_for(lambda: steps_done(run_dir) >= 3, process)
