@@ -132,15 +132,16 @@ class ShowProgress(Callback):
 class MeasureCapacity:
     """The `bound` policy: measure delta over the step after the warm-up, set each layer's capacity, once."""
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
+    def __init__(self, config: Config, num_tokens: int) -> None:
+        """`num_tokens`: those that share the experts of a layer, in one micro-batch."""
+        self._config, self._num_tokens = config, num_tokens
 
     def __call__(self, step: int, result: StepResult) -> tuple[tuple[int, ...], Row] | None:
         """The capacities from now on and an event row at the end of the warm-up; None at every other step."""
         model, moe = self._config.model, self._config.moe
         if moe.capacity.policy != "bound" or step != moe.capacity.warmup_steps or not len(result.cosine_LT):
             return None
-        num_tokens = self._config.micro_batch * model.seq_length
+        num_tokens = self._num_tokens
         upper = min(num_tokens, factor_capacity(moe.capacity.factor, num_tokens, moe.num_experts))
         layers, capacities = [], []
         for index, cosines_T in enumerate(result.cosine_LT):

@@ -219,6 +219,9 @@ class _Shards(Mapping[str, np.ndarray]):
         with safe_open(self._files[key], framework="numpy") as archive:
             return np.asarray(archive.get_tensor(key))
 
+    def __contains__(self, key: object) -> bool:
+        return key in self._files  # Mapping's own would read the array
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
 

@@ -73,7 +73,7 @@ class Trainer:
         self.stepper = _stepper(self.model, config, (capacity,) * config.model.num_moe_layers, self.world)
         self.loader = BatchLoader(prepared, _sampler(config, prepared, self.topology), config.data.reset_at_document_end)
         self.evaluator = Evaluator(self.model, config, prepared, self.world.communicator)
-        self.measure_capacity = jobs.MeasureCapacity(config)
+        self.measure_capacity = jobs.MeasureCapacity(config, num_tokens)
         self.step = 0
         self.best: Optional[Dict[str, float]] = None
         self.final: Dict[str, Any] = {}
