@@ -111,7 +111,7 @@ python scripts/links.py "$run_dir" --owner $$ --nodes "$nodes" --ranks-per-node 
 watcher=$!
 for ((node = 0; node < nodes; node++)); do
     ip netns exec "moe$$n$node" env "MS_WORKER_IP=10.77.0.$((node + 1))" \
-        msrun --worker_num $ranks --local_worker_num "$per_node" --node_rank $node \
+        setsid msrun --worker_num $ranks --local_worker_num "$per_node" --node_rank $node \
         --master_addr 10.77.0.1 --master_port "$port" --join=True --log_dir "$run_dir/logs" "$launch" \
         train "$config" --set "parallel.ranks_per_node=$per_node" --set "parallel.expert_parallel=$ranks" \
         --run-dir "$run_dir" --resume "$resume" "${rest[@]}" "${progress[@]}" >"$run_dir/logs/msrun-$node.log" 2>&1 &
