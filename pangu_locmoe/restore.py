@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Dict, Optional
 
 from pangu_locmoe.config import Config
+from pangu_locmoe.config.models import ParallelConfig
 from pangu_locmoe.data.prepared import prepare
 from pangu_locmoe.data.tokenizer import Tokenizer
 from pangu_locmoe.errors import ConfigError
@@ -17,8 +18,11 @@ from pangu_locmoe.train.evaluate import Evaluator
 
 
 def restore_model(folder: Path) -> tuple[PanguSigma, Config]:
-    """Build a checkpoint's model and load its weights. Raises CheckpointError or ConfigError."""
+    """Build a checkpoint's model in this one process and load its weights. Raises CheckpointError or ConfigError."""
     config = read_config(folder)
+    # Where a job had its experts and who read what matters for training only.
+    data = config.data.model_copy(update={"sharding": "iid"})
+    config = config.model_copy(update={"parallel": ParallelConfig(), "data": data})
     model = PanguSigma(config)
     load_weights(folder, model)
     return model, config

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Mapping
 
 import numpy as np
 
 from pangu_locmoe.config import Config, CutFromConfig
+from pangu_locmoe.config.models import ParallelConfig
 from pangu_locmoe.errors import CheckpointError
 from pangu_locmoe.model.sigma import PanguSigma
 from pangu_locmoe.moe.domains import allowed_experts
 from pangu_locmoe.moe.routers import ROUTERS
-from pangu_locmoe.train.checkpoint import find_checkpoint, read_arrays, read_config, save_checkpoint, set_parameters
+from pangu_locmoe.train.checkpoint import Shards, find_checkpoint, read_config, save_checkpoint, set_parameters
 
 
 def extract(path: Path, domain: str, output: Path) -> str:
@@ -38,7 +40,7 @@ def extract(path: Path, domain: str, output: Path) -> str:
     experts = range(int(held[0]), int(held[-1]) + 1)
     part = sub_config(config, domain, experts)
     model = PanguSigma(part)
-    arrays = cut_arrays(read_arrays(folder / "model.safetensors"), config, index, experts)
+    arrays = cut_arrays(Shards(folder, "model", None), config, index, experts)
     set_parameters(model.get_parameters(), arrays, str(folder))
     save_checkpoint(output, part, folder / "tokenizer.json", model)
     return f"{output}: domain {domain}, experts {experts.start} to {experts.stop - 1} of {config.moe.num_experts}"
@@ -51,11 +53,10 @@ def sub_config(config: Config, domain: str, experts: range) -> Config:
     parent = config.moe.cut_from or CutFromConfig(num_experts=config.moe.num_experts, first_expert=0)
     cut_from = CutFromConfig(num_experts=parent.num_experts, first_expert=parent.first_expert + experts.start)
     moe = config.moe.model_copy(update={"num_experts": len(experts), "levels": 1, "group_sizes": None, "cut_from": cut_from})
-    parallel = config.parallel.model_copy(update={"emulated_nodes": 1})
-    return config.model_copy(update={"data": data, "moe": moe, "parallel": parallel})
+    return config.model_copy(update={"data": data, "moe": moe, "parallel": ParallelConfig()})
 
 
-def cut_arrays(arrays: dict[str, np.ndarray], config: Config, domain: int, experts: range) -> dict[str, np.ndarray]:
+def cut_arrays(arrays: Mapping[str, np.ndarray], config: Config, domain: int, experts: range) -> dict[str, np.ndarray]:
     """The sub-model's weights, its experts numbered from 0."""
     kept: dict[str, np.ndarray] = {}
     for name, array in arrays.items():

@@ -198,7 +198,7 @@ def set_parameters(parameters: Iterable[Parameter], arrays: Mapping[str, np.ndar
         raise CheckpointError(f"{origin} is of another model: {min(left)} has no place in this one")
 
 
-class _Shards(Mapping[str, np.ndarray]):
+class Shards(Mapping[str, np.ndarray]):
     """The arrays of a checkpoint by name, each read when it is asked for: a rank reads its share and no more.
 
     Args:
@@ -238,7 +238,7 @@ def _keys(file: Path) -> list[str]:
 
 
 def _load(folder: Path, name: str, parameters: Iterable[Parameter], held: Optional[range]) -> None:
-    set_parameters(parameters, _Shards(folder, name, held), str(folder / shard_name(name, 0)), held.start if held else 0)
+    set_parameters(parameters, Shards(folder, name, held), str(folder / shard_name(name, 0)), held.start if held else 0)
 
 
 def _expert_name(name: str, expert: int) -> str:
