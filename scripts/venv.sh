@@ -30,6 +30,7 @@ use_venv() {
             echo "installation failed: see pip's message above; it needs a package index such as PyPI" >&2
             return 2
         }
-        echo "$want" >"$stamp"
+        # Every extra brings the core with it.
+        echo "$want" | tee "$stamp" >.venv/.installed-core
     fi
 }
