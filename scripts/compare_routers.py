@@ -70,18 +70,21 @@ class Comparison:
         self.config, self.output = options.config, options.output
         self.steps, self.timing_steps, self.seeds, self.sets = options.steps, options.timing_steps, options.seeds, options.set
         self.output.mkdir(parents=True, exist_ok=True)
+        self.more_seeds = options.more_seeds
         self.rates: Dict[float, str] = {}
+        self.link_only: Dict[float, bool] = {}  # by share: whether it is the links' part of the exchange that has it
 
     def run(self, shares: List[float], groups: List[List[Variant]]) -> None:
         """Loss runs and timing runs of one group of variants after the other, all routers of a seed side by side."""
         for group in groups:
-            for seed in range(1, self.seeds + 1):
+            seeds = range(1, (self.seeds if group is CORE else self.more_seeds) + 1)
+            for seed in seeds:
                 for variant in group:
                     self.loss_run(variant, seed)
             if not self.rates:
                 self.rates = {share: self.calibrate(share) for share in shares}
             for rate in self.rates.values():
-                for seed in range(1, self.seeds + 1):
+                for seed in seeds:
                     for variant in group:
                         self.timing_run(variant, seed, rate)
                         self.write_rows()
@@ -133,6 +136,7 @@ class Comparison:
                 break
             rates.append(rate)
             points.append(self._point(hash_router, rate))
+        self.link_only[target] = link_only
         if link_only:
             say(f"without any limit the exchange takes more than {target:.0%} of hash's step: the links' part of it was set to {target:.0%} instead")
         say(f"link rate for {target:.0%} of hash's step: {rates[nearest]}, {misses[nearest]:.1%} off")
@@ -168,7 +172,7 @@ class Comparison:
                 for seed in range(1, self.seeds + 1):
                     timing = self.output / "timing" / rate / f"{variant.name}-seed{seed}"
                     if (timing / "links.json").exists() and (timing / "summary.json").exists():
-                        rows.append(self._row(variant, seed, share, rate, timing))
+                        rows.append({**self._row(variant, seed, rate, timing), "target_share": share, "target_share_of": self._share_of(share)})
         shares: Dict[str, List[float]] = {row["link_rate"]: [] for row in rows}
         for row in rows:
             if row["router"] == "hash" and row["levels"] == 1 and row["sharding"] == "domain":
@@ -187,7 +191,11 @@ class Comparison:
                 }
         (self.output / "compare_losses.json").write_text(json.dumps(curves) + "\n", encoding="utf-8")
 
-    def _row(self, variant: Variant, seed: int, share: float, rate: str, timing: Path) -> Dict[str, Any]:
+    def _share_of(self, share: float) -> str:
+        """What has the target share of hash's step: the whole exchange, or what the links' limits add to it."""
+        return "links" if self.link_only[share] else "exchange"
+
+    def _row(self, variant: Variant, seed: int, rate: str, timing: Path) -> Dict[str, Any]:
         rows = timed_rows(timing)
         loss_dir = self.output / "loss" / timing.name
         trained = training_rows(loss_dir)
@@ -206,7 +214,6 @@ class Comparison:
             "levels": variant.levels,
             "sharding": variant.sharding,
             "link_rate": rate,
-            "target_share": share,
             "capacity": variant.capacity,
             "capacity_slots": rows[-1]["capacity"],
             "seed": seed,
@@ -269,6 +276,7 @@ def main() -> None:
     parser.add_argument("config")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeds", type=int, required=True)
+    parser.add_argument("--more-seeds", type=int, required=True, help="seeds of the variants beyond the core")
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--timing-steps", type=int, required=True)
     parser.add_argument("--shares", required=True, help="percent, with commas")

@@ -4,7 +4,7 @@ set -euo pipefail
 
 usage() {
     cat <<'TEXT'
-usage: bash scripts/compare_routers.sh [--quick] [--output DIR] [--seeds N] [--steps N] [--timing-steps N] [--shares A,B]
+usage: bash scripts/compare_routers.sh [--quick] [--output DIR] [--seeds N] [--more-seeds N] [--steps N] [--timing-steps N] [--shares A,B]
                                        [--core] [--results DIR] [--config CONFIG] [--set KEY=VALUE]...
 
 Trains every router on the same text, seeds and steps, finds the link rates at which the exchange takes 18% and 29% of
@@ -13,7 +13,8 @@ are in DIR. Needs root and iproute2, takes hours, and wants the machine to itsel
 
   --quick            1 seed, 40 steps of half the batch, one share, four variants: under 15 minutes on 2 idle cores
   --output DIR       runs and results (runs/compare; with --quick runs/compare-quick)
-  --seeds N          seeds (3)
+  --seeds N          seeds of the four main variants (3)
+  --more-seeds N     seeds of the others (as many)
   --steps N          training steps (200)
   --timing-steps N   the last steps, which are made again on the cluster (24)
   --shares A,B       percent of hash's step that the exchange takes (18,29)
@@ -31,7 +32,7 @@ fail() {
 }
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-config=configs/compare.yaml output='' seeds=3 steps=200 timing_steps=24 shares=18,29
+config=configs/compare.yaml output='' seeds=3 more_seeds='' steps=200 timing_steps=24 shares=18,29
 more=()
 while [ $# -gt 0 ]; do
     case $1 in
@@ -41,11 +42,12 @@ while [ $# -gt 0 ]; do
             more+=(--core --set train.warmup_steps=10 --set train.batch_size=16)
             ;;
         --core) more+=(--core) ;;
-        --output | --seeds | --steps | --timing-steps | --shares | --results | --config | --set)
+        --output | --seeds | --more-seeds | --steps | --timing-steps | --shares | --results | --config | --set)
             [ $# -ge 2 ] && [ -n "$2" ] || fail "$1 needs a value"
             case $1 in
                 --output) output=$2 ;;
                 --seeds) seeds=$2 ;;
+                --more-seeds) more_seeds=$2 ;;
                 --steps) steps=$2 ;;
                 --timing-steps) timing_steps=$2 ;;
                 --shares) shares=$2 ;;
@@ -58,7 +60,8 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-for flag in seeds steps timing_steps; do
+more_seeds=${more_seeds:-$seeds}
+for flag in seeds more_seeds steps timing_steps; do
     [[ ${!flag} =~ ^[1-9][0-9]*$ ]] || fail "--${flag//_/-} must be a whole number of at least 1, not ${!flag}"
 done
 [[ $shares =~ ^[0-9]+(,[0-9]+)*$ ]] || fail "--shares must be percentages such as 18,29, not $shares"
@@ -76,5 +79,5 @@ if [ ! -e data/corpus ] && grep -q data/corpus "$config" configs/cpu_base.yaml; 
     bash scripts/fetch_corpus.sh --python .venv/bin/python
 fi
 python -m pangu_locmoe prepare "$config" >/dev/null
-exec python scripts/compare_routers.py "$config" --output "${output:-runs/compare}" --seeds "$seeds" --steps "$steps" \
+exec python scripts/compare_routers.py "$config" --output "${output:-runs/compare}" --seeds "$seeds" --more-seeds "$more_seeds" --steps "$steps" \
     --timing-steps "$timing_steps" --shares "$shares" ${more[@]+"${more[@]}"}

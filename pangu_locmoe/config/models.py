@@ -116,6 +116,14 @@ class TraceConfig(Section):
     max_rows: Optional[int] = Field(None, ge=1, description="stop tracing after this many rows; null: never")
 
 
+class PlacementConfig(Section):
+    policy: Literal["off", "locality", "eplb"] = Field("off", description="whether experts change ranks while training, and by what: modelled step time, or balance alone")
+    every: int = Field(200, ge=1, description="steps between plans; each is made from the forecast of the load up to the next one")
+    min_gain: float = Field(0.05, ge=0, lt=1, description="accept a plan only if it shortens the modelled step, moving included, by this share")
+    flops_per_second: float = Field(1e14, gt=0, description="what one rank sustains on its experts")
+    link_bytes_per_second: float = Field(1.25e10, gt=0, description="of one node's link, each direction")
+
+
 class CheckpointConfig(Section):
     every: int = Field(200, ge=1, description="steps between checkpoints; always at the last step")
     keep: int = Field(2, ge=1, description="how many of the latest to keep, besides the best; a new best is always saved")
@@ -138,6 +146,7 @@ class Config(Section):
     train: TrainConfig = Field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     trace: TraceConfig = Field(default_factory=TraceConfig)
+    placement: PlacementConfig = Field(default_factory=PlacementConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     sample: SampleConfig = Field(default_factory=SampleConfig)
 

@@ -13,6 +13,7 @@ def broken_rules(config: Config) -> Iterator[tuple[str, str]]:
     yield from _broken_model_rules(config)
     yield from _broken_moe_rules(config)
     yield from _broken_parallel_rules(config)
+    yield from _broken_placement_rules(config)
     yield from _broken_data_rules(config)
     yield from _broken_train_rules(config)
 
@@ -87,6 +88,19 @@ def _broken_parallel_rules(config: Config) -> Iterator[tuple[str, str]]:
         yield "parallel.emulated_nodes", f"must divide train.batch_size / train.accumulation_steps ({config.micro_batch}): every node reads as many sequences"
     if config.moe.num_experts % nodes:
         yield "parallel.emulated_nodes", f"must divide moe.num_experts ({config.moe.num_experts}): every node holds as many experts"
+
+
+def _broken_placement_rules(config: Config) -> Iterator[tuple[str, str]]:
+    if config.placement.policy == "off":
+        return
+    if config.parallel.expert_parallel == 1 or config.model.num_moe_layers == 0:
+        yield "placement.policy", "has nothing to move: needs sparse layers and parallel.expert_parallel > 1"
+    if config.parallel.sizes == "static":
+        yield "placement.policy", "needs parallel.sizes: counts: the slots of a compiled step are made for where its experts are"
+    if config.trace.max_rows is not None:
+        yield "trace.max_rows", "must be null with a placement policy, whose plans are made from the trace"
+    if config.placement.every < 2 * config.trace.every:
+        yield "placement.every", f"must be at least twice trace.every ({config.trace.every}): a plan needs rows to go by"
 
 
 def _broken_data_rules(config: Config) -> Iterator[tuple[str, str]]:

@@ -20,7 +20,7 @@ from pangu_locmoe.errors import CheckpointError
 from pangu_locmoe.model.sigma import PanguSigma
 from pangu_locmoe.moe.capacity import DROPLESS
 from pangu_locmoe.moe.routers import ROUTERS
-from pangu_locmoe.train.checkpoint import find_checkpoint, named_arrays, read_arrays, save_checkpoint, set_parameters
+from pangu_locmoe.train.checkpoint import Held, find_checkpoint, named_arrays, read_arrays, save_checkpoint, set_parameters
 
 _CALIBRATION_SEQUENCES = 16  # of each domain
 
@@ -56,7 +56,7 @@ def copy_dense(arrays: dict[str, np.ndarray], model: PanguSigma, origin: str) ->
     """Set a sparse model's weights from a dense model's arrays; routers keep their own initial weights."""
     left = set(arrays)
     values: dict[str, np.ndarray] = {}
-    for name, own in named_arrays(model.get_parameters()).items():
+    for name, own in named_arrays(model.get_parameters(), Held.by(model)).items():
         if ".moe.router." in name:
             values[name] = own
             continue
@@ -70,12 +70,12 @@ def copy_dense(arrays: dict[str, np.ndarray], model: PanguSigma, origin: str) ->
         left.discard(source)
     if left:
         raise CheckpointError(f"{origin} has {min(left)}, which has no place in the sparse model; is it dense, and as deep?")
-    set_parameters(model.get_parameters(), values, origin)
+    set_parameters(model.get_parameters(), values, origin, Held.by(model))
 
 
 def compensate(model: PanguSigma, config: Config, prepared: Prepared) -> list[float]:
     """Divide the experts' output matrices by their layer's mean router probability; returns those means."""
-    layers = [block.moe for block in model.blocks if block.sparse]
+    layers = list(model.moe_layers.values())
     for layer in layers:
         layer.unit_weight = True
     capacities, keys = (DROPLESS,) * len(layers), Tensor(np.zeros(1, np.int32))

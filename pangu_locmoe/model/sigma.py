@@ -7,7 +7,7 @@ Letters: B batch, S sequence, T = B*S tokens, D hidden, V vocabulary, L MoE laye
 
 from __future__ import annotations
 
-from typing import Dict, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import mindspore as ms
 import numpy as np
@@ -152,6 +152,11 @@ class PanguSigma(nn.Cell):
         else:
             logits = self.head(ops.reshape(x_BSD, (batch * length, hidden_size)), table)
         return ops.cast(logits, ms.float32), _checksum(x_BSD)
+
+    @property
+    def moe_layers(self) -> Dict[str, Any]:
+        """The MoE layers by name, bottom to top."""
+        return {f"blocks.{index}.moe": block.moe for index, block in enumerate(self.blocks) if block.sparse}
 
     def compile_parts(self) -> None:
         """Compile what lies between the exchanges of a model that is not compiled as a whole."""

@@ -4,8 +4,8 @@ Exactly the routed tokens travel. An expert sees the tokens of all sources in it
 what is dropped does not depend on the number of processes. The exchange runs in PyNative, because its sizes follow the
 routing; what lies before it is compiled.
 
-Letters: T tokens of this rank, D hidden, E experts, R ranks of the expert-parallel group, M rows received, N nodes,
-G local experts, C slots, P = G*C.
+Letters: T tokens of this rank, D hidden, E experts (and as many slots of the group, in S), R ranks of the expert-parallel
+group, M rows received, N nodes, G local experts, C tokens an expert keeps, P = G*C.
 """
 
 from __future__ import annotations
@@ -14,78 +14,48 @@ from typing import Tuple
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, nn, ops
+from mindspore import Tensor, ops
 
-from pangu_locmoe.config import Config
 from pangu_locmoe.moe import dispatch, losses
 from pangu_locmoe.moe.capacity import DROPLESS
-from pangu_locmoe.moe.experts import Experts
-from pangu_locmoe.moe.layer import MoEStats, expert_weights
-from pangu_locmoe.moe.routers import ROUTERS
-from pangu_locmoe.moe.routers.base import RouterContext
+from pangu_locmoe.moe.layer import MoEStats
+from pangu_locmoe.moe.sharded import ShardedMoELayer
 from pangu_locmoe.noise import Noise
-from pangu_locmoe.parallel.exchange import Exchange, ExchangeRows
+from pangu_locmoe.parallel.exchange import ExchangeRows
 
 
-class DistributedMoELayer(nn.Cell):
-    """One rank's part of a sparse feed-forward network.
-
-    Args:
-        config: the run.
-        context: what the router may know.
-        exchange: the way to the ranks that share this layer's experts.
-    """
-
-    def __init__(self, config: Config, context: RouterContext, exchange: Exchange) -> None:
-        super().__init__()
-        moe, topology = config.moe, context.topology
-        self.exchange, self.topology = exchange, topology
-        self.rank = exchange.communicator.rank
-        self.num_experts = moe.num_experts
-        router_class = ROUTERS[moe.router]
-        self.by_affinity = moe.capacity.drop_order == "affinity" and router_class.has_gate
-        self.has_balance_loss, self.has_locality_loss = router_class.has_balance_loss, router_class.has_locality_loss
-        self.router = router_class(config, context)
-        self.router.has_locality = False  # it would take this rank's tokens for those of all nodes; `_share` makes this loss
-        held = topology.experts_of_rank(self.rank)
-        self.experts = Experts(*expert_weights(config, context.layer, held))
-        self.dispatch = dispatch.Dispatch()
-        self.combine = dispatch.Combine()
-        local_NE = topology.local_NE
-        node = topology.node_of_rank(self.rank)
-        holders = local_NE.any(axis=1)
-        # The locality loss is a mean over the nodes that hold experts, and ranks are averaged over all nodes.
-        self.locality_weight = float(holders[node]) * topology.num_nodes / max(1, int(holders.sum())) if topology.num_nodes > 1 else 0.0
-        self.log_local_E = np.log(losses.local_distribution(local_NE, moe.locality_smoothing))[node]
+class DistributedMoELayer(ShardedMoELayer):
+    """One rank's part of a sparse feed-forward network; exactly the routed tokens travel."""
 
     def construct(
         self, x_TD: Tensor, tokens_T: Tensor, domains_T: Tensor, noise: Noise, capacity: int, training: bool
     ) -> Tuple[Tensor, MoEStats]:
         """As `MoELayer.construct`, on this rank's tokens; load_NE is the world's, dropped_E that of this rank's experts."""
         rows_TD, token_of_place_T, place_of_token_T, affinity_T, weight_T, cosine_T, load_E, mean_probs_E, z_loss = self.route(
-            x_TD, tokens_T, domains_T, noise[0], noise[1], training
+            x_TD, tokens_T, domains_T, noise[0], noise[1], self.slot_of_expert_E, training
         )
         counts_RE, stats = self._share(load_E, mean_probs_E, training)
-        group, held = self.exchange.ranks, self.topology.experts_of_rank(self.rank)
-        sent_RR = counts_RE[group].reshape(len(group), len(group), -1).sum(axis=2)
+        group = self.exchange.ranks
+        counts_RS = counts_RE[group][:, self.expert_of_slot_E]
+        sent_RR = counts_RS.reshape(len(group), len(group), -1).sum(axis=2)
         rows_MD = ExchangeRows(self.exchange, sent_RR)(rows_TD)
         affinity_M = None
         if self.by_affinity and capacity != DROPLESS:
             affinity_M = self.exchange.move(ops.expand_dims(affinity_T, 1), sent_RR).asnumpy()[:, 0]
-        slot_of_row_M, slots, dropped_G = assign_slots(counts_RE[group][:, held.start : held.stop], affinity_M, capacity)
+        slot_of_row_M, slots, dropped_G = assign_slots(counts_RS[:, self.held_slots.start : self.held_slots.stop], affinity_M, capacity)
         # A rank to which no token came has no rows to compute; its part in the exchange is the same.
         y_MD = self._apply_experts(rows_MD, slot_of_row_M, slots) if slots else rows_MD
         y_sorted_TD = ExchangeRows(self.exchange, sent_RR.T)(y_MD)
         y_TD = self.combine(y_sorted_TD, ops.cast(weight_T, y_sorted_TD.dtype), token_of_place_T, place_of_token_T)
         stats["z_loss"], stats["cosine_T"] = z_loss, cosine_T
-        stats["dropped_E"] = _place(dropped_G, held, self.num_experts)
+        stats["dropped_E"] = _spread(dropped_G, self.held_experts, self.num_experts)
         stats["weight"] = ops.reduce_sum(weight_T) * (1.0 / x_TD.shape[0])
         return y_TD, stats
 
     def route(
-        self, x_TD: Tensor, tokens_T: Tensor, domains_T: Tensor, row_keys_T: Tensor, column_keys_D: Tensor, training: bool
+        self, x_TD: Tensor, tokens_T: Tensor, domains_T: Tensor, row_keys_T: Tensor, column_keys_D: Tensor, slot_of_expert_E: Tensor, training: bool
     ) -> Tuple[Tensor, ...]:
-        """Route, and sort the tokens by expert: the part before the exchange, which is compiled.
+        """Route, and sort the tokens by their expert's slot: the part before the exchange, which is compiled.
 
         Returns:
             the sorted rows_TD, the maps token_of_place_T and place_of_token_T between the two orders (one-based), the
@@ -93,7 +63,8 @@ class DistributedMoELayer(nn.Cell):
         """
         plan = self.router(ops.cast(x_TD, ms.float32), tokens_T, domains_T, (row_keys_T, column_keys_D), training)
         # The sort is stable: within an expert, tokens keep the order of the batch.
-        order_T = ops.cast(ops.sort(ops.cast(plan["expert_T"], ms.float32))[1], ms.int32)
+        slot_T = ops.gather(slot_of_expert_E, plan["expert_T"], 0)
+        order_T = ops.cast(ops.sort(ops.cast(slot_T, ms.float32))[1], ms.int32)
         token_of_place_T = order_T + 1
         place_of_token_T = dispatch.token_of_slot(token_of_place_T, order_T.shape[0])
         return (
@@ -120,11 +91,10 @@ class DistributedMoELayer(nn.Cell):
             share_E = Tensor((counts_RE.sum(axis=0) / counts_RE.sum()).astype(np.float32))
             stats["balance_loss"] = ops.reduce_sum(share_E * mean_probs_E) * float(self.num_experts)
         if self.has_locality_loss and training and self.locality_weight > 0:
-            node = self.topology.node_of_rank(self.rank)
             probs_NE = shared[:, self.num_experts :].reshape(self.topology.num_nodes, -1, self.num_experts).mean(axis=1)
             # NumPy's logarithm: in PyNative, MindSpore tries ways to share one out over threads, and they differ in the last bit.
-            log_ratio_E = np.log(probs_NE[node] + np.float32(1e-20)) - self.log_local_E
-            stats["locality_loss"] = self.locality_weight * losses.divergence_of_rank(mean_probs_E, Tensor(probs_NE[node]), Tensor(log_ratio_E))
+            log_ratio_E = np.log(probs_NE[self.node] + np.float32(1e-20)) - self.log_local_E
+            stats["locality_loss"] = self.locality_weight * losses.divergence_of_rank(mean_probs_E, Tensor(probs_NE[self.node]), Tensor(log_ratio_E))
         nodes = self.topology.num_nodes
         stats["load_NE"] = Tensor(counts_RE.reshape(nodes, world // nodes, -1).sum(axis=1).astype(np.float32))
         return counts_RE, stats
@@ -167,7 +137,7 @@ def assign_slots(counts_RG: np.ndarray, affinity_M: np.ndarray | None, capacity:
     return slot_M, keep, np.maximum(load_G - keep, 0)
 
 
-def _place(values_G: np.ndarray, held: range, num_experts: int) -> Tensor:
-    placed_E = np.zeros(num_experts, dtype=np.float32)
-    placed_E[held.start : held.stop] = values_G
-    return Tensor(placed_E)
+def _spread(values_G: np.ndarray, held: np.ndarray, num_experts: int) -> Tensor:
+    values_E = np.zeros(num_experts, dtype=np.float32)
+    values_E[held] = values_G
+    return Tensor(values_E)

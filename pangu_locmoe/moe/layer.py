@@ -37,6 +37,11 @@ class MoELayer(nn.Cell):
         self.unit_weight = False  # while inheriting: experts that are all alike then equal the dense network
         self.dispatch, self.combine = dispatch.Dispatch(), dispatch.Combine()
 
+    @property
+    def held_experts(self) -> np.ndarray:
+        """All experts, in order."""
+        return np.arange(self.num_experts)
+
     def construct(
         self, x_TD: Tensor, tokens_T: Tensor, domains_T: Tensor, noise: Noise, capacity: int, training: bool
     ) -> Tuple[Tensor, MoEStats]:

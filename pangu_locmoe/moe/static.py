@@ -23,10 +23,9 @@ from mindspore import Tensor, nn, ops
 from pangu_locmoe.config import CapacityConfig, Config
 from pangu_locmoe.moe import dispatch, losses
 from pangu_locmoe.moe.capacity import DROPLESS, factor_capacity
-from pangu_locmoe.moe.experts import Experts
-from pangu_locmoe.moe.layer import MoEStats, expert_weights
-from pangu_locmoe.moe.routers import ROUTERS
+from pangu_locmoe.moe.layer import MoEStats
 from pangu_locmoe.moe.routers.base import RouterContext
+from pangu_locmoe.moe.sharded import ShardedMoELayer
 from pangu_locmoe.noise import Noise
 from pangu_locmoe.parallel.exchange import Exchange, ExchangeRows
 from pangu_locmoe.parallel.hccl import AllToAllRows, GatherRows, HcclOperators
@@ -104,40 +103,20 @@ class SlotExchange(nn.Cell):
         return self.back(rows)
 
 
-class StaticMoELayer(nn.Cell):
-    """One rank's part of a sparse feed-forward network, with constant sizes.
-
-    Args:
-        config: the run.
-        context: what the router may know.
-        exchange: the way to the ranks that share this layer's experts.
-    """
+class StaticMoELayer(ShardedMoELayer):
+    """One rank's part of a sparse feed-forward network, with constant sizes."""
 
     def __init__(self, config: Config, context: RouterContext, exchange: Exchange) -> None:
-        super().__init__()
-        moe, topology = config.moe, context.topology
-        communicator = exchange.communicator
-        self.num_experts, self.num_ranks, self.num_nodes = moe.num_experts, topology.num_ranks, topology.num_nodes
-        router_class = ROUTERS[moe.router]
-        self.by_affinity = moe.capacity.drop_order == "affinity" and router_class.has_gate
-        self.has_balance_loss, self.has_locality_loss = router_class.has_balance_loss, router_class.has_locality_loss
-        self.router = router_class(config, context)
-        # The router's own locality loss is for one process that holds the tokens of all nodes; this layer has one for its rank.
-        self.router.has_locality = False
-        self.experts = Experts(*expert_weights(config, context.layer, topology.experts_of_rank(communicator.rank)))
-        self.dispatch, self.combine = dispatch.Dispatch(), dispatch.Combine()
+        super().__init__(config, context, exchange)
+        topology, rank = self.topology, exchange.communicator.rank
+        self.num_ranks, self.num_nodes = topology.num_ranks, topology.num_nodes
         tokens = config.micro_batch * config.model.seq_length // topology.num_ranks
-        slots_RE = group_slots(moe.capacity, topology, communicator.rank, tokens)
-        self.exchange, self.features = exchange, config.model.hidden_size
-        self.trained = SlotExchange(exchange, slots_RE, self.features)
+        self.features = config.model.hidden_size
+        self.trained = SlotExchange(exchange, group_slots(config.moe.capacity, topology, rank, tokens), self.features)
         self._evaluated: Dict[int, SlotExchange] = {}
         self.gather = _gather(exchange)
-        # The locality loss is a mean over the nodes that hold experts, and ranks are averaged over all nodes.
-        local_NE, node = topology.local_NE, topology.node_of_rank(communicator.rank)
-        holders = local_NE.any(axis=1)
-        self.locality_weight = float(holders[node]) * topology.num_nodes / max(1, int(holders.sum())) if topology.num_nodes > 1 else 0.0
-        self.log_local_E = Tensor(np.log(losses.local_distribution(local_NE, moe.locality_smoothing))[node])
-        self.first_neighbour, self.end_neighbour = node * topology.ranks_per_node, (node + 1) * topology.ranks_per_node
+        self.log_local = Tensor(self.log_local_E)
+        self.first_neighbour, self.end_neighbour = self.node * topology.ranks_per_node, (self.node + 1) * topology.ranks_per_node
 
     def construct(
         self, x_TD: Tensor, tokens_T: Tensor, domains_T: Tensor, noise: Noise, capacity: int, training: bool
@@ -202,7 +181,7 @@ class StaticMoELayer(nn.Cell):
         if self.has_locality_loss and training and self.locality_weight > 0:
             node_RE = shared_RX[self.first_neighbour : self.end_neighbour, self.num_experts :]
             node_probs_E = ops.reduce_sum(node_RE, 0) * (1.0 / (self.end_neighbour - self.first_neighbour))
-            locality = self.locality_weight * losses.locality_loss_of_rank(mean_probs_E, node_probs_E, self.log_local_E)
+            locality = self.locality_weight * losses.locality_loss_of_rank(mean_probs_E, node_probs_E, self.log_local)
         return {"balance_loss": balance, "locality_loss": locality, "load_NE": load_NE}
 
     def _for_evaluation(self, num_tokens: int, capacity: int) -> SlotExchange:

@@ -58,8 +58,10 @@ class Topology:
         """
         parallel, num_experts = config.parallel, config.moe.num_experts
         if num_ranks == 1:
-            if parallel.expert_parallel > 1:
-                raise TopologyError(f"parallel.expert_parallel = {parallel.expert_parallel}: there is 1 process; start more with scripts/train_cpu_cluster.sh")
+            for key in ("expert_parallel", "ranks_per_node"):
+                value = getattr(parallel, key)
+                if value is not None and value > 1:
+                    raise TopologyError(f"parallel.{key} = {value}: there is 1 process; start more with scripts/train_cpu_cluster.sh")
             if config.data.sharding != "iid" and parallel.emulated_nodes == 1:
                 raise TopologyError(f"data.sharding = {config.data.sharding!r}: one process is one node; set parallel.emulated_nodes, or start more processes")
             return cls.emulated(parallel.emulated_nodes, num_experts)

@@ -36,11 +36,6 @@ class World:
         """Whether this is rank 0, which writes and prints."""
         return self.communicator.rank == 0
 
-    @property
-    def held_experts(self) -> Optional[range]:
-        """The experts this rank holds; None in a single process, which holds all."""
-        return None if self.exchange is None else self.topology.experts_of_rank(self.communicator.rank)
-
 
 def join() -> Communicator:
     """Join the job if msrun started this process, else be a world of one.

@@ -12,8 +12,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterable, Iterator, Mapping, Optional
+from typing import Any, Iterable, Iterator, List, Mapping, Optional, Sequence
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn
@@ -25,6 +26,38 @@ from pangu_locmoe.errors import CheckpointError
 from pangu_locmoe.parallel.world import World
 
 _EXPERTS = ".experts."
+
+
+@dataclass(frozen=True)
+class Held:
+    """Which experts a process holds.
+
+    Attributes:
+        experts: of each layer in the order of its weights, by the layer's name: {"blocks.3.moe": [4, 5]}.
+        num_experts: E, of whom the others are on other ranks.
+    """
+
+    experts: Mapping[str, Sequence[int]]
+    num_experts: int
+
+    @classmethod
+    def by(cls, model: nn.Cell) -> Held:
+        """All experts, or one rank's."""
+        layers = model.moe_layers
+        return cls({name: layer.held_experts.tolist() for name, layer in layers.items()}, max((layer.num_experts for layer in layers.values()), default=0))
+
+    def names(self, parameter: Parameter) -> List[str]:
+        """Checkpoint names of what a parameter holds: an experts' parameter [E, ...] has one for each."""
+        if _EXPERTS not in parameter.name:
+            return [parameter.name]
+        return [parameter.name.replace(_EXPERTS, f"{_EXPERTS}{expert}.") for expert in self.experts[_layer(parameter.name)]]
+
+    def elsewhere(self, name: str) -> bool:
+        """Whether a checkpoint's array is of an expert that another rank holds."""
+        if _EXPERTS not in name:
+            return False
+        expert = int(name.split(_EXPERTS)[1].split(".")[0])
+        return expert < self.num_experts and expert not in self.experts.get(_layer(name), range(self.num_experts))
 
 
 def save_checkpoint(
@@ -54,7 +87,7 @@ def save_checkpoint(
                 if cell is not None:
                     own = [p for p in cell.get_parameters() if rank == 0 or _EXPERTS in p.name]
                     file = temporary / shard_name(name, rank)
-                    save_file(named_arrays(own, world.held_experts.start if world.held_experts else 0), file)
+                    save_file(named_arrays(own, Held.by(model)), file)
                     _sync(file)
         if rank == 0:
             contents = {"state.json": json.dumps({"step": 0, **(state or {}), "shards": shards}), "config.yaml": config.to_yaml()}
@@ -80,22 +113,17 @@ def shard_name(name: str, rank: int) -> str:
     return f"{name}.safetensors" if rank == 0 else f"{name}-rank{rank}.safetensors"
 
 
-def load_weights(folder: Path, model: nn.Cell, held: Optional[range] = None) -> None:
-    """Load a checkpoint's weights into a model, whatever number of ranks wrote it.
-
-    Args:
-        folder: the checkpoint.
-        model: all of a model, or one rank's part.
-        held: the experts in that part; None: all.
+def load_weights(folder: Path, model: nn.Cell) -> None:
+    """Load a checkpoint's weights into a model, or into one rank's part of it, whatever number of ranks wrote it.
 
     Raises:
         CheckpointError: it is damaged, lacks a rank's file, or is of another model.
     """
-    _load(folder, "model", model.get_parameters(), held)
+    _load(folder, "model", model.get_parameters(), Held.by(model))
 
 
-def load_optimizer(folder: Path, optimizer: nn.Cell, held: Optional[range] = None) -> None:
-    """Load Adam's moments; as `load_weights`."""
+def load_optimizer(folder: Path, optimizer: nn.Cell, held: Held) -> None:
+    """Load Adam's moments of the experts in `held`; as `load_weights`."""
     _load(folder, "optimizer", optimizer.get_parameters(), held)
 
 
@@ -135,16 +163,18 @@ def step_folders(run_dir: Path) -> list[Path]:
 
 
 def latest_whole_checkpoint(run_dir: Path) -> Optional[Path]:
-    """The newest checkpoint whose files can all be opened, or None. A damaged one is passed over for the one before."""
-    for folder in reversed(step_folders(run_dir)):
-        try:
-            read_state(folder)
-            for name in ("model.safetensors", "optimizer.safetensors"):
-                with safe_open(folder / name, framework="numpy"):
-                    pass
-        except (CheckpointError, OSError, SafetensorError):
-            continue
-        return folder
+    """The newest checkpoint of which every file can be opened, or None. A damaged one is passed over for the one before."""
+    return next((folder for folder in reversed(step_folders(run_dir)) if damage(folder) is None), None)
+
+
+def damage(folder: Path) -> Optional[str]:
+    """What is wrong with a checkpoint, in a line; None for a whole one."""
+    try:
+        for rank in range(int(read_state(folder).get("shards", 1))):
+            for name in ("model", "optimizer"):
+                _keys(folder / shard_name(name, rank))
+    except CheckpointError as error:
+        return str(error)
     return None
 
 
@@ -166,25 +196,20 @@ def remove_old(run_dir: Path, step: int, keep: int, best_step: Optional[int]) ->
             shutil.rmtree(folders[old])
 
 
-def named_arrays(parameters: Iterable[Parameter], first_expert: int = 0) -> dict[str, np.ndarray]:
+def named_arrays(parameters: Iterable[Parameter], held: Held) -> dict[str, np.ndarray]:
     """Arrays by checkpoint name: an experts' parameter [E, ...] becomes E entries by global expert id."""
     arrays: dict[str, np.ndarray] = {}
     for parameter in parameters:
         value = parameter.asnumpy()
-        if _EXPERTS in parameter.name:
-            arrays.update((_expert_name(parameter.name, first_expert + place), value[place]) for place in range(len(value)))
-        else:
-            arrays[parameter.name] = value
+        arrays.update(zip(held.names(parameter), value if _EXPERTS in parameter.name else [value]))
     return arrays
 
 
-def set_parameters(parameters: Iterable[Parameter], arrays: Mapping[str, np.ndarray], origin: str, first_expert: int = 0) -> None:
+def set_parameters(parameters: Iterable[Parameter], arrays: Mapping[str, np.ndarray], origin: str, held: Held) -> None:
     """The inverse of `named_arrays`. Raises CheckpointError naming the first weight that is missing, left over or of another shape."""
     left = set(arrays)
     for parameter in parameters:
-        names = [parameter.name]
-        if _EXPERTS in parameter.name:
-            names = [_expert_name(parameter.name, first_expert + place) for place in range(parameter.shape[0])]
+        names = held.names(parameter)
         missing = [name for name in names if name not in arrays]
         if missing:
             raise CheckpointError(f"{origin} is of another model: it has no {missing[0]}")
@@ -204,15 +229,15 @@ class Shards(Mapping[str, np.ndarray]):
     Args:
         folder: the checkpoint.
         name: "model" or "optimizer".
-        held: list only these experts; None: all.
+        held: list no experts that are elsewhere; None: list all.
     """
 
-    def __init__(self, folder: Path, name: str, held: Optional[range]) -> None:
+    def __init__(self, folder: Path, name: str, held: Optional[Held] = None) -> None:
         self._files: dict[str, Path] = {}
         for rank in range(int(read_state(folder).get("shards", 1))):
             file = folder / shard_name(name, rank)
             for key in _keys(file):
-                if held is None or _EXPERTS not in key or int(key.split(_EXPERTS)[1].split(".")[0]) in held:
+                if held is None or not held.elsewhere(key):
                     self._files[key] = file
 
     def __getitem__(self, key: str) -> np.ndarray:
@@ -237,12 +262,13 @@ def _keys(file: Path) -> list[str]:
         raise CheckpointError(f"{file} is missing or damaged: {error}") from None
 
 
-def _load(folder: Path, name: str, parameters: Iterable[Parameter], held: Optional[range]) -> None:
-    set_parameters(parameters, Shards(folder, name, held), str(folder / shard_name(name, 0)), held.start if held else 0)
+def _load(folder: Path, name: str, parameters: Iterable[Parameter], held: Held) -> None:
+    set_parameters(parameters, Shards(folder, name, held), str(folder / shard_name(name, 0)), held)
 
 
-def _expert_name(name: str, expert: int) -> str:
-    return name.replace(_EXPERTS, f"{_EXPERTS}{expert}.")
+def _layer(name: str) -> str:
+    """The layer that a weight or its moment belongs to: blocks.3.moe."""
+    return name[name.index("blocks.") : name.index(_EXPERTS)]
 
 
 def _sync(path: Path) -> None:

@@ -30,7 +30,9 @@ from pangu_locmoe.parallel.topology import Topology
 from pangu_locmoe.parallel.world import World
 from pangu_locmoe.train import callbacks as jobs
 from pangu_locmoe.train.checkpoint import (
+    Held,
     check_tokenizer,
+    damage,
     find_checkpoint,
     latest_whole_checkpoint,
     load_optimizer,
@@ -38,6 +40,7 @@ from pangu_locmoe.train.checkpoint import (
     read_state,
     remove_old,
     save_checkpoint,
+    step_folders,
 )
 from pangu_locmoe.train.distributed import DistributedStepper
 from pangu_locmoe.train.evaluate import Evaluator
@@ -67,7 +70,7 @@ class Trainer:
         if init_from is not None:
             folder = find_checkpoint(init_from)
             check_tokenizer(folder, prepared.path / "tokenizer.json")
-            load_weights(folder, self.model, self.world.held_experts)
+            load_weights(folder, self.model)
         num_tokens = config.micro_batch * config.model.seq_length * self.topology.expert_parallel // self.topology.num_ranks
         capacity = initial_capacity(config.moe.capacity, num_tokens, config.moe.num_experts)
         self.stepper = _stepper(self.model, config, (capacity,) * config.model.num_moe_layers, self.world)
@@ -81,16 +84,23 @@ class Trainer:
         self._signal: Optional[int] = None
 
     def resume(self) -> bool:
-        """Continue from the newest whole checkpoint; False where there is none, and the run starts at step 0."""
+        """Continue from the newest whole checkpoint; False where there is none at all, and the run starts at step 0.
+
+        Raises:
+            CheckpointError: there are checkpoints, but none is whole.
+        """
         if self.world.is_first:
             for leftover in (self.run_dir / "checkpoints").glob(".step-*"):
                 shutil.rmtree(leftover)  # a checkpoint that a kill interrupted
         folder = latest_whole_checkpoint(self.run_dir)
         if folder is None:
+            broken = step_folders(self.run_dir)
+            if broken:
+                raise CheckpointError(f"{damage(broken[-1])}; no older checkpoint is whole: begin again in another --run-dir")
             return False
         state = read_state(folder)
-        load_weights(folder, self.model, self.world.held_experts)
-        load_optimizer(folder, self.stepper.optimizer, self.world.held_experts)
+        load_weights(folder, self.model)
+        load_optimizer(folder, self.stepper.optimizer, Held.by(self.model))
         self.loader.load_state_dict(state["data"])
         self.step, self.best = state["step"], state["best"]
         if self.stepper.loss_scale is not None:

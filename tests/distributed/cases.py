@@ -22,7 +22,7 @@ from pangu_locmoe.noise import draw_keys
 from pangu_locmoe.parallel.communicator import Communicator
 from pangu_locmoe.parallel.gradients import is_expert
 from pangu_locmoe.parallel.world import World
-from pangu_locmoe.train import distributed
+from pangu_locmoe.train import distributed, placement
 from pangu_locmoe.train.step import Objective, Stepper, StepResult, batch_inputs
 
 VOCAB, LENGTH, BATCH, EXPERTS, DOMAINS = 300, 16, 24, 12, 4
@@ -33,7 +33,7 @@ STEPS, RATE = 20, 5e-4
 class Case:
     """moe, model, train: what differs from `base`. nodes: of the job, and emulated by the single process.
 
-    expert_parallel: None is the whole world. idle: all tokens go to expert 0.
+    expert_parallel: None is the whole world. idle: all tokens go to expert 0. moves: experts change their ranks on the way.
     """
 
     moe: dict[str, Any] = field(default_factory=dict)
@@ -43,6 +43,7 @@ class Case:
     exchange: str = "flat"
     expert_parallel: Optional[int] = None
     idle: bool = False
+    moves: bool = False
     steps: int = STEPS
 
     def config(self, ranks: int) -> Config:
@@ -74,6 +75,7 @@ CASES = {
     "locmoe": Case({"capacity": TIGHT}, {"num_layers": 4, "num_moe_layers": 2}, {"mode": "graph"}),
     "locmoe, nodes": Case({"capacity": TIGHT}, nodes=2),
     "locmoe, nodes, hierarchical": Case({"capacity": TIGHT}, nodes=2, exchange="hierarchical"),
+    "locmoe, nodes, moves": Case({"capacity": TIGHT}, nodes=2, moves=True),
     "locmoe, dropless": Case({"capacity": DROPLESS}),
     "locmoe, dropless, nodes": Case({"capacity": DROPLESS}, nodes=2),
     "locmoe, dropless, nodes, hierarchical": Case({"capacity": DROPLESS}, nodes=2, exchange="hierarchical"),
@@ -83,6 +85,7 @@ CASES = {
     "three nodes, hierarchical": Case({"capacity": TIGHT}, nodes=3, exchange="hierarchical"),
     "accumulation": Case({"capacity": TIGHT, "balance_loss": 0.5}, train={"accumulation_steps": 3}),
     "accumulation, nodes": Case({"router": "switch", "capacity": DROPLESS, "balance_loss": 0.5}, {"dropout": 0.2}, {"accumulation_steps": 3}, nodes=2),
+    "data and expert parallel, moves": Case({"capacity": DROPLESS}, {"num_layers": 4, "num_moe_layers": 2}, nodes=2, exchange="hierarchical", moves=True),
     "data and expert parallel": Case({"capacity": DROPLESS}, expert_parallel=2),
     "data and expert parallel, nodes": Case({"router": "switch", "capacity": DROPLESS}, nodes=2, expert_parallel=2),
     "data parallel": Case({"capacity": DROPLESS}, expert_parallel=1),
@@ -94,7 +97,7 @@ CASES = {
 EVERYDAY = {
     2: ["two levels", "data parallel", "idle", "half precision"],
     3: ["three nodes"],
-    4: ["locmoe, nodes", "locmoe, nodes, hierarchical"],
+    4: ["locmoe, nodes", "locmoe, nodes, hierarchical", "locmoe, nodes, moves"],
 }
 GRADIENTS = ("locmoe, nodes", "data parallel", "idle")
 
@@ -159,12 +162,24 @@ def row(result: StepResult) -> dict[str, Any]:
 def run(case: Case, communicator: Optional[Communicator] = None) -> dict[str, Any]:
     """A row for each step, and the digest of the weights that all ranks have."""
     stepper = make_stepper(case, communicator)
-    rows = [row(stepper(batch, number, RATE)) for number, batch in enumerate(batches(case.steps), 1)]
+    rows = []
+    for number, batch in enumerate(batches(case.steps), 1):
+        if case.moves and communicator is not None and number % 5 == 0:
+            shuffle_experts(stepper, number)
+        rows.append(row(stepper(batch, number, RATE)))
     digest = hashlib.sha256()
     for parameter in stepper.parameters:
         if not is_expert(parameter):
             digest.update(parameter.asnumpy().tobytes())
     return {"rows": rows, "digest": digest.hexdigest()}
+
+
+def shuffle_experts(stepper: Stepper, seed: int) -> None:
+    """Another place for every expert, and another one in each layer."""
+    random = np.random.default_rng(seed)
+    wanted_LE = np.stack([random.permutation(EXPERTS) for _ in stepper.model.moe_layers])
+    placement.move_experts(stepper.model, stepper.optimizer, stepper.exchange, wanted_LE)  # type: ignore[attr-defined]
+    np.testing.assert_array_equal(placement.slot_to_expert(stepper.model), wanted_LE)
 
 
 def reduced_gradients(case: Case, communicator: Communicator) -> dict[str, np.ndarray]:

@@ -39,7 +39,7 @@ def test_the_loss_goes_on(folder, name):
 def test_weights_and_moments_are_those_of_the_undisturbed_run(folder, name):
     wanted, got = (checkpoints.latest_whole_checkpoint(folder / run) for run in ("one", name))
     for kind in ("model", "optimizer"):
-        one, other = checkpoints.Shards(wanted, kind, None), checkpoints.Shards(got, kind, None)
+        one, other = checkpoints.Shards(wanted, kind), checkpoints.Shards(got, kind)
         assert set(one) == set(other)
         for weight in one:
             np.testing.assert_allclose(other[weight], one[weight], rtol=0, atol=2e-5, err_msg=weight)
@@ -64,11 +64,19 @@ def test_a_missing_ranks_file_is_named(folder, tmp_path, capsys, kind):
     file = copy / f"{kind}-rank2.safetensors"
     file.unlink()
     with pytest.raises(CheckpointError, match=rf"^{file} is missing or damaged: [^\n]*$"):
-        checkpoints.Shards(copy, kind, None)
+        checkpoints.Shards(copy, kind)
     shutil.copy(tiny.write(runs.config(emulated_nodes=2), tmp_path), tmp_path / "run" / "config.yaml")
     assert main(["train", str(tmp_path / "config.yaml"), "--run-dir", str(tmp_path / "run"), "--resume", "auto", "--no-progress"]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith(f"pangu-locmoe: {file} is missing or damaged: ")
+
+
+def test_a_checkpoint_without_a_ranks_file_is_passed_over(folder, tmp_path):
+    copy = tmp_path / "checkpoints"
+    shutil.copytree(folder / "four" / "checkpoints", copy)
+    newest, before = sorted(copy.iterdir(), reverse=True)[:2]
+    (newest / "optimizer-rank3.safetensors").unlink()
+    assert checkpoints.latest_whole_checkpoint(tmp_path) == before
 
 
 def test_a_rank_reads_only_its_share(folder, monkeypatch):
@@ -86,9 +94,11 @@ def test_a_rank_reads_only_its_share(folder, monkeypatch):
     for parameter in model.get_parameters():
         if ".experts." in parameter.name:
             parameter.set_data(parameter[1:3].copy(), slice_shape=True)
-    checkpoints.load_weights(written, model, range(1, 3))
+    for layer in model.moe_layers.values():
+        monkeypatch.setattr(type(layer), "held_experts", np.array([1, 2]))
+    checkpoints.load_weights(written, model)
     assert {key.split(".experts.")[1].split(".")[0] for key in read if ".experts." in key} == {"1", "2"}
     assert len(read) == len(set(read))
-    whole = checkpoints.Shards(written, "model", None)
+    whole = checkpoints.Shards(written, "model")
     experts = next(parameter for parameter in model.get_parameters() if parameter.name.endswith("experts.w_in"))
     np.testing.assert_array_equal(experts.asnumpy()[1], whole[experts.name.replace(".experts.", ".experts.2.")])

@@ -79,6 +79,18 @@ def test_hierarchical_is_bitwise_flat_with_fewer_messages_between_nodes(ranks, n
         assert ranks == nodes or other["inter_node_messages"] < one["inter_node_messages"]
 
 
+def test_moving_experts_changes_where_and_never_what():
+    """Three moves on the way, each in place of an undisturbed step."""
+    found = runs.job(4)[1][0]
+    still, moved = found["locmoe, nodes"], found["locmoe, nodes, moves"]
+    np.testing.assert_allclose(losses(moved), losses(still), rtol=0, atol=1e-6)
+    for one, other in zip(still["rows"], moved["rows"]):
+        assert (other["load"], other["dropped"]) == (one["load"], one["dropped"])
+    bytes_still, bytes_moved = ([row["inter_node_bytes"] for row in run["rows"]] for run in (still, moved))
+    assert bytes_moved[:4] == bytes_still[:4]
+    assert all(one != other for one, other in zip(bytes_still[4:], bytes_moved[4:]))
+
+
 @pytest.mark.parametrize("ranks, name", [(3, "three nodes"), (2, "two levels")])
 def test_the_ledger_counts_exactly_the_routed_tokens(ranks, name):
     """With one node for each rank, what crosses follows from the counts alone: four times a token's bytes."""

@@ -160,12 +160,13 @@ def test_a_damaged_newer_checkpoint_does_not_push_out_the_whole_ones(short_run):
     assert latest_whole_checkpoint(short_run).name == "step-00000004"
 
 
-def test_without_any_whole_checkpoint_the_run_starts_anew(short_run):
-    wanted = tiny.rows(short_run)
+def test_without_any_whole_checkpoint_nothing_is_written_over(short_run):
+    before = tiny.rows(short_run)
     for folder in (short_run / "checkpoints").iterdir():
         (folder / "state.json").unlink()
-    train(short_config(), short_run, resume=True, progress=False)
-    assert tiny.rows(short_run) == wanted
+    with pytest.raises(CheckpointError, match=r"step-00000006 is not a checkpoint: .*; no older checkpoint is whole: begin again in another --run-dir$"):
+        train(short_config(), short_run, resume=True, progress=False)
+    assert tiny.rows(short_run) == before
 
 
 def test_half_written_checkpoints_and_rows_are_cleared_away(short_run):
