@@ -23,7 +23,7 @@ from pangu_locmoe.cluster.graph import communication
 from pangu_locmoe.cluster.step import RECURSION_LIMIT, GraphStep
 from pangu_locmoe.config import Config, parse_config
 from pangu_locmoe.model import attention, block, sigma
-from pangu_locmoe.moe import experts, static
+from pangu_locmoe.moe import experts, sharded
 from pangu_locmoe.parallel.exchange import Exchange
 from pangu_locmoe.parallel.gradients import is_expert
 from pangu_locmoe.parallel.hccl import HcclOperators
@@ -73,7 +73,7 @@ def _inputs(config: Config, num_ranks: int) -> Tuple[Tensor, ...]:
 
     rows = [integers(batch, length) for _ in range(4)]
     keys = (integers(batch), integers(batch * length), integers(config.model.hidden_size))
-    return (*rows, *keys, Tensor(1.0, ms.float32), Tensor(0.001, ms.float32), Tensor(1, ms.int32))
+    return (Tensor(0.001, ms.float32), Tensor(1, ms.int32), Tensor(1.0, ms.float32), *rows, *keys)
 
 
 def _without_values() -> None:
@@ -98,7 +98,7 @@ def _without_values() -> None:
         module.normal = shape_only  # type: ignore[attr-defined]
         module.Tensor = tensor  # type: ignore[attr-defined,assignment]
     experts.Tensor = tensor  # type: ignore[attr-defined,assignment]
-    static.expert_weights = expert_weights  # type: ignore[attr-defined,assignment]
+    sharded.expert_weights = expert_weights  # type: ignore[attr-defined,assignment]
     optimizer._zeros = moment
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Dict, Tuple
+from typing import Any, Callable, Dict, Tuple
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
 from pangu_locmoe.cluster.plan import exchanges, node_bytes
-from pangu_locmoe.config import Config
+from pangu_locmoe.config import CapacityConfig, Config
 from pangu_locmoe.data.loader import Batch
 from pangu_locmoe.errors import ConfigError
 from pangu_locmoe.noise import draw_keys
@@ -47,23 +47,9 @@ class GraphStep(nn.Cell):
         self.over_experts = _sum_over(topology.expert_group(rank), communicator)
         self.over_replicas = _sum_over(topology.expert_replicas(rank), communicator)
 
-    def construct(
-        self,
-        tokens_BS: Tensor,
-        targets_BS: Tensor,
-        positions_BS: Tensor,
-        segments_BS: Tensor,
-        domains_B: Tensor,
-        row_keys_T: Tensor,
-        column_keys_D: Tensor,
-        scale: Tensor,
-        learning_rate: Tensor,
-        step: Tensor,
-    ) -> Tuple[Tensor, Dict[str, Tensor], Tensor]:
-        """Returns this rank's losses and statistics, and the norm of the whole gradient."""
-        (_, losses, stats), gradients = self.gradient(
-            tokens_BS, targets_BS, positions_BS, segments_BS, domains_B, row_keys_T, column_keys_D, scale
-        )
+    def construct(self, learning_rate: Tensor, step: Tensor, scale: Tensor, *inputs: Tensor) -> Tuple[Tensor, Dict[str, Tensor], Tensor]:
+        """`inputs` as for the objective. Returns this rank's losses and statistics, and the norm of the whole gradient."""
+        (_, losses, stats), gradients = self.gradient(*inputs, scale)
         factor = self.share / scale
         reduced = []
         dense = []
@@ -95,17 +81,32 @@ class GraphStepper(DistributedStepper):
             raise ConfigError("a step over several processes compiles as one graph on Ascend only")
         ms.set_recursion_limit(RECURSION_LIMIT)
         self.capacities = capacities
-        objective = Objective(self.model, self.config, capacities)
-        self._step = ms.jit(GraphStep(objective, self.optimizer, self.topology, self.communicator))
+        self._compiled: Dict[CapacityConfig, Callable[..., Any]] = {}
+        self._use_step()
+
+    def set_factors(self, factors: CapacityConfig) -> None:
+        super().set_factors(factors)
+        self._use_step()
+
+    def _use_step(self) -> None:
+        """The graph of the factors there are; one that was compiled before is used again."""
+        if self.factors not in self._compiled:
+            objective = Objective(self.model, self.config, self.capacities)
+            self._compiled[self.factors] = ms.jit(GraphStep(objective, self.optimizer, self.topology, self.communicator))
+        self._step = self._compiled[self.factors]
 
     def __call__(self, batch: Batch, step: int, learning_rate: float) -> StepResult:
         rows_T, columns_D = draw_keys(self.config.train.seed, step, batch.tokens_BS.size, self.config.model.hidden_size)
         keys_BS = rows_T.reshape(batch.tokens_BS.shape)
         part = np.arange(len(batch.domains_B)).reshape(self.topology.num_ranks, -1)[self.communicator.rank]
         inputs = batch_inputs(batch, keys_BS, Tensor(columns_D), part)
-        numbers = (Tensor(1.0, ms.float32), Tensor(learning_rate, ms.float32), Tensor(step, ms.int32))
-        losses, stats, norm = self._step(*inputs, *numbers)
-        return world_result([(losses, stats)], float(norm.asnumpy()), False, planned_traffic(self.config, self.topology), self.communicator)
+        numbers = (Tensor(learning_rate, ms.float32), Tensor(step, ms.int32), Tensor(1.0, ms.float32))
+        losses, stats, norm = self._step(*numbers, *inputs)
+        return world_result([(losses, stats)], float(norm.asnumpy()), False, self._traffic(), self.communicator)
+
+    def _traffic(self) -> Ledger:
+        moe = self.config.moe.model_copy(update={"capacity": self.factors})
+        return planned_traffic(self.config.model_copy(update={"moe": moe}), self.topology)
 
 
 def refuse_graph(config: Config) -> None:

@@ -31,7 +31,8 @@ def explain(items: Sequence[Any]) -> Iterator[str]:
 def _key(location: tuple[Any, ...]) -> tuple[Any, ...]:
     """The place without what pydantic appends: the member of a Union it tried, or a note that a table's key is wrong."""
     annotation = _annotation(location[:-1])
-    is_union = get_origin(annotation) is Union and type(None) not in get_args(annotation)
+    members = [member for member in get_args(annotation) if member is not type(None)]
+    is_union = get_origin(annotation) is Union and len(members) > 1
     return location[:-1] if is_union or location[-1] == "[key]" else location
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Dict, List, Literal, Optional, Union
+from typing import Annotated, Dict, List, Literal, Optional, Union
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
@@ -31,8 +31,8 @@ class CapacityConfig(Section):
     statistic: Union[Literal["min", "median", "mean", "max"], float] = Field("median", description="bound: which statistic (or quantile in [0, 1]) of the cosines between tokens and their gate is delta")
     warmup_steps: int = Field(100, ge=1, description="bound: steps before delta is measured; routing swings wildly in the first 50")
     drop_order: Literal["affinity", "position"] = Field("affinity", description="which tokens lose when an expert is full: the lowest affinity, or the last position")
-    local_factor: Optional[float] = Field(None, gt=0, description="capacity factor for sources in the expert's node (static exchange)")
-    remote_factor: Optional[float] = Field(None, gt=0, description="capacity factor for sources in other nodes (static exchange)")
+    local_factor: Union[Annotated[float, Field(gt=0)], Literal["auto"], None] = Field(None, description="capacity factor for sources in the expert's node (static exchange); auto: follows the measured counts")
+    remote_factor: Union[Annotated[float, Field(gt=0)], Literal["auto"], None] = Field(None, description="capacity factor for sources in other nodes (static exchange); auto: follows the measured counts")
 
 
 class CutFromConfig(Section):

@@ -44,7 +44,7 @@ def _broken_moe_rules(config: Config) -> Iterator[tuple[str, str]]:
         if given and not static:
             yield f"moe.capacity.{key}", "needs parallel.sizes: static"
         if static and not given:
-            yield f"moe.capacity.{key}", "parallel.sizes: static needs a number: slots = factor * tokens of a rank / moe.num_experts"
+            yield f"moe.capacity.{key}", "parallel.sizes: static needs a number (slots = factor * tokens of a rank / moe.num_experts) or auto"
     if moe.cut_from is not None and moe.cut_from.first_expert + moe.num_experts > moe.cut_from.num_experts:
         yield "moe.cut_from", f"must have room for moe.num_experts ({moe.num_experts}) from its first_expert on"
     if moe.levels == 1 and moe.group_sizes is not None:
@@ -131,7 +131,7 @@ def doubtful_settings(config: Config) -> Iterator[str]:
             "local for all of them, and the loss can only cost"
         )
     parallel, local = config.parallel, moe.capacity.local_factor
-    if parallel.sizes == "static" and parallel.ranks_per_node is not None and local is not None:
+    if parallel.sizes == "static" and parallel.ranks_per_node is not None and isinstance(local, float):
         nodes = max(1, parallel.expert_parallel // parallel.ranks_per_node)  # over which a layer's experts are spread
         if local < nodes:
             yield (

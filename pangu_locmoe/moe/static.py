@@ -26,6 +26,7 @@ from pangu_locmoe.moe.capacity import DROPLESS, factor_capacity
 from pangu_locmoe.moe.layer import MoEStats
 from pangu_locmoe.moe.routers.base import RouterContext
 from pangu_locmoe.moe.sharded import ShardedMoELayer
+from pangu_locmoe.moe.slot_factors import automatic, starting_factors
 from pangu_locmoe.noise import Noise
 from pangu_locmoe.parallel.exchange import Exchange, ExchangeRows
 from pangu_locmoe.parallel.hccl import AllToAllRows, GatherRows, HcclOperators
@@ -34,8 +35,9 @@ from pangu_locmoe.parallel.topology import Topology
 
 def source_slots(capacity: CapacityConfig, topology: Topology, rank: int, num_tokens: int) -> np.ndarray:
     """Slots that a rank has for each expert, int [E]; `num_tokens` is the rank's T."""
+    capacity = starting_factors(capacity)
     local, remote = (
-        min(num_tokens, factor_capacity(factor or 0.0, num_tokens, topology.num_experts))
+        min(num_tokens, factor_capacity(float(factor or 0.0), num_tokens, topology.num_experts))
         for factor in (capacity.local_factor, capacity.remote_factor)
     )
     holders = np.repeat(topology.expert_group(rank), topology.experts_per_rank)
@@ -49,7 +51,9 @@ def group_slots(capacity: CapacityConfig, topology: Topology, rank: int, num_tok
 
 
 def certain_drops(config: Config, topology: Topology, rank: int, num_tokens: int) -> Iterator[str]:
-    """What these capacities must drop, one line each; nothing where all tokens could find a slot."""
+    """What these capacities must drop, one line each; nothing where all tokens could find a slot, or slots follow the tokens."""
+    if automatic(config.moe.capacity):
+        return
     slots_E = source_slots(config.moe.capacity, topology, rank, num_tokens)
     holders = np.repeat(topology.expert_group(rank), topology.experts_per_rank) // topology.ranks_per_node
     local_E = holders == topology.node_of_rank(rank)
@@ -108,15 +112,19 @@ class StaticMoELayer(ShardedMoELayer):
 
     def __init__(self, config: Config, context: RouterContext, exchange: Exchange) -> None:
         super().__init__(config, context, exchange)
-        topology, rank = self.topology, exchange.communicator.rank
+        topology = self.topology
         self.num_ranks, self.num_nodes = topology.num_ranks, topology.num_nodes
-        tokens = config.micro_batch * config.model.seq_length // topology.num_ranks
-        self.features = config.model.hidden_size
-        self.trained = SlotExchange(exchange, group_slots(config.moe.capacity, topology, rank, tokens), self.features)
+        self.num_tokens, self.features = config.micro_batch * config.model.seq_length // topology.num_ranks, config.model.hidden_size
+        self.set_factors(config.moe.capacity)
         self._evaluated: Dict[int, SlotExchange] = {}
         self.gather = _gather(exchange)
         self.log_local = Tensor(self.log_local_E)
         self.first_neighbour, self.end_neighbour = self.node * topology.ranks_per_node, (self.node + 1) * topology.ranks_per_node
+
+    def set_factors(self, capacity: CapacityConfig) -> None:
+        """Train with the slots of these factors from now on."""
+        slots_RE = group_slots(capacity, self.topology, self.exchange.communicator.rank, self.num_tokens)
+        self.trained = SlotExchange(self.exchange, slots_RE, self.features)
 
     def construct(
         self, x_TD: Tensor, tokens_T: Tensor, domains_T: Tensor, noise: Noise, capacity: int, training: bool

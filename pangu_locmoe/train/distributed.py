@@ -12,9 +12,10 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, ops
 
-from pangu_locmoe.config import Config
+from pangu_locmoe.config import CapacityConfig, Config
 from pangu_locmoe.data.loader import Batch
 from pangu_locmoe.model.sigma import PanguSigma
+from pangu_locmoe.moe.slot_factors import starting_factors
 from pangu_locmoe.noise import draw_keys
 from pangu_locmoe.parallel.communicator import Communicator
 from pangu_locmoe.parallel.exchange import Exchange, Ledger
@@ -37,6 +38,7 @@ class DistributedStepper(Stepper):
     def __init__(self, model: PanguSigma, config: Config, capacities: Tuple[int, ...], topology: Topology, exchange: Exchange) -> None:
         self.topology, self.exchange = topology, exchange
         self.communicator = exchange.communicator
+        self.factors = starting_factors(config.moe.capacity)
         super().__init__(model, config, capacities)
         self._experts = [is_expert(parameter) for parameter in self.parameters]
 
@@ -44,6 +46,12 @@ class DistributedStepper(Stepper):
         self.capacities = capacities
         objective = Objective(self.model, self.config, capacities)
         self._gradient = ms.value_and_grad(objective, None, self.optimizer.parameters, has_aux=True)
+
+    def set_factors(self, factors: CapacityConfig) -> None:
+        """Train with other local and remote factors from the next step on (static sizes)."""
+        self.factors = factors
+        for layer in self.model.moe_layers.values():
+            layer.set_factors(factors)
 
     def __call__(self, batch: Batch, step: int, learning_rate: float) -> StepResult:
         train = self.config.train

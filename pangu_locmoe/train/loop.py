@@ -23,6 +23,7 @@ from pangu_locmoe.data.prepared import Prepared
 from pangu_locmoe.data.sampler import BatchSampler
 from pangu_locmoe.errors import CheckpointError, DivergenceError
 from pangu_locmoe.model.sigma import PanguSigma
+from pangu_locmoe.moe import slot_factors
 from pangu_locmoe.moe.capacity import initial_capacity
 from pangu_locmoe.moe.domains import allowed_experts
 from pangu_locmoe.parallel.hccl import HcclOperators
@@ -106,6 +107,7 @@ class Trainer:
         if self.stepper.loss_scale is not None:
             self.stepper.loss_scale.value, self.stepper.loss_scale.good_steps = state["loss_scale"]
         self.stepper.set_capacities(tuple(state["capacities"]))
+        self._restore_sharded(state)
         return True
 
     def run(self, progress: bool = True) -> Optional[str]:
@@ -159,10 +161,23 @@ class Trainer:
         if measured is not None:
             self.stepper.set_capacities(measured[0])
             self._tell(measured[1])
+        self._follow_counts(result)
         last = self.step == config.train.steps
         improved = (last or self.step % config.evaluation.every == 0) and self._evaluate()
         if last or improved or self.step % config.checkpoint.every == 0:
             self._save()
+
+    def _follow_counts(self, result: StepResult) -> None:
+        """Slot factors that are `auto`."""
+        capacity = self.config.moe.capacity
+        if not slot_factors.automatic(capacity) or self.step % slot_factors.EVERY:
+            return
+        assert isinstance(self.stepper, DistributedStepper)  # static sizes are for jobs
+        before = self.stepper.factors
+        self.stepper.set_factors(slot_factors.next_factors(capacity, before, result.load_LNE, self.topology))
+        row = slot_factors.event(self.step, before, self.stepper.factors)
+        if row is not None:
+            self._tell(row)
 
     def _evaluate(self) -> bool:
         """Whether this is the best model so far."""
@@ -189,12 +204,26 @@ class Trainer:
             "best": self.best,
             "capacities": list(self.stepper.capacities),
             "loss_scale": [scale.value, scale.good_steps] if scale is not None else None,
+            **self._sharded_state(),
         }
         folder = self.run_dir / "checkpoints" / f"step-{self.step:08d}"
         tokenizer_file = self.prepared.path / "tokenizer.json"
         save_checkpoint(folder, self.config, tokenizer_file, self.model, self.stepper.optimizer, state, self.world)
         if self.world.is_first:
             remove_old(self.run_dir, self.step, self.config.checkpoint.keep, int(self.best["step"]) if self.best else None)
+
+    def _sharded_state(self) -> Dict[str, Any]:
+        """What only a job has to remember."""
+        if not isinstance(self.stepper, DistributedStepper):
+            return {}
+        factors = self.stepper.factors
+        return {"slot_factors": [factors.local_factor, factors.remote_factor]}
+
+    def _restore_sharded(self, state: Dict[str, Any]) -> None:
+        """A checkpoint may come from one process, where there is none of it."""
+        if isinstance(self.stepper, DistributedStepper) and slot_factors.automatic(self.config.moe.capacity) and "slot_factors" in state:
+            local, remote = state["slot_factors"]
+            self.stepper.set_factors(self.stepper.factors.model_copy(update={"local_factor": local, "remote_factor": remote}))
 
     def _check_finite(self, result: StepResult) -> None:
         if math.isfinite(result.losses["loss"]) and (math.isfinite(result.grad_norm) or result.skipped):
