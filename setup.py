@@ -1,4 +1,4 @@
-"""Install with `pip install .`; extras: test, bench."""
+"""Install with `pip install .`; extras: test, forecast, bench."""
 
 from pathlib import Path
 
@@ -36,6 +36,9 @@ setup(
     ],
     extras_require={
         "test": ["pytest>=8", "hypothesis>=6.100", "mpmath>=1.3", "ruff>=0.6", "mypy>=1.10", "types-PyYAML", "types-tqdm"],
+        # ARIMA for `load forecast`: 600 MB installed, and everything else works without it.
+        # Newer releases of pyarrow, which statsforecast brings, are for NumPy 2.
+        "forecast": ["statsforecast>=2.0,<3", "pyarrow<21"],
         "bench": ["torch>=2.3", "transformers>=5.0", "psutil"],
     },
     entry_points={"console_scripts": ["pangu-locmoe = pangu_locmoe.cli:main"]},

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Callable, List, NoReturn, Optional
 
 from pangu_locmoe import __version__
+from pangu_locmoe.cli_load import add_load_verbs
 from pangu_locmoe.errors import LocMoEError
 
 if TYPE_CHECKING:
@@ -204,6 +205,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_checkpoint(verb)
     verb.add_argument("--domain", required=True)
     verb.add_argument("--output", type=Path, required=True, help="folder of the new checkpoint")
+
+    load = verbs.add_parser("load", help="expert load: import, states, forecast, place, report", description="Study the load of experts.", allow_abbrev=False)
+    add_load_verbs(load.add_subparsers(required=True, metavar="VERB"), _add)
     return parser
 
 

@@ -90,6 +90,7 @@ class GraphStepper(DistributedStepper):
 
     def _use_step(self) -> None:
         """The graph of the factors there are; one that was compiled before is used again."""
+        assert isinstance(self.communicator, HcclOperators)
         if self.factors not in self._compiled:
             objective = Objective(self.model, self.config, self.capacities)
             self._compiled[self.factors] = ms.jit(GraphStep(objective, self.optimizer, self.topology, self.communicator))

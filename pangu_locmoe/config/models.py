@@ -120,6 +120,7 @@ class PlacementConfig(Section):
     policy: Literal["off", "locality", "eplb"] = Field("off", description="whether experts change ranks while training, and by what: modelled step time, or balance alone")
     every: int = Field(200, ge=1, description="steps between plans; each is made from the forecast of the load up to the next one")
     min_gain: float = Field(0.05, ge=0, lt=1, description="accept a plan only if it shortens the modelled step, moving included, by this share")
+    while_transient: bool = Field(False, description="also move experts of layers whose load is not yet stable, for which a forecast is worth little")
     flops_per_second: float = Field(1e14, gt=0, description="what one rank sustains on its experts")
     link_bytes_per_second: float = Field(1.25e10, gt=0, description="of one node's link, each direction")
 

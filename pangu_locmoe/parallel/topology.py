@@ -123,11 +123,15 @@ class Topology:
             homes.append(int(candidates[domain * len(candidates) // num_domains]))
         return tuple(homes)
 
-    def local_fraction(self, load_NE: np.ndarray) -> float:
+    def local_fraction(self, load_LNE: np.ndarray, slot_to_expert_LE: np.ndarray | None = None) -> float:
         """Share of tokens whose expert is in the node they come from.
 
         Args:
-            load_NE: token counts by source node and expert, [..., N, E].
+            load_LNE: token counts by source node and expert.
+            slot_to_expert_LE: where experts are, if they were moved.
         """
-        total = load_NE.sum()
-        return float((load_NE * self.local_NE).sum() / total) if total else 0.0
+        local_LNE = np.broadcast_to(self.local_NE, load_LNE.shape)
+        if slot_to_expert_LE is not None:
+            local_LNE = self.local_NE[:, np.argsort(slot_to_expert_LE, axis=1)].swapaxes(0, 1)
+        total = load_LNE.sum()
+        return float((load_LNE * local_LNE).sum() / total) if total else 0.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,18 +13,9 @@ import yaml
 from numpy.typing import NDArray
 
 from pangu_locmoe.errors import DataError
+from pangu_locmoe.load.trace import Trace, read_trace
 
 Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class LoadTrace:
-    """load.npz: how many tokens every expert got. K rows, L sparse layers, E experts, N nodes."""
-
-    step_K: NDArray[Any]
-    load_KLE: NDArray[Any]
-    dropped_KLE: NDArray[Any] | None = None
-    source_KLNE: NDArray[Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -39,7 +29,7 @@ class Run:
     training: list[dict[str, Any]]
     validation: list[dict[str, Any]]
     events: list[dict[str, Any]]
-    load: LoadTrace | None = None
+    load: Trace | None = None
     summary: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     _columns: dict[str, Floats] = field(default_factory=dict, repr=False, compare=False)
@@ -164,28 +154,14 @@ def _split(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[
     )
 
 
-def _read_load(path: Path, notes: list[str]) -> LoadTrace | None:
+def _read_load(path: Path, notes: list[str]) -> Trace | None:
     if not path.exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            load_KLE, step_K = archive["load"], archive["step"]
-            dropped_KLE, source_KLNE = (archive[key] if key in archive.files else None for key in ("dropped", "source"))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        notes.append(f"load.npz cannot be read, so expert load is not shown: {' '.join(str(error).split())}")
+        return read_trace(path)
+    except DataError as error:
+        notes.append(f"Expert load is not shown: {str(error).replace(str(path), path.name, 1)}")
         return None
-    if load_KLE.ndim != 3 or step_K.shape != load_KLE.shape[:1]:
-        notes.append(
-            f"load.npz is not shown: load has shape {load_KLE.shape}, step has {step_K.shape}; expected [rows, layers, experts] and [rows]"
-        )
-        return None
-    if dropped_KLE is not None and dropped_KLE.shape != load_KLE.shape:
-        notes.append(f"load.npz: dropped has shape {dropped_KLE.shape}, load has {load_KLE.shape}; dropped is not shown")
-        dropped_KLE = None
-    if source_KLNE is not None and (source_KLNE.ndim != 4 or source_KLNE[:, :, 0].shape != load_KLE.shape):
-        notes.append(f"load.npz: source has shape {source_KLNE.shape}, load has {load_KLE.shape}; source is not shown")
-        source_KLNE = None
-    return LoadTrace(step_K, load_KLE, dropped_KLE, source_KLNE)
 
 
 def _read_summary(path: Path, notes: list[str]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
 from pangu_locmoe.config import Config
-from pangu_locmoe.load.trace import TraceWriter
+from pangu_locmoe.load.trace import Trace, TraceWriter
 from pangu_locmoe.moe.capacity import bound_capacity, capacity_bounds, cosine_statistic, factor_capacity
 from pangu_locmoe.train.metrics import MetricsFile
 from pangu_locmoe.train.step import StepResult
@@ -91,10 +91,15 @@ class WriteTensorBoard(Callback):
 
 
 class WriteTrace(Callback):
-    """load.npz."""
+    """load.npz. Written at checkpoints, which a resumed run goes on from, and by time, for a run that is killed and not resumed."""
 
     def __init__(self, path: Path, config: Config, last_step: int) -> None:
         self._trace = TraceWriter(path, config.trace.every, config.trace.max_rows, last_step)
+
+    @property
+    def trace(self) -> Trace:
+        """The rows so far, those of an earlier part of the run among them."""
+        return self._trace.trace
 
     def on_step(self, step: int, result: StepResult, row: Row) -> None:
         if result.load_LNE.size:

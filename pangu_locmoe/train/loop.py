@@ -30,6 +30,7 @@ from pangu_locmoe.parallel.hccl import HcclOperators
 from pangu_locmoe.parallel.topology import Topology
 from pangu_locmoe.parallel.world import World
 from pangu_locmoe.train import callbacks as jobs
+from pangu_locmoe.train import placement
 from pangu_locmoe.train.checkpoint import (
     Held,
     check_tokenizer,
@@ -82,6 +83,7 @@ class Trainer:
         self.best: Optional[Dict[str, float]] = None
         self.final: Dict[str, Any] = {}
         self._callbacks: List[jobs.Callback] = []
+        self._trace: Optional[jobs.WriteTrace] = None  # rank 0's
         self._signal: Optional[int] = None
 
     def resume(self) -> bool:
@@ -100,6 +102,7 @@ class Trainer:
                 raise CheckpointError(f"{damage(broken[-1])}; no older checkpoint is whole: begin again in another --run-dir")
             return False
         state = read_state(folder)
+        self._restore_placement(state)
         load_weights(folder, self.model)
         load_optimizer(folder, self.stepper.optimizer, Held.by(self.model))
         self.loader.load_state_dict(state["data"])
@@ -150,7 +153,7 @@ class Trainer:
         result = self.stepper(batch, self.step + 1, rate)
         self.step += 1
         row = training_row(
-            config, self.topology, self.step, result, rate, time.perf_counter() - started, self.stepper.capacities
+            config, self.topology, self.step, result, rate, time.perf_counter() - started, self.stepper.capacities, self._slot_to_expert()
         )
         self._check_finite(result)
         if self.stepper.loss_scale is not None:
@@ -162,6 +165,8 @@ class Trainer:
             self.stepper.set_capacities(measured[0])
             self._tell(measured[1])
         self._follow_counts(result)
+        if config.placement.policy != "off" and self.step % config.placement.every == 0 and self.step < config.train.steps:
+            self._place_experts()
         last = self.step == config.train.steps
         improved = (last or self.step % config.evaluation.every == 0) and self._evaluate()
         if last or improved or self.step % config.checkpoint.every == 0:
@@ -178,6 +183,23 @@ class Trainer:
         row = slot_factors.event(self.step, before, self.stepper.factors)
         if row is not None:
             self._tell(row)
+
+    def _slot_to_expert(self) -> Optional[np.ndarray]:
+        """Where experts are, in a job; None where they cannot move."""
+        return placement.slot_to_expert(self.model) if self.config.placement.policy != "off" else None
+
+    def _place_experts(self) -> None:
+        """Plan from the trace, and move what the plan moves."""
+        started = time.perf_counter()
+        assert self.world.exchange is not None  # the rules of the configuration
+        now_LE = placement.slot_to_expert(self.model)
+        plan = None
+        if self._trace is not None:
+            plan = placement.plan_placement(self.config, self.topology, self._trace.trace, self.step, now_LE)
+        wanted_LE = placement.agree(plan, now_LE, self.world.communicator)
+        placement.move_experts(self.model, self.stepper.optimizer, self.world.exchange, wanted_LE)
+        if plan is not None:
+            self._tell(placement.event(self.step, plan, started))
 
     def _evaluate(self) -> bool:
         """Whether this is the best model so far."""
@@ -217,7 +239,13 @@ class Trainer:
         if not isinstance(self.stepper, DistributedStepper):
             return {}
         factors = self.stepper.factors
-        return {"slot_factors": [factors.local_factor, factors.remote_factor]}
+        return {"slot_factors": [factors.local_factor, factors.remote_factor], "slot_to_expert": placement.slot_to_expert(self.model).tolist()}
+
+    def _restore_placement(self, state: Dict[str, Any]) -> None:
+        """Before weights are loaded: it says which this rank holds. One process holds all, and a run without moves keeps the order."""
+        if self.world.exchange is not None and self.config.placement.policy != "off":
+            for layer, slots in zip(self.model.moe_layers.values(), state.get("slot_to_expert", [])):
+                layer.place(np.asarray(slots))
 
     def _restore_sharded(self, state: Dict[str, Any]) -> None:
         """A checkpoint may come from one process, where there is none of it."""
@@ -240,10 +268,11 @@ class Trainer:
         if not self.world.is_first:
             return []
         every, last = self.config.train.log_every, self.step
+        self._trace = jobs.WriteTrace(self.run_dir / "load.npz", self.config, last)
         made: List[jobs.Callback] = [
             jobs.WriteMetrics(self.run_dir / "metrics.jsonl", every, last),
             jobs.WriteTensorBoard(self.run_dir / "tensorboard", every, last),
-            jobs.WriteTrace(self.run_dir / "load.npz", self.config, last),
+            self._trace,
         ]
         return [*made, jobs.ShowProgress(self.config, last)] if progress else made
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, Optional
+
+import numpy as np
 
 from pangu_locmoe.config import Config
 from pangu_locmoe.files import write_atomic
@@ -14,12 +16,13 @@ from pangu_locmoe.train.step import StepResult
 
 
 def training_row(
-    config: Config, topology: Topology, step: int, result: StepResult, learning_rate: float, seconds: float, capacities: tuple[int, ...]
+    config: Config, topology: Topology, step: int, result: StepResult, learning_rate: float, seconds: float, capacities: tuple[int, ...],
+    slot_to_expert_LE: Optional[np.ndarray] = None,
 ) -> Dict[str, Any]:
     """One training row; what has no meaning in this run is null.
 
     delta is the configured statistic of the cosines between tokens and the gates of their experts, over all MoE layers;
-    local_fraction the share of tokens whose expert is in the node they come from. In a job of several processes also what all
+    local_fraction the share of tokens whose expert is in the node they come from; `slot_to_expert_LE` says where experts were. In a job of several processes also what all
     ranks sent each other inside nodes and between them (payload), and the seconds of the slowest rank in the exchange and in the
     reduction of the gradients.
     """
@@ -36,7 +39,7 @@ def training_row(
         "capacity": max(capacities) if capacities and DROPLESS not in capacities else None,
         "dropped_fraction": int(result.dropped_LE.sum()) / routed if routed else 0.0,
         "max_over_mean_load": float((load_LE.max(axis=1) / load_LE.mean(axis=1)).mean()) if routed else None,
-        "local_fraction": topology.local_fraction(result.load_LNE) if routed and topology.num_nodes > 1 else None,
+        "local_fraction": topology.local_fraction(result.load_LNE, slot_to_expert_LE) if routed and topology.num_nodes > 1 else None,
         "delta": cosine_statistic(result.cosine_LT, config.moe.capacity.statistic) if gated else None,
     }
     if result.traffic is not None:

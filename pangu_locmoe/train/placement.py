@@ -1,15 +1,97 @@
 """Experts change ranks at a step boundary, with their optimizer state: who computes them changes, never what is computed.
 
-Letters: L MoE layers, E experts and as many slots of an expert-parallel group, R its ranks, G = E / R slots of a rank.
+Letters: L MoE layers, E experts and as many slots of an expert-parallel group, R its ranks, G = E / R slots of a rank,
+K rows of the trace, N nodes of the job, M nodes of a group.
 """
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
+from typing import Any, Dict, Optional
+
 import numpy as np
 from mindspore import Tensor, nn, ops
+from mindspore import dtype as mstype
 
+from pangu_locmoe.config import Config
+from pangu_locmoe.load.forecast import forecast
+from pangu_locmoe.load.placement import Costs, Plan, place_trace
+from pangu_locmoe.load.state import states
+from pangu_locmoe.load.trace import Trace
 from pangu_locmoe.model.sigma import PanguSigma
+from pangu_locmoe.parallel.communicator import Communicator
 from pangu_locmoe.parallel.exchange import Exchange
+from pangu_locmoe.parallel.topology import Topology
+
+VALUE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+
+
+def plan_placement(config: Config, topology: Topology, trace: Trace, step: int, now_LE: np.ndarray) -> Plan:
+    """The plan after `step` for the steps up to the next one, from the trace so far.
+
+    A layer keeps its placement while its load is transient (unless placement.while_transient), and where less than placement.min_gain would be saved.
+
+    Args:
+        config: the run; its placement section has the cluster's speeds.
+        topology: expert-parallel groups are alike: all have the same plan, made for the mean of their loads.
+        trace: rows up to `step`, with their sources.
+        step: the last one made.
+        now_LE: an expert for each slot now.
+    """
+    wishes, model = config.placement, config.model
+    nodes = max(1, topology.expert_parallel // topology.ranks_per_node)
+    costs = Costs.of_model(
+        model.hidden_size, model.ffn_size, wishes.flops_per_second, wishes.link_bytes_per_second, wishes.every, VALUE_BYTES[config.train.precision]
+    )
+    return place_trace(
+        _of_a_group(trace, topology, nodes),
+        nodes,
+        topology.expert_parallel // nodes,
+        costs,
+        lambda past, origin, horizon: forecast(past, origin, horizon).share_FLE.mean(axis=0),
+        wishes.policy,
+        origin=step + 1,
+        horizon=wishes.every,
+        current=now_LE,
+        stable_from=None if wishes.while_transient else lambda past: states(past).layers_stable_from,
+        min_gain=wishes.min_gain,
+    )
+
+
+def _of_a_group(trace: Trace, topology: Topology, nodes: int) -> Trace:
+    """Tokens by node of an expert-parallel group, all groups together: node n of the job is node n mod M of its group."""
+    assert trace.source_KLNE is not None
+    rows, layers, job_nodes, experts = trace.source_KLNE.shape
+    groups = topology.num_ranks // topology.expert_parallel
+    source_KLME = trace.source_KLNE.reshape(rows, layers, job_nodes // nodes, nodes, experts).sum(axis=2) // groups
+    return replace(trace, load_KLE=source_KLME.sum(axis=2), source_KLNE=source_KLME)
+
+
+def agree(plan: Optional[Plan], now_LE: np.ndarray, communicator: Communicator) -> np.ndarray:
+    """The placement of rank 0's plan, on all ranks; the others have no plan, because the trace is rank 0's."""
+    own = now_LE if plan is None else plan.slots_LS
+    shared = communicator.all_gather(Tensor(own.reshape(-1).astype(np.int32), mstype.int32)).asnumpy()
+    first: np.ndarray = shared.reshape(communicator.size, *now_LE.shape)[0].astype(np.int64)
+    return first
+
+
+def event(step: int, plan: Plan, started: float) -> Dict[str, Any]:
+    """A row for metrics.jsonl; `started` is when planning began."""
+    return {
+        "step": step,
+        "event": "placement",
+        "policy": plan.policy,
+        "layers_stable": sum(state == "stable" for state in plan.state),
+        "experts_moved": plan.experts_moved,
+        "bytes_moved": plan.bytes_moved,
+        "gain": plan.gain,
+        "max_over_mean_now": plan.now.max_over_mean,
+        "max_over_mean_after": plan.after.max_over_mean,
+        "inter_node_bytes_now": plan.now.inter_node_bytes,
+        "inter_node_bytes_after": plan.after.inter_node_bytes,
+        "seconds": time.perf_counter() - started,
+    }
 
 
 def slot_to_expert(model: PanguSigma) -> np.ndarray:
