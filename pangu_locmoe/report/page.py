@@ -22,7 +22,16 @@ from pangu_locmoe.report.figures import (
 )
 from pangu_locmoe.report.run import Run, read_run, table
 from pangu_locmoe.report.style import STYLE
-from pangu_locmoe.report.tables import capacity_html, comparison_html, differences_html, domains_html, experts_html, facts_html, tiles_html
+from pangu_locmoe.report.tables import (
+    capacity_html,
+    comparison_html,
+    differences_html,
+    domains_html,
+    experts_html,
+    facts_html,
+    placement_html,
+    tiles_html,
+)
 
 # The browser enforces what this page promises: inline styles and embedded images, nothing else.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -54,7 +63,7 @@ def render(runs: list[Run]) -> str:
     legend = legend_html(names) if several else ""
     sections = [
         _section("Loss", legend + _figures(loss_figures(runs)) + domains_html(runs)),
-        _section("Routing", legend + _figures(routing_figures(runs)) + _bound(runs)),
+        _section("Routing", legend + _figures(routing_figures(runs)) + _bound(runs) + _placement(runs)),
         _section("Expert load", _load(runs)),
         _section("Locality", _under(legend, _figures(locality_figures(runs)))),
         _section("Speed and optimisation", legend + _figures(speed_figures(runs))),
@@ -124,6 +133,15 @@ def _bound(runs: list[Run]) -> str:
     body = capacity_html(runs)
     return (
         f"<h3>Capacity bound</h3><p>The latest measurement of LocMoE’s lower bound; δ is the statistic of the cosines between tokens and their gate.</p>{body}"
+        if body
+        else ""
+    )
+
+
+def _placement(runs: list[Run]) -> str:
+    body = placement_html(runs)
+    return (
+        f"<h3>Placement</h3><p>Plans made while training, for the load that was forecast; where nothing was worth moving, experts stayed.</p>{body}"
         if body
         else ""
     )

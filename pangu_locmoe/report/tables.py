@@ -130,6 +130,24 @@ def capacity_html(runs: list[Run]) -> str:
     return table_html(["Layer", *(["Run"] if len(runs) > 1 else []), "Step", "δ", "Exact", "erfc", "Exponential", "Capacity"], rows)
 
 
+def placement_html(runs: list[Run]) -> str:
+    """What every placement plan moved, and the load and bytes it was expected to change."""
+    rows = []
+    for run in runs:
+        for event in (event for event in run.events if event["event"] == "placement"):
+            now, after = ([number(event.get(f"{key}_{when}")) for key in ("max_over_mean", "inter_node_bytes")] for when in ("now", "after"))
+            cells = [text(number(event.get("experts_moved"))), megabytes(number(event.get("bytes_moved"))), percent(number(event.get("gain")))]
+            cells += [f"{text(now[0], 3)} → {text(after[0], 3)}", f"{megabytes(now[1])} → {megabytes(after[1])}"]
+            rows.append([text(number(event.get("step"))), *([run.name] if len(runs) > 1 else []), *cells])
+    names = ["Experts moved", "MB moved", "Modelled gain", "Max / mean of ranks", "MB between nodes"]
+    return table_html(["Step", *(["Run"] if len(runs) > 1 else []), *names], rows)
+
+
+def megabytes(number_of_bytes: float) -> str:
+    """Bytes in MB."""
+    return text(number_of_bytes / 1e6, 3)
+
+
 def differences_html(runs: list[Run]) -> str:
     """The configuration keys in which the runs differ; a line of text if they do not."""
     flat = [flatten(run.config) for run in runs]

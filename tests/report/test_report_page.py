@@ -93,6 +93,8 @@ def make_run(
             )
     bound = {"layer": 2, "delta": 0.31, "exact": 212.4, "erfc": math.inf, "exponential": "Infinity", "capacity": 320}
     lines.append({"event": "capacity", "step": 20, "layers": [bound]})
+    figures = {"max_over_mean_now": 1.75, "max_over_mean_after": 1.125, "inter_node_bytes_now": 4_200_000.0, "inter_node_bytes_after": 1_050_000.0}
+    lines.append({"event": "placement", "step": 30, "policy": "locality", "experts_moved": 6, "bytes_moved": 12_582_912.0, "gain": 0.401, **figures})
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4')
     if trace:
         source = rng.integers(0, 50, (steps, layers, nodes, experts))
@@ -135,6 +137,9 @@ def test_one_run_says_everything(tmp_path: Path) -> None:
         "Byte bigram",
         "∞",
         "num_experts: 8",
+        "Experts moved",
+        "40.1 %",
+        "4.2 → 1.05",
         "你好",
     ):
         assert words in page.text, words
