@@ -101,7 +101,7 @@ def make_run(
         np.savez(path / "load.npz", load=source.sum(axis=2), step=np.arange(1, steps + 1), dropped=source[:, :, 0], source=source)
     if summary:
         document = {
-            "parameters": 14_812_160, "active_parameters": 8_103_424, "bigram_bits_per_byte": {"zh": 3.0, "en": 3.4, "all": 3.2}, "final": lines[-2],
+            "parameters": 14_812_160, "active_parameters": 8_103_424, "bigram_bits_per_byte": {"zh": 3.0, "en": 3.4, "all": 3.2}, "final": lines[-3],
             "samples": [{"domain": "zh", "prompt": "你好", "text": "你好，世界"}, {"domain": "<i>en", "prompt": HOSTILE, "text": HOSTILE}],
             "corpus": {"zh": {"documents": 12}}, "machine": {"cores": 2}, "wall_seconds": 81.0,
         }  # fmt: skip
