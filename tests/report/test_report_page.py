@@ -139,7 +139,7 @@ def test_one_run_says_everything(tmp_path: Path) -> None:
         "num_experts: 8",
         "Experts moved",
         "40.1 %",
-        "4.2 → 1.05",
+        "4.20 → 1.05",
         "你好",
     ):
         assert words in page.text, words
