@@ -11,12 +11,12 @@ Trains every router on the same text, seeds and steps, finds the link rates at w
 hash's step, and times the last steps of every run on 2 nodes with 2 processes each. Prints a table; rows, table and picture
 are in DIR. Needs root and iproute2, takes hours, and wants the machine to itself. What is finished in DIR is not run again.
 
-  --quick            1 seed, 40 steps of half the batch, one share, four variants: under 15 minutes on 2 idle cores
+  --quick            1 seed, 40 steps, one share, four variants: under 15 minutes on 2 idle cores
   --output DIR       runs and results (runs/compare; with --quick runs/compare-quick)
   --seeds N          seeds of the four main variants (3)
   --more-seeds N     seeds of the others (as many)
-  --steps N          training steps (200)
-  --timing-steps N   the last steps, which are made again on the cluster (24)
+  --steps N          training steps (120)
+  --timing-steps N   the last steps, which are made again on the cluster (16)
   --shares A,B       percent of hash's step that the exchange takes (18,29)
   --core             only the four main variants: hash, switch and locmoe with one level, hash with two; domain sharding
   --results DIR      also copy rows, table and picture there, for example docs/results
@@ -32,14 +32,14 @@ fail() {
 }
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-config=configs/compare.yaml output='' seeds=3 more_seeds='' steps=200 timing_steps=24 shares=18,29
+config=configs/compare.yaml output='' seeds=3 more_seeds='' steps=120 timing_steps=16 shares=18,29
 more=()
 while [ $# -gt 0 ]; do
     case $1 in
         --help | -h) usage; exit 0 ;;
         --quick)
             seeds=1 steps=40 timing_steps=12 shares=18 output=${output:-runs/compare-quick}
-            more+=(--core --set train.warmup_steps=10 --set train.batch_size=16)
+            more+=(--core --set train.warmup_steps=10)
             ;;
         --core) more+=(--core) ;;
         --output | --seeds | --more-seeds | --steps | --timing-steps | --shares | --results | --config | --set)

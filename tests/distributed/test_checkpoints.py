@@ -71,6 +71,13 @@ def test_a_missing_ranks_file_is_named(folder, tmp_path, capsys, kind):
     assert error.startswith(f"pangu-locmoe: {file} is missing or damaged: ")
 
 
+def test_one_process_evaluates_what_four_ranks_wrote(folder, capsys):
+    assert main(["evaluate", str(folder / "four"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    final = json.loads((folder / "four" / "summary.json").read_text(encoding="utf-8"))["final"]
+    assert found["validation_loss"] == pytest.approx(final["validation_loss"], abs=1e-5)
+
+
 def test_a_checkpoint_without_a_ranks_file_is_passed_over(folder, tmp_path):
     copy = tmp_path / "checkpoints"
     shutil.copytree(folder / "four" / "checkpoints", copy)

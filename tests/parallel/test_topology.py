@@ -68,6 +68,8 @@ def test_from_config():
     with pytest.raises(TopologyError, match=r"parallel\.emulated_nodes = 2"):
         Topology.from_config(small_config(parallel={"emulated_nodes": 2}), num_ranks=2)
     assert Topology.from_config(small_config(), num_ranks=2).ranks_per_node == 2
+    with pytest.raises(TopologyError, match=r"parallel\.ranks_per_node = 2: there is 1 process"):
+        Topology.from_config(small_config(parallel={"ranks_per_node": 2}))
 
 
 def test_a_dense_models_domains_have_the_homes_of_the_sparse_ones():
@@ -107,3 +109,5 @@ def test_local_fraction():
     assert topology.local_fraction(np.stack([load_NE, np.array([[1, 0, 0, 0], [0, 0, 0, 0]])])) == 11 / 17
     assert topology.local_fraction(np.zeros((2, 4))) == 0.0
     assert topology.local_fraction(topology.local_NE * 7) == 1.0
+    # Experts 0 and 2 change places: what was local of them is remote now, and the other way round.
+    assert topology.local_fraction(load_NE[None], np.array([[2, 1, 0, 3]])) == (load_NE[0, [1, 2]].sum() + load_NE[1, [0, 3]].sum()) / load_NE.sum()
