@@ -9,7 +9,7 @@ remembered but the factors themselves: an interrupted run goes on as it would ha
 from __future__ import annotations
 
 import math
-from typing import Any, Dict, Optional
+from typing import Any, Dict
 
 import numpy as np
 
@@ -60,9 +60,3 @@ def _smallest(need_X: np.ndarray, may_drop: float) -> float:
         exponent -= 1
     return float(RATIO**exponent)
 
-
-def event(step: int, before: CapacityConfig, after: CapacityConfig) -> Optional[Dict[str, Any]]:
-    """A row for metrics.jsonl where the factors changed."""
-    if before == after:
-        return None
-    return {"step": step, "event": "slots", "local_factor": after.local_factor, "remote_factor": after.remote_factor}

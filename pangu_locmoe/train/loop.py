@@ -23,14 +23,13 @@ from pangu_locmoe.data.prepared import Prepared
 from pangu_locmoe.data.sampler import BatchSampler
 from pangu_locmoe.errors import CheckpointError, DivergenceError
 from pangu_locmoe.model.sigma import PanguSigma
-from pangu_locmoe.moe import slot_factors
 from pangu_locmoe.moe.capacity import initial_capacity
 from pangu_locmoe.moe.domains import allowed_experts
 from pangu_locmoe.parallel.hccl import HcclOperators
 from pangu_locmoe.parallel.topology import Topology
 from pangu_locmoe.parallel.world import World
 from pangu_locmoe.train import callbacks as jobs
-from pangu_locmoe.train import placement
+from pangu_locmoe.train.between_steps import BetweenSteps
 from pangu_locmoe.train.checkpoint import (
     Held,
     check_tokenizer,
@@ -76,6 +75,7 @@ class Trainer:
         num_tokens = config.micro_batch * config.model.seq_length * self.topology.expert_parallel // self.topology.num_ranks
         capacity = initial_capacity(config.moe.capacity, num_tokens, config.moe.num_experts)
         self.stepper = _stepper(self.model, config, (capacity,) * config.model.num_moe_layers, self.world)
+        self.between = BetweenSteps(config, self.world, self.stepper) if isinstance(self.stepper, DistributedStepper) else None
         self.loader = BatchLoader(prepared, _sampler(config, prepared, self.topology), config.data.reset_at_document_end)
         self.evaluator = Evaluator(self.model, config, prepared, self.world.communicator)
         self.measure_capacity = jobs.MeasureCapacity(config, num_tokens)
@@ -102,7 +102,8 @@ class Trainer:
                 raise CheckpointError(f"{damage(broken[-1])}; no older checkpoint is whole: begin again in another --run-dir")
             return False
         state = read_state(folder)
-        self._restore_placement(state)
+        if self.between is not None:
+            self.between.restore(state)
         load_weights(folder, self.model)
         load_optimizer(folder, self.stepper.optimizer, Held.by(self.model))
         self.loader.load_state_dict(state["data"])
@@ -110,7 +111,6 @@ class Trainer:
         if self.stepper.loss_scale is not None:
             self.stepper.loss_scale.value, self.stepper.loss_scale.good_steps = state["loss_scale"]
         self.stepper.set_capacities(tuple(state["capacities"]))
-        self._restore_sharded(state)
         return True
 
     def run(self, progress: bool = True) -> Optional[str]:
@@ -153,7 +153,7 @@ class Trainer:
         result = self.stepper(batch, self.step + 1, rate)
         self.step += 1
         row = training_row(
-            config, self.topology, self.step, result, rate, time.perf_counter() - started, self.stepper.capacities, self._slot_to_expert()
+            config, self.topology, self.step, result, rate, time.perf_counter() - started, self.stepper.capacities, self.between.slot_to_expert if self.between else None
         )
         self._check_finite(result)
         if self.stepper.loss_scale is not None:
@@ -164,42 +164,13 @@ class Trainer:
         if measured is not None:
             self.stepper.set_capacities(measured[0])
             self._tell(measured[1])
-        self._follow_counts(result)
-        if config.placement.policy != "off" and self.step % config.placement.every == 0 and self.step < config.train.steps:
-            self._place_experts()
+        if self.between is not None:
+            for event in self.between(self.step, result, self._trace):
+                self._tell(event)
         last = self.step == config.train.steps
         improved = (last or self.step % config.evaluation.every == 0) and self._evaluate()
         if last or improved or self.step % config.checkpoint.every == 0:
             self._save()
-
-    def _follow_counts(self, result: StepResult) -> None:
-        """Slot factors that are `auto`."""
-        capacity = self.config.moe.capacity
-        if not slot_factors.automatic(capacity) or self.step % slot_factors.EVERY:
-            return
-        assert isinstance(self.stepper, DistributedStepper)  # static sizes are for jobs
-        before = self.stepper.factors
-        self.stepper.set_factors(slot_factors.next_factors(capacity, before, result.load_LNE, self.topology))
-        row = slot_factors.event(self.step, before, self.stepper.factors)
-        if row is not None:
-            self._tell(row)
-
-    def _slot_to_expert(self) -> Optional[np.ndarray]:
-        """Where experts are, in a job; None where they cannot move."""
-        return placement.slot_to_expert(self.model) if self.config.placement.policy != "off" else None
-
-    def _place_experts(self) -> None:
-        """Plan from the trace, and move what the plan moves."""
-        started = time.perf_counter()
-        assert self.world.exchange is not None  # the rules of the configuration
-        now_LE = placement.slot_to_expert(self.model)
-        plan = None
-        if self._trace is not None:
-            plan = placement.plan_placement(self.config, self.topology, self._trace.trace, self.step, now_LE)
-        wanted_LE = placement.agree(plan, now_LE, self.world.communicator)
-        placement.move_experts(self.model, self.stepper.optimizer, self.world.exchange, wanted_LE)
-        if plan is not None:
-            self._tell(placement.event(self.step, plan, started))
 
     def _evaluate(self) -> bool:
         """Whether this is the best model so far."""
@@ -226,32 +197,13 @@ class Trainer:
             "best": self.best,
             "capacities": list(self.stepper.capacities),
             "loss_scale": [scale.value, scale.good_steps] if scale is not None else None,
-            **self._sharded_state(),
+            **(self.between.state() if self.between is not None else {}),
         }
         folder = self.run_dir / "checkpoints" / f"step-{self.step:08d}"
         tokenizer_file = self.prepared.path / "tokenizer.json"
         save_checkpoint(folder, self.config, tokenizer_file, self.model, self.stepper.optimizer, state, self.world)
         if self.world.is_first:
             remove_old(self.run_dir, self.step, self.config.checkpoint.keep, int(self.best["step"]) if self.best else None)
-
-    def _sharded_state(self) -> Dict[str, Any]:
-        """What only a job has to remember."""
-        if not isinstance(self.stepper, DistributedStepper):
-            return {}
-        factors = self.stepper.factors
-        return {"slot_factors": [factors.local_factor, factors.remote_factor], "slot_to_expert": placement.slot_to_expert(self.model).tolist()}
-
-    def _restore_placement(self, state: Dict[str, Any]) -> None:
-        """Before weights are loaded: it says which this rank holds. One process holds all, and a run without moves keeps the order."""
-        if self.world.exchange is not None and self.config.placement.policy != "off":
-            for layer, slots in zip(self.model.moe_layers.values(), state.get("slot_to_expert", [])):
-                layer.place(np.asarray(slots))
-
-    def _restore_sharded(self, state: Dict[str, Any]) -> None:
-        """A checkpoint may come from one process, where there is none of it."""
-        if isinstance(self.stepper, DistributedStepper) and slot_factors.automatic(self.config.moe.capacity) and "slot_factors" in state:
-            local, remote = state["slot_factors"]
-            self.stepper.set_factors(self.stepper.factors.model_copy(update={"local_factor": local, "remote_factor": remote}))
 
     def _check_finite(self, result: StepResult) -> None:
         if math.isfinite(result.losses["loss"]) and (math.isfinite(result.grad_norm) or result.skipped):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pangu_locmoe.config import CapacityConfig
-from pangu_locmoe.moe.slot_factors import DROPS, MARGIN, RATIO, automatic, event, next_factors, starting_factors
+from pangu_locmoe.moe.slot_factors import DROPS, MARGIN, RATIO, automatic, next_factors, starting_factors
 from pangu_locmoe.parallel.topology import Topology
 
 TOPOLOGY = Topology(num_ranks=4, ranks_per_node=2, expert_parallel=4, num_experts=8)
@@ -68,10 +68,3 @@ def test_what_the_counts_need_fits(counts, local, remote):
         slots = factor * tokens_of_a_rank / TOPOLOGY.num_experts
         lost = np.maximum(load_LNE[0][pairs_NE] / TOPOLOGY.ranks_per_node - slots, 0).sum() * TOPOLOGY.ranks_per_node
         assert lost <= DROPS * load_LNE.sum() * (1 + 1e-9)
-
-
-def test_a_change_is_told():
-    start = starting_factors(AUTO)
-    assert event(20, start, start) is None
-    after = next_factors(AUTO, start, load(90, 10), TOPOLOGY)
-    assert event(20, start, after) == {"step": 20, "event": "slots", "local_factor": after.local_factor, "remote_factor": after.remote_factor}
