@@ -14,7 +14,7 @@ from pangu_locmoe.load.report_errors import errors_html, rolling_cases
 from pangu_locmoe.load.state import EXIT, States, states
 from pangu_locmoe.load.trace import Trace, read_trace
 from pangu_locmoe.report.figures import Figure
-from pangu_locmoe.report.page import _POLICY, _UNPRINTABLE
+from pangu_locmoe.report.page import POLICY, UNPRINTABLE
 from pangu_locmoe.report.series import percent, tail, text
 from pangu_locmoe.report.style import STYLE
 from pangu_locmoe.report.tables import DASH, table_html
@@ -25,7 +25,7 @@ def build_load_report(trace_file: Path, output: Path) -> Path:
 
     Raises DataError in one line if the file is not a trace or the page cannot be written.
     """
-    page = _UNPRINTABLE.sub("\ufffd", render(read_trace(trace_file), _name(trace_file)))
+    page = UNPRINTABLE.sub("\ufffd", render(read_trace(trace_file), _name(trace_file)))
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(output, page.encode("utf-8"))
@@ -48,7 +48,7 @@ def render(trace: Trace, name: str) -> str:
     body = "\n".join(f"<section><h2>{head}</h2>{content}</section>" for head, content in sections)
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}"><meta name="viewport" content="width=device-width,initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><meta name="viewport" content="width=device-width,initial-scale=1">'
         f'<link rel="icon" href="data:,"><title>{title}</title><style>{STYLE}</style></head><body>\n'
         f"<header><h1>{title}</h1><p>{html.escape(_subtitle(trace))}</p></header>\n{_notes(trace, found)}\n{_tiles(trace, found)}\n"
         f"<main>{body}</main>\n</body></html>\n"

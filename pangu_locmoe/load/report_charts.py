@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pangu_locmoe.load.state import EXIT, States
 from pangu_locmoe.load.trace import Trace
 from pangu_locmoe.report.figures import STEP, Figure
-from pangu_locmoe.report.plots import _INK, COLOURS, RIGHT, Line, _canvas, _svg, _ticks, line_chart
+from pangu_locmoe.report.plots import COLOURS, INK, RIGHT, Line, canvas, figure_svg, line_chart, set_ticks
 from pangu_locmoe.report.series import bin_rows, moving_mean, pick, thin
 
 Array = NDArray[Any]
@@ -53,17 +53,17 @@ def statistic_figure(states: States) -> Figure:
         names, statistic_KL = ["the most restless layer"], statistic_KL.max(axis=1, keepdims=True)
     else:
         names = [f"MoE layer {layer}" for layer in range(layers)]
-    figure, axes = _canvas(186, RIGHT, STEP, "statistic / limit")
+    figure, axes = canvas(186, RIGHT, STEP, "statistic / limit")
     axes.set_yscale("log")
     for limit, dashes in ((1.0, "-"), (EXIT, "--")):
-        axes.axhline(limit, color=_INK["ink"], linewidth=1, linestyle=dashes, clip_on=False)
+        axes.axhline(limit, color=INK["ink"], linewidth=1, linestyle=dashes, clip_on=False)
     for index in range(len(names)):
         line = thin(step_K, np.maximum(statistic_KL[:, index], 0.1), POINTS)
-        axes.plot(*line, color=_INK[f"c{index}"], linewidth=1.3, clip_on=False, gid=f"line-{index}")
+        axes.plot(*line, color=INK[f"c{index}"], linewidth=1.3, clip_on=False, gid=f"line-{index}")
     _span(axes, step_K)
     _plain_log(axes)
     caption = f"Quiet is below the line at 1. A stable layer is transient again above the dashed line at {EXIT:g}."
-    return Figure(title, _svg(title, figure, names), caption, tuple(zip(names, range(len(names)))))
+    return Figure(title, figure_svg(title, figure, names), caption, tuple(zip(names, range(len(names)))))
 
 
 def local_figure(trace: Trace) -> Figure:
@@ -105,24 +105,24 @@ def _shares(title: str, trace: Trace, layer: int, begin: int | None, points: int
     step_P = bin_rows(np.asarray(trace.step_K, float), points) / weight_P
     share_PE = 100 * bin_rows(one_layer.share_KLE[:, 0], points) / weight_P[:, None]
     shown = np.sort(np.argsort(-np.ptp(share_PE, axis=0), kind="stable")[:LINES])
-    figure, axes = _canvas(186, RIGHT, STEP, "% of the layer's tokens")
+    figure, axes = canvas(186, RIGHT, STEP, "% of the layer's tokens")
     first, last = float(trace.step_K[0]), float(trace.step_K[-1])
-    axes.axvspan(first, last if begin is None else begin, color=_INK["rule"], alpha=0.5, linewidth=0, clip_on=False, gid="transient")
-    axes.grid(axis="y", color=_INK["grid"], linewidth=1, clip_on=False)
+    axes.axvspan(first, last if begin is None else begin, color=INK["rule"], alpha=0.5, linewidth=0, clip_on=False, gid="transient")
+    axes.grid(axis="y", color=INK["grid"], linewidth=1, clip_on=False)
     for index, expert in enumerate(shown):
         style: dict[str, Any] = {"marker": "o", "markersize": 4} if len(step_P) == 1 else {}
-        axes.plot(step_P, share_PE[:, expert], color=_INK[f"c{expert % COLOURS}"], linewidth=0.9, clip_on=False, gid=f"line-{index}", **style)
+        axes.plot(step_P, share_PE[:, expert], color=INK[f"c{expert % COLOURS}"], linewidth=0.9, clip_on=False, gid=f"line-{index}", **style)
     high = float(share_PE.max())
     axes.set_ylim(0, 1.06 * high if high else 1.0)
     _span(axes, np.array([first, last]))
-    _ticks(axes.yaxis, high, False)
-    return _svg(title, figure, [f"expert {expert}" for expert in shown]), share_PE.shape[1] - len(shown)
+    set_ticks(axes.yaxis, high, False)
+    return figure_svg(title, figure, [f"expert {expert}" for expert in shown]), share_PE.shape[1] - len(shown)
 
 
 def _span(axes: Any, step_K: Array) -> None:
     one = float(step_K[0] == step_K[-1])
     axes.set_xlim(step_K[0] - one, step_K[-1] + one)
-    _ticks(axes.xaxis, float(step_K[-1]), True)
+    set_ticks(axes.xaxis, float(step_K[-1]), True)
 
 
 def _plain_log(axes: Any) -> None:

@@ -34,8 +34,8 @@ from pangu_locmoe.report.tables import (
 )
 
 # The browser enforces what this page promises: inline styles and embedded images, nothing else.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 def build_report(run_dirs: list[Path], output: Path) -> Path:
@@ -46,7 +46,7 @@ def build_report(run_dirs: list[Path], output: Path) -> Path:
     if not run_dirs:
         raise DataError("report: give at least one run directory")
     runs = _distinct([read_run(path) for path in run_dirs])
-    page = _UNPRINTABLE.sub("\ufffd", render(runs))
+    page = UNPRINTABLE.sub("\ufffd", render(runs))
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(output, page.encode("utf-8"))
@@ -72,7 +72,7 @@ def render(runs: list[Run]) -> str:
     ]
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}"><meta name="viewport" content="width=device-width,initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><meta name="viewport" content="width=device-width,initial-scale=1">'
         f'<link rel="icon" href="data:,"><title>{html.escape(title)}</title><style>{STYLE}</style></head><body>\n'
         f"<header><h1>{html.escape(title if not several else 'Comparison of ' + str(len(runs)) + ' runs')}</h1>"
         f"<p>{html.escape(_subtitle(runs))}</p></header>\n{_notes(runs)}\n{_top(runs, legend)}\n<main>"

@@ -22,7 +22,7 @@ from pangu_locmoe.report.series import Floats, bin_rows, moving_mean, percent, p
 
 COLOURS = 8  # variables --c0..--c7 of the page's style sheet
 # matplotlib wants colours, the page has CSS variables: each gets a colour that nothing else has, and is put in its place at the end.
-_INK = {name: f"#fe00{index:02x}" for index, name in enumerate([*(f"c{c}" for c in range(COLOURS)), "rule", "grid", "page", "ink"])}
+INK = {name: f"#fe00{index:02x}" for index, name in enumerate([*(f"c{c}" for c in range(COLOURS)), "rule", "grid", "page", "ink"])}
 _LIGHT, _DARK = "#ffffff", "#10221c"  # on the heat map, whose colours are the same on both pages
 _SCALE = matplotlib.colormaps["viridis"].resampled(128)  # tells colour-blind eyes apart, reads on white and on black
 # A chart is WIDTH points wide, one CSS pixel each; the drawing leaves room for tick labels, and on the right for a colour bar.
@@ -48,16 +48,16 @@ def line_chart(title: str, x_label: str, y_label: str, lines: list[Line], from_z
     if not len(every_y):
         return None
     low, high, cut = _y_range(every_y, from_zero)
-    figure, axes = _canvas(186, RIGHT, x_label, y_label + (f" (peak of {text(cut, 3)} cut)" if cut else ""))
+    figure, axes = canvas(186, RIGHT, x_label, y_label + (f" (peak of {text(cut, 3)} cut)" if cut else ""))
     x_low, x_high = float(every_x.min()), float(every_x.max())
     one = float(x_low == x_high)
     axes.set(xlim=(x_low - one, x_high + one), ylim=(low, high))
-    axes.grid(axis="y", color=_INK["grid"], linewidth=1, clip_on=False)
-    _ticks(axes.xaxis, x_high, whole_x)
-    _ticks(axes.yaxis, high, False)
+    axes.grid(axis="y", color=INK["grid"], linewidth=1, clip_on=False)
+    set_ticks(axes.xaxis, x_high, whole_x)
+    set_ticks(axes.yaxis, high, False)
     for index, line in enumerate(lines):
         _draw(axes, line, high, f"line-{index}")
-    return _svg(title, figure, [line.label for line in lines])
+    return figure_svg(title, figure, [line.label for line in lines])
 
 
 def heat_map(title: str, share_KE: Floats, step_K: Floats, top: float, most: int) -> str | None:
@@ -68,13 +68,13 @@ def heat_map(title: str, share_KE: Floats, step_K: Floats, top: float, most: int
     experts = share_KE.shape[1]
     if not share_KE.size:
         return None
-    figure, axes = _canvas(min(max(14 * experts, 96), 224), BAR, "optimizer step", "expert")
+    figure, axes = canvas(min(max(14 * experts, 96), 224), BAR, "optimizer step", "expert")
     low, high = float(step_K[0]), float(step_K[-1])
     extent = (low, high if high > low else low + 1, experts - 0.5, -0.5)
     _image(figure, axes, normalise(bin_rows(share_KE, most)).T, top, experts, extent)
     axes.set_yticks(range(0, experts, -(-experts // 16)))
-    _ticks(axes.xaxis, high, True)
-    return _svg(title, figure)
+    set_ticks(axes.xaxis, high, True)
+    return figure_svg(title, figure)
 
 
 def matrix(title: str, count_NE: Floats, top: float, rows: str, local: bool) -> str | None:
@@ -87,7 +87,7 @@ def matrix(title: str, count_NE: Floats, top: float, rows: str, local: bool) -> 
     if not count_NE.size:
         return None
     share_NE = normalise(count_NE)
-    figure, axes = _canvas(min(max(26 * nodes, 78), 240), BAR, f"expert (% of the node’s tokens, {rows})", "source node")
+    figure, axes = canvas(min(max(26 * nodes, 78), 240), BAR, f"expert (% of the node’s tokens, {rows})", "source node")
     _image(figure, axes, share_NE, top, experts, (-0.5, experts - 0.5, nodes - 0.5, -0.5))
     axes.set_xticks(range(0, experts, -(-experts // 16)))
     axes.set_yticks(range(0, nodes, -(-nodes // 16)))
@@ -101,7 +101,7 @@ def matrix(title: str, count_NE: Floats, top: float, rows: str, local: bool) -> 
     for node in range(nodes if local else 0):
         place = (node * held - 0.5, node - 0.5)
         axes.add_patch(Rectangle(place, held, 1, fill=False, ec=_LIGHT, lw=1.8, joinstyle="round", path_effects=edge, clip_on=False))
-    return _svg(title, figure)
+    return figure_svg(title, figure)
 
 
 def normalise(count_XE: NDArray[Any]) -> Floats:
@@ -110,7 +110,7 @@ def normalise(count_XE: NDArray[Any]) -> Floats:
     return np.where(total_X1 > 0, count_XE / np.where(total_X1 > 0, total_X1, 1), np.nan)
 
 
-def _canvas(height: float, right: float, x_label: str, y_label: str) -> tuple[Figure, Axes]:
+def canvas(height: float, right: float, x_label: str, y_label: str) -> tuple[Figure, Axes]:
     """A drawing `height` points high, whose y title stands above its axis, so that it reads level."""
     total = TOP + height + BOTTOM
     figure = Figure((WIDTH / 72, total / 72))
@@ -118,8 +118,8 @@ def _canvas(height: float, right: float, x_label: str, y_label: str) -> tuple[Fi
     figure.patch.set_visible(False)
     axes.patch.set_visible(False)
     axes.spines[["left", "top", "right"]].set_visible(False)
-    axes.spines["bottom"].set_color(_INK["rule"])
-    axes.tick_params(axis="x", color=_INK["rule"])
+    axes.spines["bottom"].set_color(INK["rule"])
+    axes.tick_params(axis="x", color=INK["rule"])
     axes.tick_params(axis="y", length=0, pad=6)
     axes.set_xlabel(x_label, labelpad=6)
     figure.text(2 / WIDTH, 1 - 12 / total, y_label)
@@ -136,7 +136,7 @@ def _image(figure: Figure, axes: Axes, share_YX: Floats, top: float, experts: in
     bar.solids.set(rasterized=True, clip_on=False)
     bar.outline.set_visible(False)
     side.patch.set_visible(False)
-    side.axhline(1 / experts, -0.2, 1.2, color=_INK["ink"], linewidth=1.5, clip_on=False)
+    side.axhline(1 / experts, -0.2, 1.2, color=INK["ink"], linewidth=1.5, clip_on=False)
     over = "≥ " if np.nanmax(share_YX, initial=0.0) > top * 1.0001 else ""
     marks = {0.0: "0", 1 / experts: percent(1 / experts), top: over + percent(top)}
     if figure.get_figheight() * 72 * frame.height / experts < 13 * top:
@@ -145,7 +145,7 @@ def _image(figure: Figure, axes: Axes, share_YX: Floats, top: float, experts: in
     side.tick_params(length=0, pad=5)
 
 
-def _ticks(axis: Axis, high: float, whole: bool) -> None:
+def set_ticks(axis: Axis, high: float, whole: bool) -> None:
     axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=whole))
     axis.set_major_formatter(EngFormatter(sep="") if high >= 10_000 else StrMethodFormatter("{x:,.6g}"))
 
@@ -170,9 +170,9 @@ def _y_range(values: Floats, from_zero: bool) -> tuple[float, float, float | Non
 
 def _draw(axes: Axes, line: Line, high: float, name: str) -> None:
     """The line, thinned; values above the axis run along its upper edge. `name` becomes the id of its group in the SVG."""
-    colour = _INK[f"c{line.colour % COLOURS}"]
+    colour = INK[f"c{line.colour % COLOURS}"]
     window = window_of(len(line.x)) if line.kind == "noisy" else 1
-    dots: dict[str, Any] = {"marker": "o", "markersize": 6, "markeredgecolor": _INK["page"], "markeredgewidth": 1.2}
+    dots: dict[str, Any] = {"marker": "o", "markersize": 6, "markeredgecolor": INK["page"], "markeredgewidth": 1.2}
 
     def plot(x: Floats, y: Floats, **style: Any) -> None:
         axes.plot(x, np.minimum(y, high), color=colour, solid_capstyle="round", clip_on=False, **style)
@@ -190,7 +190,7 @@ def _draw(axes: Axes, line: Line, high: float, name: str) -> None:
         plot(*pick(line.x, moving_mean(inside, window), 240), gid=name, linewidth=1.7)
 
 
-def _svg(title: str, figure: Figure, labels: list[str] | None = None) -> str:
+def figure_svg(title: str, figure: Figure, labels: list[str] | None = None) -> str:
     """The figure as an element of the page. The group `line-<index>` gets labels[index] as its tooltip."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": ascii(title)}):  # the salt makes ids unique in the page
@@ -199,7 +199,7 @@ def _svg(title: str, figure: Figure, labels: list[str] | None = None) -> str:
     svg = svg[svg.index("viewBox") :]
     svg = re.sub(r"<style.*?</style>", "", svg, count=1, flags=re.DOTALL)  # would style the whole page
     svg = re.sub(r"font(-[a-z]+)?: [^;\"<]*(; |(?=\"))", "", svg)
-    for name, colour in _INK.items():
+    for name, colour in INK.items():
         svg = svg.replace(colour, f"var(--{name})")
     svg = re.sub(r'<g id="line-(\d+)">', lambda m: f"<g><title>{html.escape((labels or [])[int(m[1])])}</title>", svg)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # these ids are the same in every figure, and nothing refers to them
