@@ -146,6 +146,7 @@ def _image(figure: Figure, axes: Axes, share_YX: Floats, top: float, experts: in
 
 
 def set_ticks(axis: Axis, high: float, whole: bool) -> None:
+    """About six round ticks for values up to `high`; `whole`: no fractions."""
     axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=whole))
     axis.set_major_formatter(EngFormatter(sep="") if high >= 10_000 else StrMethodFormatter("{x:,.6g}"))
 
