@@ -72,7 +72,7 @@ class Comparison:
         self.output.mkdir(parents=True, exist_ok=True)
         self.more_seeds = options.more_seeds
         self.rates: Dict[float, str] = {}
-        self.link_only: Dict[float, bool] = {}  # by share: whether it is the links' part of the exchange that has it
+        self.link_only = False  # whether the shares are of the links' part of the exchange
 
     def run(self, shares: List[float], groups: List[List[Variant]]) -> None:
         """Loss runs and timing runs of one group of variants after the other, all routers of a seed side by side."""
@@ -82,7 +82,7 @@ class Comparison:
                 for variant in group:
                     self.loss_run(variant, seed)
             if not self.rates:
-                self.rates = {share: self.calibrate(share) for share in shares}
+                self.find_rates(shares)
             for rate in self.rates.values():
                 for seed in seeds:
                     for variant in group:
@@ -114,33 +114,36 @@ class Comparison:
             shutil.rmtree(run_dir / "checkpoints")
         return run_dir
 
-    def calibrate(self, target: float) -> str:
-        """The link rate at which hash's exchange takes `target` of its step.
+    def find_rates(self, shares: List[float]) -> None:
+        """The link rates at which hash's exchange takes these shares of its step.
+
+        Where it takes more than the smallest of them on links without any limit, what the links add to it takes them instead.
+        """
+        points = {rate: self._point(CORE[0], rate) for rate in ("unlimited", "100mbit")}
+        _, exchange, other = points["unlimited"]
+        self.link_only = exchange / (exchange + other) >= min(shares)
+        if self.link_only:
+            say(f"without any limit the exchange takes {exchange / (exchange + other):.1%} of hash's step: shares are of what the links add")
+        self.rates = {share: self._calibrate(share, points) for share in shares}
+
+    def _calibrate(self, target: float, points: Dict[str, Point]) -> str:
+        """One rate, by at most four further measurements, which join `points`.
 
         Exchange and the rest of a step are straight lines in 1/rate, because a link's time is bytes/rate; both are fitted to
         what was measured so far, and the rate they give is measured next.
         """
-        hash_router = CORE[0]
-        rates = ["unlimited", "100mbit"]
-        points = [self._point(hash_router, rate) for rate in rates]
-        link_only = False
+        measured = 0
         while True:
-            start = fit([(x, seconds) for x, seconds, _ in points])[0] if link_only else 0.0
-            misses = [abs((exchange - start) / (exchange + other) - target) for _, exchange, other in points]
-            nearest = min(range(1, len(points)), key=misses.__getitem__)
-            solved = solve(points, target)
-            if misses[nearest] < 0.01 or solved is None or len(points) == 6:
+            start = fit([(x, exchange) for x, exchange, _ in points.values()])[0] if self.link_only else 0.0
+            misses = {rate: abs((exchange - start) / (exchange + other) - target) for rate, (_, exchange, other) in points.items() if rate != "unlimited"}
+            nearest = min(misses, key=misses.__getitem__)
+            rate = solve(list(points.values()), target, self.link_only)
+            if misses[nearest] < 0.01 or rate is None or rate in points or measured == 4:
                 break
-            link_only, rate = solved[1], f"{solved[0]:.0f}mbit"
-            if rate in rates:
-                break
-            rates.append(rate)
-            points.append(self._point(hash_router, rate))
-        self.link_only[target] = link_only
-        if link_only:
-            say(f"without any limit the exchange takes more than {target:.0%} of hash's step: the links' part of it was set to {target:.0%} instead")
-        say(f"link rate for {target:.0%} of hash's step: {rates[nearest]}, {misses[nearest]:.1%} off")
-        return rates[nearest]
+            points[rate] = self._point(CORE[0], rate)
+            measured += 1
+        say(f"link rate for {target:.0%} of hash's step: {nearest}, {misses[nearest]:.1%} off")
+        return nearest
 
     def _point(self, variant: Variant, rate: str) -> Point:
         # Not among the results: those have all routers side by side.
@@ -172,7 +175,7 @@ class Comparison:
                 for seed in range(1, self.seeds + 1):
                     timing = self.output / "timing" / rate / f"{variant.name}-seed{seed}"
                     if (timing / "links.json").exists() and (timing / "summary.json").exists():
-                        rows.append({**self._row(variant, seed, rate, timing), "target_share": share, "target_share_of": self._share_of(share)})
+                        rows.append({**self._row(variant, seed, rate, timing), "target_share": share, "target_share_of": "links" if self.link_only else "exchange"})
         shares: Dict[str, List[float]] = {row["link_rate"]: [] for row in rows}
         for row in rows:
             if row["router"] == "hash" and row["levels"] == 1 and row["sharding"] == "domain":
@@ -190,10 +193,6 @@ class Comparison:
                     "local_fraction": [line["local_fraction"] for line in lines if "step_seconds" in line],
                 }
         (self.output / "compare_losses.json").write_text(json.dumps(curves) + "\n", encoding="utf-8")
-
-    def _share_of(self, share: float) -> str:
-        """What has the target share of hash's step: the whole exchange, or what the links' limits add to it."""
-        return "links" if self.link_only[share] else "exchange"
 
     def _row(self, variant: Variant, seed: int, rate: str, timing: Path) -> Dict[str, Any]:
         rows = timed_rows(timing)
@@ -246,19 +245,15 @@ def timed_rows(run_dir: Path) -> List[Dict[str, Any]]:
     return training_rows(run_dir)[SETTLING:]
 
 
-def solve(points: List[Point], target: float) -> Optional[Tuple[float, bool]]:
-    """Rate in Mbit/s at which fitted lines give the target share.
+def solve(points: List[Point], target: float, link_only: bool) -> Optional[str]:
+    """The rate at which fitted lines give the target share; with `link_only`, of the part that grows with 1/rate.
 
-    True comes with it where the exchange takes more than that on links without a limit: the rate is then the one at which the part
-    that grows with 1/rate has this share. None where no rate does, because the gradients take more of the links.
+    None where no rate does, because the gradients take more of the links.
     """
     (e0, e1), (o0, o1) = (fit([(x, exchange) for x, exchange, _ in points]), fit([(x, other) for x, _, other in points]))
     # (e0 + e1 x) = target (e0 + o0 + (e1 + o1) x), or without the first e0
-    slope = e1 - target * (e1 + o1)
-    if slope <= 0:
-        return None
-    link_only = e0 >= target * (e0 + o0)
-    return slope / (target * (e0 + o0) - (0 if link_only else e0)), link_only
+    slope, rest = e1 - target * (e1 + o1), target * (e0 + o0) - (0 if link_only else e0)
+    return f"{slope / rest:.0f}mbit" if slope > 0 and rest > 0 else None
 
 
 def fit(points: List[Tuple[float, float]]) -> Tuple[float, float]:

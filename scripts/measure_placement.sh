@@ -8,11 +8,11 @@ usage: bash scripts/measure_placement.sh [--config CONFIG] [--rate RATE] [--seed
 
 Trains CONFIG on 2 nodes with 2 processes each, with its placement policy and with none, seed by seed one after the other.
 Prints a table of the steps before and after the first move, of both runs; rows and picture are in DIR. Needs root and iproute2,
-takes about 10 minutes, and wants the machine to itself. What is finished in DIR is not run again.
+takes about 12 minutes, and wants the machine to itself. What is finished in DIR is not run again.
 
   --config CONFIG    configs/placement.yaml
-  --rate RATE        of each node's link (50mbit)
-  --seeds N          seeds (3)
+  --rate RATE        of each node's link (100mbit)
+  --seeds N          seeds (2)
   --output DIR       runs and results (runs/placement)
   --results DIR      also copy placement.json and placement.svg there, for example docs/results
   --set KEY=VALUE    change one value of the configuration; repeatable
@@ -26,7 +26,7 @@ fail() {
 }
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-config=configs/placement.yaml rate=50mbit seeds=3 output=runs/placement
+config=configs/placement.yaml rate=100mbit seeds=2 output=runs/placement
 more=()
 while [ $# -gt 0 ]; do
     case $1 in
