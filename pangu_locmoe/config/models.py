@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Dict, List, Literal, Optional, Union
+from typing import Annotated, Any, Dict, List, Literal, Optional, Union
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 
 class Section(BaseModel):
@@ -123,6 +123,12 @@ class PlacementConfig(Section):
     while_transient: bool = Field(False, description="also move experts of layers whose load is not yet stable, for which a forecast is worth little")
     flops_per_second: float = Field(1e14, gt=0, description="what one rank sustains on its experts")
     link_bytes_per_second: float = Field(1.25e10, gt=0, description="of one node's link, each direction")
+
+    @field_validator("policy", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: Any) -> Any:
+        """YAML reads a bare off as false."""
+        return "off" if value is False else value
 
 
 class CheckpointConfig(Section):
