@@ -75,6 +75,10 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "tensor parallelism": ({"parallel": {"tensor_parallel": 2}}, ["parallel.tensor_parallel = 2", "must be 1"]),
     "overlap": ({"parallel": {"overlap_chunks": 2}}, ["parallel.overlap_chunks = 2", "must be 1"]),
     "group-wise exchange": ({"parallel": {"exchange": "groupwise"}}, ["parallel.exchange = 'groupwise'", "must be flat or hierarchical"]),
+    "placement in one process": ({"placement": {"policy": "locality"}}, ["placement.policy = 'locality'", "needs sparse layers and parallel.expert_parallel > 1"]),
+    "placement of static slots": ({"placement": {"policy": "eplb"}, "parallel": {"sizes": "static", "expert_parallel": 2}, "moe": {"capacity": {"local_factor": "auto", "remote_factor": 1.0}}}, ["placement.policy = 'eplb'", "needs parallel.sizes: counts"]),
+    "placement without a whole trace": ({"placement": {"policy": "eplb"}, "parallel": {"expert_parallel": 2}, "trace": {"max_rows": 5}}, ["trace.max_rows = 5", "must be null with a placement policy"]),
+    "placement without rows": ({"placement": {"policy": "eplb", "every": 15}, "parallel": {"expert_parallel": 2}, "trace": {"every": 10}}, ["placement.every = 15", "at least twice trace.every (10)"]),
     "exchange by nodes": ({"parallel": {"exchange": "hierarchical"}}, ["parallel.exchange = 'hierarchical'", "needs parallel.ranks_per_node"]),
     "exchange twice": ({"parallel": {"expert_parallel": 2}, "train": {"recompute": True}}, ["train.recompute = True", "must be false with parallel.expert_parallel > 1"]),
     "nodes and sequences": ({"parallel": {"emulated_nodes": 4}, "train": {"batch_size": 6}}, ["parallel.emulated_nodes = 4", "divide train.batch_size / train.accumulation_steps (6)"]),
@@ -273,6 +277,11 @@ def test_the_schema_knows_every_key_and_describes_it():
 
 def test_the_schema_for_editors_is_up_to_date():
     assert (CONFIG_FOLDER / "schema.json").read_text(encoding="utf-8") == json_schema()
+
+
+def test_off_needs_no_quotes(tmp_path):
+    path = write(tmp_path, "a.yaml", "placement: {policy: off}\n")
+    assert load_config(path).placement.policy == load_config(path, ["placement.policy=off"]).placement.policy == "off"
 
 
 def test_doubtful_settings_are_said():
