@@ -143,6 +143,24 @@ def _check(options: argparse.Namespace) -> int:
     return 1 if result.differences else 0
 
 
+def _simulate(options: argparse.Namespace) -> int:
+    from pangu_locmoe.config import load_config
+    from pangu_locmoe.load.trace import read_trace
+    from pangu_locmoe.simulate import Assumptions, Device, simulate
+
+    load = None if options.load is None else read_trace(options.load / "load.npz" if options.load.is_dir() else options.load)
+    assumptions = Assumptions(tensor_parallel=options.tensor_parallel)
+    device = Device.named(options.device, options.devices) if options.devices else Device.named(options.device)
+    result = simulate(load_config(options.config, options.set), options.nodes, options.router, device, load, options.load_router, assumptions)
+    print(json.dumps(result.to_dict()) if options.json else result.format())
+    return 0
+
+
+def _whole_numbers(text: str) -> List[int]:
+    """8,16,32 as a list; argparse turns a ValueError into one line."""
+    return [int(part) for part in text.split(",")]
+
+
 class _Parser(argparse.ArgumentParser):
     """Says in one line what is wrong, as everything else here does."""
 
@@ -205,6 +223,17 @@ def _parser() -> argparse.ArgumentParser:
     _add_checkpoint(verb)
     verb.add_argument("--domain", required=True)
     verb.add_argument("--output", type=Path, required=True, help="folder of the new checkpoint")
+
+    verb = _add(verbs, "simulate", _simulate, "model the step time of a configuration on clusters of several sizes, router by router")
+    _add_config(verb)
+    verb.add_argument("--nodes", type=_whole_numbers, required=True, metavar="N,N,...", help="sizes of the cluster")
+    verb.add_argument("--router", type=lambda text: text.split(","), default=["hash", "switch", "locmoe"], metavar="NAME,NAME,...", help="routers (hash,switch,locmoe)")
+    verb.add_argument("--device", default="ascend_910a", metavar="NAME", help="processor and links (ascend_910a)")
+    verb.add_argument("--devices", type=Path, metavar="FILE.yaml", help="another file of devices")
+    verb.add_argument("--load", type=Path, metavar="TRACE", help="one router's routing from a run directory or trace, instead of assumed")
+    verb.add_argument("--load-router", metavar="NAME", help="whose routing that is (the only router, or moe.router)")
+    verb.add_argument("--tensor-parallel", type=int, metavar="T", help="modelled only: ranks that share one layer's matrices")
+    verb.add_argument("--json", action="store_true", help="print JSON")
 
     load = verbs.add_parser("load", help="expert load: import, states, forecast, place, report", description="Study the load of experts.", allow_abbrev=False)
     add_load_verbs(load.add_subparsers(required=True, metavar="VERB"), _add)

@@ -1,0 +1,173 @@
+"""How long one training step takes on a cluster, from sizes, links and who sends how many rows to whom. NumPy only.
+
+    step      = dense + experts + straggler + tensor + exchange + reduction - hidden
+    dense     = tokens * dense_flops / t / speed                    of one place; speed = peak_flops * efficiency
+    experts   = M * tokens * expert_flops / t / speed               if every place computed as many rows as it has tokens
+    straggler = M * max_p rows_p * expert_flops / t / speed - experts     rows_p: padding included; may be negative with drops
+    exchange  = M * 4 * (inter + intra + messages)                  rows there and back, forward and backward
+      inter     = row_bytes * max_n max(in_n, out_n) / (node_link * all_to_all_efficiency)
+      intra     = row_bytes * max_n inside_n / (ranks of a node * rank_link)   [+ copying, where processors do it]
+      messages  = A * (overhead + inter_latency * i + intra_latency * j)       i, j: messages that one rank sends
+    tensor    = 4 (6 with recomputation) all-reduces a layer inside the node, 2 (t-1)/t * tokens * row_bytes / rank_link each
+    reduction = 2 (P-1)/P * dense_bytes / node_link  +  2 (g-1)/g * q * expert_bytes / node_link      rings; + their latency
+    hidden    = min(overlap * exchange, experts + straggler) + min(overlap * reduction, 2/3 of all computation)
+
+A place is one tensor-parallel group of t ranks (t = 1: a rank); it holds one copy of the dense weights and its share of the
+experts. flat: a message for each pair of ranks, q * q for a pair of nodes; hierarchical: one for a pair of nodes, and rows
+that cross also move inside both nodes, to and from the rank that speaks for them. With t > 1 all ranks of a place hold
+the same rows: flat and hierarchical send all of them from each rank, groupwise a share of 1/t, which is gathered again inside the node.
+
+Letters: N nodes, P places, E experts, M sparse layers, A micro-batches, g expert-parallel groups, q places of a node that
+work in one group, X samples of routing (layout.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Tuple
+
+from pangu_locmoe.simulate.devices import Device
+from pangu_locmoe.simulate.layout import Floats, Layout, Traffic, traffic
+
+CROSSINGS = 4  # dispatch and combine, forward and backward
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the model asks for, whatever the cluster.
+
+    Attributes:
+        dense_flops: of one token in everything but experts, forward, backward and recomputation.
+        expert_flops: of one row in one sparse layer, likewise.
+        row_bytes: one token's row on a link.
+        layers, sparse_layers: all of them, and M.
+        dense_bytes, expert_bytes: gradients of all but experts, and of one expert in all sparse layers.
+        recompute: whether the forward pass runs twice.
+        micro_batches: A.
+    """
+
+    dense_flops: float
+    expert_flops: float
+    row_bytes: float
+    layers: int
+    sparse_layers: int
+    dense_bytes: float
+    expert_bytes: float
+    recompute: bool = False
+    micro_batches: int = 1
+
+
+@dataclass(frozen=True)
+class Step:
+    """Seconds of one step by part; see the equations above. `straggler` is what padding and uneven loads add."""
+
+    dense: float
+    experts: float
+    straggler: float
+    tensor: float
+    exchange_inter: float
+    exchange_intra: float
+    exchange_latency: float
+    reduction: float
+    hidden_exchange: float
+    hidden_reduction: float
+
+    @property
+    def exchange(self) -> float:
+        """All of the exchange, hidden or not."""
+        return self.exchange_inter + self.exchange_intra + self.exchange_latency
+
+    @property
+    def seconds(self) -> float:
+        computing = self.dense + self.experts + self.straggler + self.tensor
+        return computing + self.exchange + self.reduction - self.hidden_exchange - self.hidden_reduction
+
+    @property
+    def exchange_share(self) -> float:
+        """Share of the step in which nothing but the exchange goes on."""
+        return (self.exchange - self.hidden_exchange) / self.seconds
+
+
+def step_time(
+    work: Work,
+    layout: Layout,
+    device: Device,
+    tokens: float,
+    rows_XNE: Floats,
+    computed: float,
+    exchange: str = "flat",
+    exchange_overlap: float = 0.0,
+    reduction_overlap: float = 0.0,
+) -> Step:
+    """Seconds of one step.
+
+    Args:
+        work, layout, device: what is computed, where, on what.
+        tokens: of one place in one step.
+        rows_XNE: rows that travel in one layer from each node to each expert, samples first.
+        computed: rows of the place that computes most of them in one layer, padding included, mean over the samples.
+        exchange: flat, hierarchical or groupwise.
+        exchange_overlap: share of the exchange that runs under experts, where they last long enough.
+        reduction_overlap: share of the reduction that runs under the backward pass, where it lasts long enough.
+    """
+    t, layers = layout.tensor_parallel, work.sparse_layers
+    speed = device.flops_per_second * t
+    dense = tokens * work.dense_flops / speed
+    even, slowest = (layers * rows * work.expert_flops / speed for rows in (tokens, computed))
+    inter, intra, latency = _exchange(work, layout, device, traffic(layout, rows_XNE, exchange), exchange)
+    tensor = 0.0
+    if t > 1:
+        rank_link = device.intra_bandwidth * device.link_efficiency
+        passes = 6 if work.recompute else 4
+        one = 2 * (t - 1) / t * tokens * work.row_bytes / rank_link
+        tensor = passes * work.layers * (one + work.micro_batches * 2 * (t - 1) * device.intra_latency)
+    reduction = _reduction(work, layout, device)
+    computing = dense + slowest
+    return Step(
+        dense=dense,
+        experts=even,
+        straggler=slowest - even,
+        tensor=tensor,
+        exchange_inter=inter,
+        exchange_intra=intra,
+        exchange_latency=latency,
+        reduction=reduction,
+        hidden_exchange=min(exchange_overlap * (inter + intra + latency), slowest),
+        hidden_reduction=min(reduction_overlap * reduction, 2 / 3 * computing),
+    )
+
+
+def _exchange(work: Work, layout: Layout, device: Device, moved: Traffic, exchange: str) -> Tuple[float, float, float]:
+    """Seconds between nodes, inside nodes, and for messages whatever their size."""
+    if layout.group == 1:
+        return 0.0, 0.0, 0.0
+    t = layout.tensor_parallel
+    node_link, rank_link = (bandwidth * device.link_efficiency for bandwidth in (device.node_bandwidth, device.intra_bandwidth))
+    repeated = 1 if exchange == "groupwise" else t
+    row_bytes = work.row_bytes * repeated
+    inter = row_bytes * moved.busiest_link / (node_link * device.all_to_all_efficiency)
+    intra = row_bytes * moved.busiest_inside / (layout.ranks_per_node * rank_link)
+    if exchange == "groupwise":
+        intra += (t - 1) / t * moved.gathered * work.row_bytes / rank_link
+    if device.copy_bandwidth is not None:
+        intra += row_bytes * (moved.inter_rows + moved.intra_rows) / (layout.nodes * layout.ranks_per_node * device.copy_bandwidth)
+    messages = device.exchange_overhead + moved.inter_messages * device.inter_latency + moved.intra_messages * device.intra_latency
+    crossings = CROSSINGS * work.sparse_layers
+    return crossings * inter, crossings * intra, crossings * work.micro_batches * messages
+
+
+def _reduction(work: Work, layout: Layout, device: Device) -> float:
+    """Rings: over all places for dense gradients, over the copies for each expert's. A ring leaves each node once."""
+    if layout.places == 1:
+        return 0.0
+    t, places, groups, nodes = layout.tensor_parallel, layout.places, layout.groups, layout.nodes
+    held_bytes = work.expert_bytes * layout.experts / layout.group
+    dense, experts = 2 * (places - 1) / places * work.dense_bytes, 2 * (groups - 1) / groups * held_bytes
+    if nodes == 1:
+        seconds = (dense + experts) / t / (device.intra_bandwidth * device.link_efficiency)
+    else:
+        seconds = (dense + layout.neighbours * experts) / (device.node_bandwidth * device.link_efficiency)
+    rings = 1 + (groups > 1)
+    if device.copy_bandwidth is not None:
+        seconds += (dense + experts) / t / device.copy_bandwidth
+    return seconds + rings * 2 * ((nodes - 1) * device.inter_latency + (layout.places_per_node - 1) * device.intra_latency)

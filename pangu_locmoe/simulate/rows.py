@@ -1,0 +1,76 @@
+"""From routed tokens to rows that travel and rows that are computed, as the trainer has them. NumPy only.
+
+counts: the routed tokens travel. An expert keeps at most ceil(factor * tokens / E) of its group's, and the experts of a place are
+padded to the fullest of them. static: every slot travels and is computed, filled or not.
+
+Letters: N nodes, E experts, P places of a group, X samples, G copies that differ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Tuple
+
+import numpy as np
+
+from pangu_locmoe.config import Config
+from pangu_locmoe.errors import ConfigError
+from pangu_locmoe.moe.capacity import factor_capacity
+from pangu_locmoe.moe.slot_factors import automatic, next_factors, starting_factors
+from pangu_locmoe.parallel.topology import Topology
+from pangu_locmoe.simulate.layout import Floats, Layout
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One layer's rows in a step.
+
+    Attributes:
+        moved_XNE: from each node to each expert.
+        computed: of the place that computes most, mean over the samples; where all places share a processor the mean place's.
+        dropped: share of the tokens that no expert takes.
+    """
+
+    moved_XNE: Floats
+    computed: float
+    dropped: float
+
+
+def rows_of(config: Config, layout: Layout, load_XNE: Floats, shared_processor: bool = False) -> Rows:
+    """What `load_XNE` tokens become. Micro-batches are alike, so each has its share of the step's tokens and of its capacity."""
+    batches = config.train.accumulation_steps
+    if config.parallel.sizes == "static":
+        moved_XNE, dropped = _slots(config, layout, load_XNE / batches)
+        computed_XGP = _by_place(layout, layout.load_XGE(moved_XNE)).sum(axis=3)
+    else:
+        moved_XNE = load_XNE / batches
+        load_XGE = layout.load_XGE(moved_XNE)
+        group_tokens = float(moved_XNE.sum() / len(moved_XNE) / layout.groups)
+        limit = np.inf if config.moe.capacity.policy == "dropless" else factor_capacity(config.moe.capacity.factor, group_tokens, layout.experts)  # type: ignore[arg-type]
+        dropped = float(np.maximum(load_XGE - limit, 0).sum() / max(load_XGE.sum(), 1e-300))
+        load_XGPE = _by_place(layout, load_XGE)
+        computed_XGP = np.minimum(load_XGPE.max(axis=3), limit) * load_XGPE.shape[3]
+    places = layout.group if layout.copies else layout.places
+    mean_X = computed_XGP.sum(axis=2).mean(axis=1) / places
+    computed_X = mean_X if shared_processor else computed_XGP.max(axis=(1, 2))
+    return Rows(moved_XNE * batches, float(computed_X.mean() * batches), dropped)
+
+
+def _by_place(layout: Layout, load_XGE: Floats) -> Floats:
+    """[X, G, P, experts of a place]."""
+    return load_XGE.reshape(*load_XGE.shape[:2], layout.group, -1)
+
+
+def _slots(config: Config, layout: Layout, load_XNE: Floats) -> Tuple[Floats, float]:
+    """Slots of each node for each expert, the same in all samples, and the share of tokens without one."""
+    tokens = float(load_XNE.sum() / len(load_XNE) / layout.places)
+    capacity = starting_factors(config.moe.capacity)
+    if automatic(config.moe.capacity):
+        if not layout.copies:
+            raise ConfigError("moe.capacity: factors must be numbers where one copy of the experts serves all nodes, not auto")
+        topology = Topology(layout.places, layout.places_per_node, layout.group, layout.experts)
+        capacity = next_factors(config.moe.capacity, capacity, load_XNE, topology)
+    local, remote = (min(tokens, factor_capacity(float(factor or 0), tokens, layout.experts)) for factor in (capacity.local_factor, capacity.remote_factor))  # type: ignore[arg-type]
+    slots_NE = np.where(layout.local_NE, local, remote) * layout.places_per_node
+    dropped = np.maximum(load_XNE - slots_NE, 0).sum() / max(load_XNE.sum(), 1e-300)
+    return np.tile(slots_NE, (len(load_XNE), 1, 1)).astype(np.float64), float(dropped)
