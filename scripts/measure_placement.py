@@ -82,16 +82,16 @@ def table(rows: List[Dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def picture(options: argparse.Namespace, path: Path) -> None:
-    """Bytes between nodes and seconds of a step, over the steps of all seeds."""
+def picture(options: argparse.Namespace, seeds: List[int], path: Path) -> None:
+    """Bytes between nodes and seconds of a step, over the steps of the seeds in which experts moved."""
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for axis, name, label, scale in ((axes[0], "inter_node_bytes", "MB between nodes in a step", 1e-6), (axes[1], "step_seconds", "seconds of a step", 1.0)):
         for policy in ("off", "on"):
-            for seed in range(1, options.seeds + 1):
+            for seed in seeds:
                 rows, events = read(options.output / f"{policy}-seed{seed}")
                 steps, values = [row["step"] for row in rows], [row[name] * scale for row in rows]
                 smooth = [statistics.median(values[max(0, index - 4) : index + 5]) for index in range(len(values))]
-                label_of = {"off": "experts stay", "on": "experts move"}[policy] if seed == 1 else None
+                label_of = {"off": "experts stay", "on": "experts move"}[policy] if seed == seeds[0] else None
                 axis.plot(steps[SETTLING:], smooth[SETTLING:], color=COLOURS[policy], lw=1.2, alpha=0.8, label=label_of)
                 for event in events:
                     if event["experts_moved"]:
@@ -119,16 +119,19 @@ def main() -> None:
         (still, _), (moved, events) = read(runs["off"]), read(runs["on"])
         first = next((event for event in events if event["experts_moved"]), None)
         if first is None:
-            raise SystemExit(f"measure_placement: seed {seed} moved no experts: {events}")
+            say(f"seed {seed}: experts were well placed, nothing moved")
+            continue
         difference = max(difference, *(abs(one["loss"] - other["loss"]) for one, other in zip(still, moved)))
         moves.append({"seed": seed, **first})
         for policy, run_dir in runs.items():
             rows += measure(run_dir, seed, policy, first["step"])
         say(f"seed {seed}: {first['experts_moved']} experts moved after step {first['step']} in {first['seconds']:.2f} s, modelled gain {first['gain']:.0%}")
-    machine = f"{cpu_name()}, {os.cpu_count()} cores; 2 nodes x 2 ranks, links of {options.rate}; {len(moves)} seeds"
+    if not moves:
+        raise SystemExit("measure_placement: no seed moved any experts: its text was dealt to the nodes that hold them; try other seeds")
+    machine = f"{cpu_name()}, {os.cpu_count()} cores; 2 nodes x 2 ranks, links of {options.rate}; seeds {', '.join(str(move['seed']) for move in moves)}"
     content = {"machine": machine, "config": options.config, "largest_loss_difference": difference, "moves": moves, "rows": rows}
     (options.output / "placement.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    picture(options, options.output / "placement.svg")
+    picture(options, [move["seed"] for move in moves], options.output / "placement.svg")
     if options.results is not None:
         options.results.mkdir(parents=True, exist_ok=True)
         for name in ("placement.json", "placement.svg"):
