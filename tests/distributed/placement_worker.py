@@ -1,4 +1,4 @@
-"""What msrun starts for test_placement.py: two trainings, without and with moves; or one that is killed while experts move.
+"""What msrun starts for test_moving_experts.py: two trainings, without and with moves; or one that is killed while experts move.
 
     msrun ... placement_worker.py train CONFIG RUN_DIR [CONFIG RUN_DIR]...
     msrun ... placement_worker.py kill CONFIG RUN_DIR
