@@ -76,8 +76,8 @@ for ((number = 1; number <= kills; number++)); do
     before=$(last_step)
     train "$output/killed" >"$output/killed-$number.log" 2>&1 &
     job=$!
-    # Anywhere from joining to well into training; the later kills come after steps that earlier ones did not reach.
-    moment=$((RANDOM % (whole / 2 + 20)))
+    # Joining takes about 12 seconds. Beyond it a life gets about its share of the run: most kills come before the run's end.
+    moment=$((8 + RANDOM % (2 * whole / kills + 8)))
     for ((waited = 0; waited < moment; waited++)); do
         kill -0 $job 2>/dev/null || break
         sleep 1
