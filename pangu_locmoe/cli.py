@@ -10,8 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Callable, List, NoReturn, Optional
 
-from pangu_locmoe import __version__
-from pangu_locmoe.cli_load import add_load_verbs
+from pangu_locmoe import __version__, cli_load
 from pangu_locmoe.errors import LocMoEError
 
 if TYPE_CHECKING:
@@ -145,10 +144,9 @@ def _check(options: argparse.Namespace) -> int:
 
 def _simulate(options: argparse.Namespace) -> int:
     from pangu_locmoe.config import load_config
-    from pangu_locmoe.load.trace import read_trace
     from pangu_locmoe.simulate import Assumptions, Device, simulate
 
-    load = None if options.load is None else read_trace(options.load / "load.npz" if options.load.is_dir() else options.load)
+    load = None if options.load is None else cli_load.read(options.load)
     assumptions = Assumptions(tensor_parallel=options.tensor_parallel)
     device = Device.named(options.device, options.devices) if options.devices else Device.named(options.device)
     result = simulate(load_config(options.config, options.set), options.nodes, options.router, device, load, options.load_router, assumptions)
@@ -236,7 +234,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--json", action="store_true", help="print JSON")
 
     load = verbs.add_parser("load", help="expert load: import, states, forecast, place, report", description="Study the load of experts.", allow_abbrev=False)
-    add_load_verbs(load.add_subparsers(required=True, metavar="VERB"), _add)
+    cli_load.add_load_verbs(load.add_subparsers(required=True, metavar="VERB"), _add)
     return parser
 
 

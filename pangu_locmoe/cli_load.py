@@ -66,7 +66,8 @@ def _add_trace(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("trace", type=Path, metavar="TRACE", help="a run directory, or its load.npz")
 
 
-def _read(path: Path) -> Trace:
+def read(path: Path) -> Trace:
+    """The trace of a run directory, or a trace file. Raises DataError."""
     from pangu_locmoe.load.trace import read_trace
 
     return read_trace(_file(path))
@@ -93,7 +94,7 @@ def _import(options: argparse.Namespace) -> int:
 def _states(options: argparse.Namespace) -> int:
     from pangu_locmoe.load.state import states
 
-    trace = _read(options.trace)
+    trace = read(options.trace)
     try:
         found = states(trace) if options.window is None else states(trace, options.window)
     except ValueError as error:
@@ -113,7 +114,7 @@ def _forecast(options: argparse.Namespace) -> int:
     from pangu_locmoe.load.forecast import forecast, save_forecast
     from pangu_locmoe.load.forecast.score import errors
 
-    trace = _read(options.trace)
+    trace = read(options.trace)
     chosen = _method_options(options)
     origin = int(trace.step_K[-1]) + 1 if options.origin is None else options.origin
     made = forecast(trace, origin, options.horizon, options.method, **chosen)
@@ -132,7 +133,7 @@ def _method_options(options: argparse.Namespace) -> Dict[str, Any]:
             raise DataError(f"--option {text}: must be NAME=VALUE")
         chosen[name] = _value(value)
     if options.train_on is not None:
-        chosen["train_on"] = _read(options.train_on)
+        chosen["train_on"] = read(options.train_on)
     if options.method == "arima":
         chosen.setdefault("progress", True)
     return chosen
@@ -166,17 +167,17 @@ def _format_forecast(found: Dict[str, Any]) -> str:
 
 
 def _place(options: argparse.Namespace) -> int:
-    from pangu_locmoe.load.forecast import forecast
+    from pangu_locmoe.load.forecast import mean_share
     from pangu_locmoe.load.placement import Costs, load_plan, place_trace, save_plan
     from pangu_locmoe.load.state import states
 
     given = {name: getattr(options, name) for name in ("hidden_size", "ffn_size", "flops_per_second", "link_bytes_per_second")}
     plan = place_trace(
-        _read(options.trace),
+        read(options.trace),
         options.nodes,
         options.ranks_per_node,
         Costs.of_model(horizon=options.horizon, **{name: value for name, value in given.items() if value is not None}),
-        lambda past, origin, horizon: forecast(past, origin, horizon).share_FLE.mean(axis=0),
+        mean_share,
         options.policy,
         options.groups,
         options.replicas,

@@ -130,21 +130,24 @@ def _figures(figures: list[Figure]) -> str:
 
 
 def _bound(runs: list[Run]) -> str:
-    body = capacity_html(runs)
-    return (
-        f"<h3>Capacity bound</h3><p>The latest measurement of LocMoE’s lower bound; δ is the statistic of the cosines between tokens and their gate.</p>{body}"
-        if body
-        else ""
+    return _headed(
+        "Capacity bound",
+        "The latest measurement of LocMoE’s lower bound; δ is the statistic of the cosines between tokens and their gate.",
+        capacity_html(runs),
     )
 
 
 def _placement(runs: list[Run]) -> str:
-    body = placement_html(runs)
-    return (
-        f"<h3>Placement</h3><p>Plans made while training, for the load that was forecast; where nothing was worth moving, experts stayed.</p>{body}"
-        if body
-        else ""
+    return _headed(
+        "Placement",
+        "Plans made while training, for the load that was forecast; where nothing was worth moving, experts stayed.",
+        placement_html(runs),
     )
+
+
+def _headed(title: str, text: str, body: str) -> str:
+    """A part with its heading; nothing without a body."""
+    return f"<h3>{title}</h3><p>{text}</p>{body}" if body else ""
 
 
 def _load(runs: list[Run]) -> str:

@@ -15,7 +15,7 @@ from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from pangu_locmoe.config import Config
-from pangu_locmoe.load.forecast import forecast
+from pangu_locmoe.load.forecast import mean_share
 from pangu_locmoe.load.placement import Costs, Plan, place_trace
 from pangu_locmoe.load.state import states
 from pangu_locmoe.load.trace import Trace
@@ -49,7 +49,7 @@ def plan_placement(config: Config, topology: Topology, trace: Trace, step: int, 
         nodes,
         topology.expert_parallel // nodes,
         costs,
-        lambda past, origin, horizon: forecast(past, origin, horizon).share_FLE.mean(axis=0),
+        mean_share,
         wishes.policy,
         origin=step + 1,
         horizon=wishes.every,

@@ -25,7 +25,7 @@ from pangu_locmoe.load.forecast.methods import METHODS, normalised, options_of, 
 from pangu_locmoe.load.forecast.past import Past
 from pangu_locmoe.load.trace import Trace
 
-__all__ = ["METHODS", "Forecast", "forecast", "options_of", "save_forecast"]
+__all__ = ["METHODS", "Forecast", "forecast", "mean_share", "options_of", "save_forecast"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,12 @@ def forecast(trace: Trace, origin: int, horizon: int, method: str = "auto", **op
     step_F = past.future(origin, horizon)
     prediction = predict(method, past, step_F, options)
     return Forecast(step_F, normalised(prediction.share_FLE), method, origin, horizon, prediction.chosen, prediction.notes)
+
+
+def mean_share(past: Trace, origin: int, horizon: int) -> NDArray[np.float64]:
+    """Each expert's mean share over the horizon as `auto` forecasts it, [L, E]: what a placement is planned for."""
+    mean_LE: NDArray[np.float64] = forecast(past, origin, horizon).share_FLE.mean(axis=0)
+    return mean_LE
 
 
 def save_forecast(path: Path, forecast: Forecast) -> None:

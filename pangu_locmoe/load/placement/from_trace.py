@@ -97,11 +97,18 @@ def place_trace(
         notes.append(f"recorded figures: the trace ends at step {future.step_K[-1]}, before the horizon does")
     actual_LNE = source_KLNE[rows : rows + len(future.step_K)].mean(axis=0)
     oracle = plan(actual_LNE, ranks_per_node, current, costs, policy, num_slots, groups, min_gain, factors, starts=(result.slots_LS,))
-    held_LRE = holdings(current, num_ranks, num_experts)
-    figures = [
-        Figures.of(evaluate(slots_LS, actual_LNE, num_ranks, costs, held_LRE), costs) for slots_LS in (current, result.slots_LS, oracle.slots_LS)
-    ]
-    return replace(result, actual_now=figures[0], actual_after=figures[1], actual_oracle=figures[2])
+    return _with_recorded(result, current, oracle, actual_LNE)
+
+
+def _with_recorded(result: Plan, current: Ints, oracle: Plan, actual_LNE: Floats) -> Plan:
+    """The plan with what the placement there was, its own and the oracle's do to the loads that came."""
+    num_ranks = result.nodes * result.ranks_per_node
+    held_LRE = holdings(current, num_ranks, result.experts)
+    now, after, best = (
+        Figures.of(evaluate(slots_LS, actual_LNE, num_ranks, result.costs, held_LRE), result.costs)
+        for slots_LS in (current, result.slots_LS, oracle.slots_LS)
+    )
+    return replace(result, actual_now=now, actual_after=after, actual_oracle=best)
 
 
 def expected_load(recent_KLNE: NDArray[Any], share_LE: NDArray[Any]) -> Floats:
