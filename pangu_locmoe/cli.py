@@ -134,12 +134,16 @@ def _extract(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace) -> int:
     from pangu_locmoe.cluster.check import check
     from pangu_locmoe.config import load_config
+    from pangu_locmoe.simulate.devices import Device
 
-    result = check(load_config(options.config, options.set), options.ranks, options.rank)
+    device = None if options.device is None else Device.named(options.device)
+    result = check(load_config(options.config, options.set), options.ranks, options.rank, device)
     print(json.dumps(result.to_dict()) if options.json else result.format())
     if result.differences:
         print(f"pangu-locmoe: the graph is not what the plan says: {'; '.join(result.differences)}", file=sys.stderr)
-    return 1 if result.differences else 0
+    if result.too_large:
+        print(f"pangu-locmoe: {result.too_large}", file=sys.stderr)
+    return 1 if result.differences or result.too_large else 0
 
 
 def _simulate(options: argparse.Namespace) -> int:
@@ -209,6 +213,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(verb)
     verb.add_argument("--ranks", type=int, required=True, help="processes of the job")
     verb.add_argument("--rank", type=int, default=0, help="whose step (0)")
+    verb.add_argument("--device", help="hold its memory against this device of pangu_locmoe/simulate/devices.yaml; exit code 1 where it does not fit")
     verb.add_argument("--json", action="store_true", help="print JSON")
 
     verb = _add(verbs, "inherit", _inherit, "make a sparse model from a dense checkpoint: its feed-forward networks become the experts")

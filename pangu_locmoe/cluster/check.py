@@ -12,21 +12,27 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
+from pangu_locmoe.cluster.memory import Memory, estimate
 from pangu_locmoe.cluster.plan import Operation, Weight, buffer_megabytes, differences, node_bytes, plan
 from pangu_locmoe.config import Config
 from pangu_locmoe.errors import ConfigError, TopologyError
 from pangu_locmoe.model.size import num_params
 from pangu_locmoe.moe.static import certain_drops
 from pangu_locmoe.parallel.topology import Topology
+from pangu_locmoe.simulate.devices import Device
 
 MOST_LAYERS = 12  # a deeper stack compiles for minutes, and its layers are alike
 
 
 @dataclass(frozen=True)
 class Check:
-    """What was compiled for one rank, and where it is not what the plan says (`differences`, empty if it is)."""
+    """What was compiled for one rank, and what is wrong with it.
+
+    differences: where the graph is not what the plan says, a line each; empty if it is.
+    device: what `memory` is held against; None: nothing.
+    """
 
     config: Config
     topology: Topology
@@ -34,8 +40,10 @@ class Check:
     operations: List[Operation]
     groups: Dict[str, Tuple[int, ...]]
     weights: List[Weight]
+    memory: Memory
     differences: List[str]
     notes: List[str]
+    device: Optional[Device] = None
 
     def to_dict(self) -> Dict[str, Any]:
         """For --json."""
@@ -48,16 +56,19 @@ class Check:
             "notes": self.notes,
             "groups": [{"name": name, "ranks": list(ranks), "buffer_bytes": self.buffer_bytes} for name, ranks in self.groups.items()],
             "operations": self.rows(),
-            "weight_bytes": self.weight_bytes,
-            "optimizer_bytes": 2 * self.weight_bytes,
-            "gradient_bytes": self.weight_bytes,
+            "memory": self.memory.to_dict(),
+            "device": None if self.device is None else self.device.to_dict(),
+            "fits": None if self.device is None else self.too_large is None,
             "hccl_buffer_megabytes": buffer_megabytes(self.config, self.topology.num_ranks),
         }
 
     @property
-    def weight_bytes(self) -> int:
-        """fp32 weights of this rank."""
-        return 4 * sum(_size(weight.shape) for weight in self.weights)
+    def too_large(self) -> Optional[str]:
+        """One line where the device's memory does not hold the rank's part; None where it does, or no device was named."""
+        available = None if self.device is None else self.device.memory_bytes
+        if self.device is None or available is None or self.memory.total <= available:
+            return None
+        return f"does not fit: {self.memory.total / 1e9:.1f} GB of {available / 1e9:.1f} GB ({self.device.name}, rank {self.rank})"
 
     @property
     def buffer_bytes(self) -> int:
@@ -81,7 +92,7 @@ class Check:
         """A table for people."""
         lines = [
             f"rank {self.rank} of {self.topology.num_ranks} in {self.topology.num_nodes} nodes; {num_params(self.config):,} parameters in all",
-            f"on this rank: weights {_bytes(self.weight_bytes)}, gradients {_bytes(self.weight_bytes)}, Adam's moments {_bytes(2 * self.weight_bytes)}; activations are not estimated",
+            *self.memory.format(self.config.train.precision),
         ]
         lines += [f"group {name}: {len(ranks)} ranks, {_bytes(self.buffer_bytes)} of HCCL buffers" for name, ranks in self.groups.items()]
         table = [("times", "operator", "pass", "group", "operand", "result", "bytes", "to other nodes")]
@@ -92,16 +103,18 @@ class Check:
         widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
         lines += ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in table]
         lines += [f"note: {note}" for note in self.notes]
+        if self.device is not None and self.device.memory_bytes is not None and self.too_large is None:
+            lines.append(f"fits: {self.memory.total / 1e9:.1f} GB of {self.device.memory_bytes / 1e9:.1f} GB ({self.device.name})")
         if not self.differences:
             lines.append("the graph is what the plan says")
         return "\n".join(lines)
 
 
-def check(config: Config, num_ranks: int, rank: int = 0) -> Check:
-    """Compile one rank's step in a process of its own and compare it with the plan.
+def check(config: Config, num_ranks: int, rank: int = 0, device: Optional[Device] = None) -> Check:
+    """Compile one rank's step in a process of its own, compare it with the plan, and add up its memory.
 
     Raises:
-        ConfigError: the configuration does not compile as one graph.
+        ConfigError: the configuration does not compile as one graph, or asks for what the device does not have.
         TopologyError: the number of ranks does not fit it.
     """
     if num_ranks < 2:
@@ -110,6 +123,8 @@ def check(config: Config, num_ranks: int, rank: int = 0) -> Check:
         raise TopologyError(f"--rank {rank}: must be between 0 and {num_ranks - 1}")
     if config.parallel.sizes != "static":
         raise ConfigError("parallel.sizes = 'counts': exchanges as many tokens as are routed, in PyNative; a step compiles as one graph with static")
+    if device is not None:
+        _check_device(config, device)
     topology = Topology.from_config(config, num_ranks)
     shallow = _shallower(config)
     result = _compile(shallow, num_ranks, rank)
@@ -120,6 +135,9 @@ def check(config: Config, num_ranks: int, rank: int = 0) -> Check:
     if held != num_params(shallow):
         found.append(f"the ranks of an expert-parallel group hold {held:,} parameters, the configuration has {num_params(shallow):,}")
     tokens = config.micro_batch * config.model.seq_length // num_ranks
+    flash = [shallow.model.num_layers if config.train.fused else 0] * 2
+    if result["flash_attention"] != flash:
+        found.append(f"flash attention, forward and backward: {flash} with train.fused = {config.train.fused}, {result['flash_attention']} in the graph")
     notes = list(certain_drops(config, topology, rank, tokens))
     if shallow is not config:
         kept, all_layers = shallow.model, config.model
@@ -130,7 +148,15 @@ def check(config: Config, num_ranks: int, rank: int = 0) -> Check:
         weights = _deepen(weights, shallow, config)
         operations = plan(config, topology, rank, weights)
     groups = {name: tuple(ranks) for name, ranks in result["groups"].items()}
-    return Check(config, topology, rank, operations, groups, weights, found, notes)
+    memory = estimate(config, topology, rank, weights, len(groups))
+    return Check(config, topology, rank, operations, groups, weights, memory, found, notes, device)
+
+
+def _check_device(config: Config, device: Device) -> None:
+    if device.memory_bytes is None:
+        raise ConfigError(f"--device {device.name}: its memory_bytes is not known")
+    if config.train.fused and not device.fused_operators:
+        raise ConfigError(f"train.fused = True: {device.name} has no flash attention for training; must be false")
 
 
 def _shallower(config: Config) -> Config:

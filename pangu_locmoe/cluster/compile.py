@@ -22,7 +22,7 @@ from mindspore.ops.operations import comm_ops
 from pangu_locmoe.cluster.graph import communication
 from pangu_locmoe.cluster.step import RECURSION_LIMIT, GraphStep
 from pangu_locmoe.config import Config, parse_config
-from pangu_locmoe.model import attention, block, sigma
+from pangu_locmoe.model import attention, block, fused, sigma
 from pangu_locmoe.moe import experts, sharded
 from pangu_locmoe.parallel.exchange import Exchange
 from pangu_locmoe.parallel.gradients import is_expert
@@ -33,8 +33,9 @@ from pangu_locmoe.train.step import Objective, is_decayed
 
 
 def compile_step(config: Config, num_ranks: int, rank: int) -> Dict[str, Any]:
-    """The communication operators of a rank's step, its groups and its weights, as plain values."""
+    """The communication operators of a rank's step, how often it has flash attention (forward, backward), its groups and its weights."""
     _without_values()
+    fused.on_ascend = lambda: True  # what is compiled is for one
     ms.set_recursion_limit(RECURSION_LIMIT)
     communicator = HcclOperators(rank, num_ranks, lambda name, ranks: None)
     # Nothing has joined a job: without this, MindSpore takes every group for the whole world.
@@ -53,6 +54,7 @@ def compile_step(config: Config, num_ranks: int, rank: int) -> Dict[str, Any]:
     text = _front_end(step, _inputs(config, num_ranks))
     return {
         "operations": [operation.to_dict() for operation in communication(text)],
+        "flash_attention": [text.count(f"= PrimFunc_{name}(") for name in ("FlashAttentionScore", "FlashAttentionScoreGrad")],
         "groups": {name: list(ranks) for name, ranks in communicator.groups.items()},
         "weights": [{"name": p.name, "shape": list(p.shape), "expert": is_expert(p)} for p in parameters],
     }

@@ -101,6 +101,7 @@ class TrainConfig(Section):
     loss_scale: float = Field(65536.0, gt=0, description="fp16: initial loss scale; halved on overflow, doubled after loss_scale_window good steps")
     loss_scale_window: int = Field(1000, ge=1, description="fp16: good steps before the loss scale doubles")
     recompute: bool = Field(False, description="recompute activations of decoder blocks in the backward pass")
+    fused: bool = Field(False, description="Ascend's fused operators: flash attention, and with parallel.sizes: counts grouped products and token permutation")
     seed: int = Field(1, ge=0, description="of weights, data order, hash tables and dropout")
     log_every: int = Field(1, ge=1, description="steps between training rows in metrics.jsonl")
 

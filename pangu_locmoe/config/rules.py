@@ -81,8 +81,8 @@ def _broken_parallel_rules(config: Config) -> Iterator[tuple[str, str]]:
             yield "parallel.exchange", "must be flat with parallel.sizes: static"
     if config.model.num_moe_layers and config.moe.num_experts % parallel.expert_parallel:
         yield "parallel.expert_parallel", f"must divide moe.num_experts ({config.moe.num_experts}): every rank holds as many experts"
-    if parallel.expert_parallel > 1 and config.train.recompute:
-        yield "train.recompute", "would repeat the exchange between processes: must be false with parallel.expert_parallel > 1"
+    if parallel.expert_parallel > 1 and config.train.recompute and parallel.sizes == "counts":
+        yield "train.recompute", "needs parallel.sizes: static with parallel.expert_parallel > 1: the experts' inputs follow the routing"
     nodes = parallel.emulated_nodes
     if config.micro_batch % nodes:
         yield "parallel.emulated_nodes", f"must divide train.batch_size / train.accumulation_steps ({config.micro_batch}): every node reads as many sequences"
@@ -120,6 +120,11 @@ def _broken_train_rules(config: Config) -> Iterator[tuple[str, str]]:
         yield "train.batch_size", f"must be divisible by train.accumulation_steps ({train.accumulation_steps})"
     if train.warmup_steps >= train.steps and train.warmup_steps:
         yield "train.warmup_steps", f"must be less than train.steps ({train.steps})"
+    if train.fused and train.precision == "fp32":
+        yield "train.fused", "flash attention takes fp16 and bf16 only: must be false with train.precision: fp32"
+    head_size = config.model.hidden_size // config.model.num_heads
+    if train.fused and (head_size % 16 or head_size > 512):
+        yield "train.fused", f"flash attention needs heads of a multiple of 16 up to 512 features: model.hidden_size / model.num_heads is {head_size}"
 
 
 def doubtful_settings(config: Config) -> Iterator[str]:

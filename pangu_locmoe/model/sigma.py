@@ -14,6 +14,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from pangu_locmoe.config import Config
+from pangu_locmoe.model import fused
 from pangu_locmoe.model.attention import attention_mask
 from pangu_locmoe.model.block import DecoderBlock, QueryLayer, dropout_sequence
 from pangu_locmoe.model.init import normal
@@ -70,6 +71,10 @@ class PanguSigma(nn.Cell):
         self.blocks = nn.CellList(blocks)
         self.num_dense = num_dense
         self.query_layer = QueryLayer(config, model.num_layers - 1)
+        self.fused = fused.used(config)
+        if self.fused:
+            for layer in (*blocks, self.query_layer):
+                layer.attention.attend = fused.FlashAttention()
         self.causal_SS = Tensor(np.tril(np.ones((model.seq_length, model.seq_length), dtype=np.float32)))
         self.head = ops.MatMul(transpose_b=True)
         self.batch_head = ops.BatchMatMul(transpose_b=True)
@@ -130,7 +135,9 @@ class PanguSigma(nn.Cell):
         word_BSD = ops.reshape(ops.gather(self.word_table, word_T, 0), (batch, length, self.hidden_size))
         x_BSD = ops.cast(word_BSD + ops.gather(self.position_table, positions_BS, 0), self.dtype)
         x_BSD = dropout_sequence(x_BSD, self.rate, (row_keys_T, column_keys_D), 0, training)
-        return x_BSD, attention_mask(segments_BS, self.causal_SS[:length, :length], self.num_heads), tokens_T, domains_T
+        causal_SS = self.causal_SS[:length, :length]
+        mask = fused.discard_mask(segments_BS, causal_SS) if self.fused else attention_mask(segments_BS, causal_SS, self.num_heads)
+        return x_BSD, mask, tokens_T, domains_T
 
     def predict(
         self,

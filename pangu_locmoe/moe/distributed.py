@@ -18,6 +18,7 @@ from mindspore import Tensor, ops
 
 from pangu_locmoe.moe import dispatch, losses
 from pangu_locmoe.moe.capacity import DROPLESS
+from pangu_locmoe.moe.fused import apply_grouped
 from pangu_locmoe.moe.layer import MoEStats
 from pangu_locmoe.moe.sharded import ShardedMoELayer
 from pangu_locmoe.noise import Noise
@@ -100,6 +101,8 @@ class DistributedMoELayer(ShardedMoELayer):
         return counts_RE, stats
 
     def _apply_experts(self, rows_MD: Tensor, slot_of_row_M: np.ndarray, slots: int) -> Tensor:
+        if self.fused:
+            return apply_grouped(self.experts, rows_MD, slot_of_row_M, slots)
         num_groups, hidden_size = self.topology.experts_per_rank, rows_MD.shape[1]
         row_of_slot_P = np.zeros(num_groups * slots + 1, dtype=np.int32)
         row_of_slot_P[slot_of_row_M] = np.arange(1, len(slot_of_row_M) + 1)

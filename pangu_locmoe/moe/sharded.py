@@ -10,7 +10,8 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from pangu_locmoe.config import Config
-from pangu_locmoe.moe import dispatch, losses
+from pangu_locmoe.model.fused import used
+from pangu_locmoe.moe import dispatch, fused, losses
 from pangu_locmoe.moe.experts import Experts
 from pangu_locmoe.moe.layer import expert_weights
 from pangu_locmoe.moe.routers import ROUTERS
@@ -41,7 +42,8 @@ class ShardedMoELayer(nn.Cell):
         self.router.has_locality = False
         self.held_slots = topology.experts_of_rank(exchange.communicator.rank)
         self.experts = Experts(*expert_weights(config, context.layer, self.held_slots))
-        self.dispatch, self.combine = dispatch.Dispatch(), dispatch.Combine()
+        self.fused = used(config) and config.parallel.sizes == "counts"
+        self.dispatch, self.combine = (fused.PermuteTokens(), fused.UnpermuteTokens()) if self.fused else (dispatch.Dispatch(), dispatch.Combine())
         self.place(np.arange(moe.num_experts))
         # The locality loss is a mean over the nodes that hold experts, and ranks are averaged over all nodes. Its target is where
         # experts are at first: a loss that followed them would make placement change what is learned.

@@ -32,6 +32,8 @@ class Device:
         intra_latency, inter_latency: seconds that one message costs the rank that sends it.
         exchange_overhead: seconds of one exchange, whatever it moves.
         copy_bandwidth: bytes/s that a rank's processor can send on any link, in exchange and reduction; None: links do it alone.
+        memory_bytes: of one rank's device; None: `check` cannot compare with it.
+        fused_operators: whether it has the operators of train.fused.
         shared_processor: all ranks share one processor, as on an emulated cluster: what one leaves idle the others use, so
             the mean of their work counts and not the slowest.
 
@@ -51,16 +53,18 @@ class Device:
     inter_latency: float = 0.0
     exchange_overhead: float = 0.0
     copy_bandwidth: Optional[float] = None
+    memory_bytes: Optional[float] = None
+    fused_operators: bool = False
     shared_processor: bool = False
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             rule = _RULES.get(field.name)
             value = getattr(self, field.name)
-            if rule is not None and not (value is None and field.name == "copy_bandwidth") and not _is_in(value, rule):
+            if rule is not None and not (value is None and field.default is None) and not _is_in(value, rule):
                 raise ConfigError(f"{self.name}.{field.name} = {value!r}: must be {rule}")
-        if not isinstance(self.shared_processor, bool):
-            raise ConfigError(f"{self.name}.shared_processor = {self.shared_processor!r}: must be true or false")
+            if isinstance(field.default, bool) and not isinstance(value, bool):
+                raise ConfigError(f"{self.name}.{field.name} = {value!r}: must be true or false")
 
     @classmethod
     def named(cls, name: str, path: Union[str, Path] = DEVICES) -> Device:
@@ -83,7 +87,7 @@ class Device:
 _WHOLE, _POSITIVE, _NOT_NEGATIVE, _SHARE = "a whole number of at least 1", "a number above 0", "a number of at least 0", "a number above 0 and at most 1"
 _RULES = {
     "ranks_per_node": _WHOLE,
-    **dict.fromkeys(("peak_flops", "intra_bandwidth", "node_bandwidth", "copy_bandwidth"), _POSITIVE),
+    **dict.fromkeys(("peak_flops", "intra_bandwidth", "node_bandwidth", "copy_bandwidth", "memory_bytes"), _POSITIVE),
     **dict.fromkeys(("efficiency", "link_efficiency", "all_to_all_efficiency"), _SHARE),
     **dict.fromkeys(("intra_latency", "inter_latency", "exchange_overhead"), _NOT_NEGATIVE),
 }

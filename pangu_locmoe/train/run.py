@@ -17,6 +17,7 @@ from pangu_locmoe.data.prepared import Prepared, prepare
 from pangu_locmoe.errors import CheckpointError, ConfigError
 from pangu_locmoe.files import write_atomic
 from pangu_locmoe.generate import Generator
+from pangu_locmoe.model.fused import on_ascend
 from pangu_locmoe.model.size import num_active_params, num_params
 from pangu_locmoe.parallel.communicator import Communicator, SingleProcess
 from pangu_locmoe.parallel.selfcheck import check_groups, check_same_run, check_same_step
@@ -26,7 +27,7 @@ from pangu_locmoe.train.evaluate import format_evaluation
 from pangu_locmoe.train.loop import Trainer
 
 # What may differ between a run and its resumption: where things are computed and what is written, not what is learned.
-_FREE_KEYS = ("parallel", "evaluation", "checkpoint", "trace", "placement", "sample", "train.log_every", "data.prepared_dir")
+_FREE_KEYS = ("parallel", "evaluation", "checkpoint", "trace", "placement", "sample", "train.fused", "train.log_every", "data.prepared_dir")
 
 
 def train(
@@ -110,6 +111,8 @@ def _check_device(config: Config) -> None:
     device = ms.get_context("device_target")
     if device == "CPU" and config.train.precision == "bf16":
         raise ConfigError("train.precision = 'bf16': MindSpore's CPU backend has no bf16 kernels; use fp32 (or fp16, slower)")
+    if config.train.fused and not on_ascend():
+        raise ConfigError(f"train.fused = True: the fused operators are Ascend's, and this is a {device}; must be false")
 
 
 def _check_run_dir(config: Config, run_dir: Path, resume: bool) -> None:

@@ -89,6 +89,7 @@ def compiled_as_planned(config, num_ranks, rank):
         "operations": [operation.to_dict() for operation in planned],
         "groups": {operation.group: list(range(num_ranks)) for operation in planned},
         "weights": weights,
+        "flash_attention": [0, 0],
     }
 
 
@@ -106,7 +107,7 @@ def test_the_verb_prints_a_table_or_json(file, monkeypatch, capsys):
     exchange = result["operations"][0]
     # Half of the tokens in a micro-batch: one slot for each of 32 experts, 4 of them on this rank, none in another node.
     assert (exchange["bytes"], exchange["intra_node_bytes"], exchange["inter_node_bytes"]) == (32 * HIDDEN * 4, 28 * HIDDEN * 4, 0)
-    assert result["weight_bytes"] * 2 == result["optimizer_bytes"]
+    assert result["memory"]["weights"] * 2 == result["memory"]["moments"] and result["fits"] is None
 
 
 def test_a_graph_that_is_not_the_plan_fails_with_one_line(file, monkeypatch, capsys):
@@ -159,6 +160,7 @@ def test_a_deep_stack_is_compiled_with_fewer_layers_and_said_so(monkeypatch):
             "operations": [operation.to_dict() for operation in planned],
             "groups": {operation.group: list(range(num_ranks)) for operation in planned},
             "weights": [{"name": weight.name, "shape": list(weight.shape), "expert": weight.expert} for weight in weights],
+            "flash_attention": [0, 0],
         }
 
     monkeypatch.setattr(checking, "_compile", record)
