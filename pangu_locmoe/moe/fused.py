@@ -14,6 +14,7 @@ from typing import Tuple
 
 import numpy as np
 from mindspore import Tensor, nn, ops
+from mindspore.ops.auto_generate import GroupedMatmul
 
 from pangu_locmoe.moe.dispatch import Dispatch
 from pangu_locmoe.moe.experts import Experts
@@ -67,9 +68,6 @@ def apply_grouped(experts: Experts, rows_MD: Tensor, slot_of_row_M: np.ndarray, 
         rows_MD: as they came.
         slot_of_row_M, slots: as for `grouped_rows`.
     """
-    # Imported where it is used: the operator exists on Ascend only, and elsewhere returns nothing without an error.
-    from mindspore.ops.auto_generate import GroupedMatmul
-
     row_of_place_P, place_of_row_M, ends_G = grouped_rows(slot_of_row_M, slots, experts.w_in.shape[0])
     row_of_place, place_of_row, ends = Tensor(row_of_place_P), Tensor(place_of_row_M), Tensor(ends_G)
     move, product = Dispatch(), GroupedMatmul(split_item=3, group_type=0)  # one tensor in, one out; groups of rows
