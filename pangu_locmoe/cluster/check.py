@@ -135,7 +135,8 @@ def check(config: Config, num_ranks: int, rank: int = 0, device: Optional[Device
     if held != num_params(shallow):
         found.append(f"the ranks of an expert-parallel group hold {held:,} parameters, the configuration has {num_params(shallow):,}")
     tokens = config.micro_batch * config.model.seq_length // num_ranks
-    flash = [shallow.model.num_layers if config.train.fused else 0] * 2
+    layers = shallow.model.num_layers if config.train.fused else 0
+    flash = [layers + max(0, layers - 1) * config.train.recompute, layers]  # of a recomputed block twice; the query layer is not
     if result["flash_attention"] != flash:
         found.append(f"flash attention, forward and backward: {flash} with train.fused = {config.train.fused}, {result['flash_attention']} in the graph")
     notes = list(certain_drops(config, topology, rank, tokens))

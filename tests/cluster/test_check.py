@@ -14,6 +14,7 @@ from pangu_locmoe.cluster import check as checking
 from pangu_locmoe.cluster.check import check
 from pangu_locmoe.config import parse_config
 from pangu_locmoe.model.size import num_params
+from pangu_locmoe.simulate.devices import Device
 
 LAYERS, SPARSE, HIDDEN, INNER, VOCAB, LENGTH, EXPERTS = 3, 2, 32, 24, 300, 8, 32
 
@@ -73,6 +74,15 @@ def test_the_step_of_a_job(ranks, rank, router, precision):
     )
 
 
+def test_fused_and_recomputed_the_exchange_is_not_repeated():
+    """Recomputation is in the graph, so an exchange or a statistic that ran twice would differ from the plan."""
+    given = values(64)
+    given["train"].update(precision="bf16", fused=True, recompute=True)
+    result = check(parse_config(given), 64, 3, Device.named("ascend_910b"))
+    assert result.differences == [] and result.too_large is None
+    assert sum(o.kind == "AlltoAllV" for o in result.operations) == 4 * SPARSE
+
+
 @pytest.fixture
 def file(tmp_path):
     path = tmp_path / "job.yaml"
@@ -110,6 +120,23 @@ def test_the_verb_prints_a_table_or_json(file, monkeypatch, capsys):
     assert result["memory"]["weights"] * 2 == result["memory"]["moments"] and result["fits"] is None
 
 
+def test_a_device_that_is_too_small_fails_with_one_line(file, monkeypatch, capsys):
+    monkeypatch.setattr(checking, "_compile", compiled_as_planned)
+    flags = ["check", str(file), "--ranks", "8", "--device", "ascend_910a"]
+    assert main(flags) == 0
+    printed = capsys.readouterr()
+    assert "fits: 0.4 GB of 32.0 GB (ascend_910a)\n" in printed.out and printed.err == ""
+    # More than 7e9 parameters, all of them on this rank: the stand-in does not share them out.
+    large = ["--set", "model.hidden_size=5120", "--set", "model.ffn_size=20480", "--set", "train.batch_size=8"]
+    assert main([*flags, *large]) == 1
+    printed = capsys.readouterr()
+    assert printed.err.startswith("pangu-locmoe: does not fit: ") and printed.err.endswith(" GB of 32.0 GB (ascend_910a, rank 0)\n")
+    assert printed.err.count("\n") == 1 and "fits: " not in printed.out
+    assert main([*flags, "--json", *large]) == 1
+    result = json.loads(capsys.readouterr().out)
+    assert result["fits"] is False and result["device"]["memory_bytes"] == 32e9 and result["memory"]["total"] > 32e9
+
+
 def test_a_graph_that_is_not_the_plan_fails_with_one_line(file, monkeypatch, capsys):
     def one_less(config, num_ranks, rank):
         result = compiled_as_planned(config, num_ranks, rank)
@@ -130,6 +157,13 @@ def test_a_graph_that_is_not_the_plan_fails_with_one_line(file, monkeypatch, cap
         (["--ranks", "12"], "train.batch_size (16) must be divisible by ranks (12)"),
         (["--ranks", "8", "--rank", "8"], "--rank 8: must be between 0 and 7"),
         (["--ranks", "8", "--set", "parallel.sizes=counts", "--set", "moe.capacity={}"], "parallel.sizes = 'counts'"),
+        (["--ranks", "8", "--device", "ascend_910d"], "device 'ascend_910d': must be one of"),
+        (["--ranks", "8", "--device", "emulated_cpu"], "--device emulated_cpu: its memory_bytes is not known"),
+        (["--ranks", "8", "--set", "train.fused=true"], "train.fused = True: flash attention takes fp16 and bf16 only"),
+        (
+            ["--ranks", "8", "--device", "ascend_910a", "--set", "train.fused=true", "--set", "train.precision=bf16"],
+            "train.fused = True: ascend_910a has no flash attention for training; must be false",
+        ),
         (["--ranks", "8", "--set", "parallel.expert_parallel=16", "--set", "moe.num_experts=16"], "ranks (8) must be divisible by parallel.expert_parallel (16)"),
     ],
 )
