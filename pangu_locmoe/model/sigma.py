@@ -73,8 +73,8 @@ class PanguSigma(nn.Cell):
         self.query_layer = QueryLayer(config, model.num_layers - 1)
         self.fused = fused.used(config)
         if self.fused:
-            for layer in (*blocks, self.query_layer):
-                layer.attention.attend = fused.FlashAttention()
+            for attention in (*(block.attention for block in blocks), self.query_layer.attention):
+                attention.attend = fused.FlashAttention()
         self.causal_SS = Tensor(np.tril(np.ones((model.seq_length, model.seq_length), dtype=np.float32)))
         self.head = ops.MatMul(transpose_b=True)
         self.batch_head = ops.BatchMatMul(transpose_b=True)

@@ -43,7 +43,8 @@ class ShardedMoELayer(nn.Cell):
         self.held_slots = topology.experts_of_rank(exchange.communicator.rank)
         self.experts = Experts(*expert_weights(config, context.layer, self.held_slots))
         self.fused = used(config) and config.parallel.sizes == "counts"
-        self.dispatch, self.combine = (fused.PermuteTokens(), fused.UnpermuteTokens()) if self.fused else (dispatch.Dispatch(), dispatch.Combine())
+        self.dispatch: nn.Cell = fused.PermuteTokens() if self.fused else dispatch.Dispatch()
+        self.combine: nn.Cell = fused.UnpermuteTokens() if self.fused else dispatch.Combine()
         self.place(np.arange(moe.num_experts))
         # The locality loss is a mean over the nodes that hold experts, and ranks are averaged over all nodes. Its target is where
         # experts are at first: a loss that followed them would make placement change what is learned.

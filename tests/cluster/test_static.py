@@ -75,6 +75,19 @@ def test_one_source_is_the_ordinary_layer(router, factor, order):
         close(got_stats[name], wanted_stats[name].asnumpy(), 2e-6)
 
 
+def test_recomputed_experts_have_the_same_gradients():
+    """`train.recompute` recomputes the experts of a static layer and not its exchange."""
+    found = []
+    for layer in one_source(with_factors(1.25, 1.25))[0], one_source(with_factors(1.25, 1.25))[0]:
+        if found:
+            layer.experts.recompute()
+        weights = ms.ParameterTuple(layer.trainable_params())
+        value, (dx_TD, dweights) = ms.value_and_grad(Objective(layer, DROPLESS), 0, weights)(tensor(X_TD), integers(TOKENS_T), integers(DOMAINS_T))
+        found.append([value, dx_TD, *dweights])
+    for mine, theirs in zip(*found):
+        close(mine, theirs.asnumpy(), 1e-6)
+
+
 def test_the_compiled_layer_equals_the_uncompiled_one(monkeypatch):
     monkeypatch.setattr(static, "_mover", lambda exchange, matrix_RR, features: nn.Identity())
     monkeypatch.setattr(static, "_gather", lambda exchange: Row())

@@ -5,7 +5,7 @@ The operators exist on Ascend only; the stand-ins follow their documentation, an
 
 from __future__ import annotations
 
-from typing import List
+from typing import ClassVar, List
 
 import mindspore as ms
 import numpy as np
@@ -44,7 +44,7 @@ def unpermute(rows: Tensor, sorted_indices: Tensor, probs: Tensor):
 class Grouped:
     """GroupedMatmul(split_item=3, group_type=0): one tensor of rows, cut where group_list says, times an expert's matrix each."""
 
-    ends: List[np.ndarray] = []
+    ends: ClassVar[List[np.ndarray]] = []
 
     def __init__(self, split_item: int, group_type: int) -> None:
         assert (split_item, group_type) == (3, 0)
@@ -122,7 +122,7 @@ def test_the_layer_is_the_portable_one(operators, monkeypatch, capacity):
         )
         layer = layer_of(config)
 
-        def objective(x_TD):
+        def objective(x_TD, layer=layer):
             y_TD, stats = layer(x_TD, tokens, domains, no_noise(TOKENS, HIDDEN), capacity, True)
             return ops.reduce_sum(y_TD * tensor(sens)), y_TD, stats["dropped_E"], stats["load_NE"]
 
