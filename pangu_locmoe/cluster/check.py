@@ -119,7 +119,7 @@ def check(config: Config, num_ranks: int, rank: int = 0) -> Check:
     held = sum(_size(weight.shape) * (topology.expert_parallel if weight.expert else 1) for weight in weights)
     if held != num_params(shallow):
         found.append(f"the ranks of an expert-parallel group hold {held:,} parameters, the configuration has {num_params(shallow):,}")
-    tokens = config.micro_batch * config.model.seq_length // num_ranks
+    tokens = config.micro_batch * config.model.seq_length // topology.num_places
     notes = list(certain_drops(config, topology, rank, tokens))
     if shallow is not config:
         kept, all_layers = shallow.model, config.model

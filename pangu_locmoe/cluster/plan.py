@@ -66,7 +66,7 @@ def plan(config: Config, topology: Topology, rank: int, weights: Sequence[Weight
 
 def exchanges(config: Config, topology: Topology, rank: int) -> Iterator[Operation]:
     """Rows to the experts and back; the gradient takes the same ways in the other direction."""
-    tokens = config.micro_batch * config.model.seq_length // topology.num_ranks
+    tokens = config.micro_batch * config.model.seq_length // topology.num_places
     group, features = topology.expert_group(rank), config.model.hidden_size
     size, place = len(group), group.index(rank)
     rows_RR = group_slots(config.moe.capacity, topology, rank, tokens).reshape(size, size, -1).sum(axis=2)
@@ -127,7 +127,7 @@ def buffer_megabytes(config: Config, num_ranks: int) -> int:
     The exchange's messages are the largest of the forward pass; with static sizes they are known and count if larger.
     """
     topology = Topology.from_config(config, num_ranks)
-    tokens = config.micro_batch * config.model.seq_length // topology.num_ranks
+    tokens = config.micro_batch * config.model.seq_length // topology.num_places
     rows = tokens
     if config.parallel.sizes == "static":
         rows = max(tokens, *(operation.shape[0] // config.model.hidden_size for operation in exchanges(config, topology, 0)), tokens)

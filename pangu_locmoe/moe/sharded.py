@@ -16,6 +16,7 @@ from pangu_locmoe.moe.layer import expert_weights
 from pangu_locmoe.moe.routers import ROUTERS
 from pangu_locmoe.moe.routers.base import RouterContext
 from pangu_locmoe.parallel.exchange import Exchange
+from pangu_locmoe.parallel.tensor import TensorGroup
 
 
 class ShardedMoELayer(nn.Cell):
@@ -25,9 +26,10 @@ class ShardedMoELayer(nn.Cell):
         config: the run.
         context: what the router may know.
         exchange: the way to the ranks that share this layer's experts.
+        tensor: the ranks that share each expert's matrices.
     """
 
-    def __init__(self, config: Config, context: RouterContext, exchange: Exchange) -> None:
+    def __init__(self, config: Config, context: RouterContext, exchange: Exchange, tensor: TensorGroup) -> None:
         super().__init__()
         moe, topology = config.moe, context.topology
         self.exchange, self.topology = exchange, topology
@@ -40,7 +42,7 @@ class ShardedMoELayer(nn.Cell):
         # The router's own locality loss is for one process that holds the tokens of all nodes; this layer has one for its rank.
         self.router.has_locality = False
         self.held_slots = topology.experts_of_rank(exchange.communicator.rank)
-        self.experts = Experts(*expert_weights(config, context.layer, self.held_slots))
+        self.experts = Experts(*expert_weights(config, context.layer, self.held_slots), tensor)
         self.dispatch, self.combine = dispatch.Dispatch(), dispatch.Combine()
         self.place(np.arange(moe.num_experts))
         # The locality loss is a mean over the nodes that hold experts, and ranks are averaged over all nodes. Its target is where
