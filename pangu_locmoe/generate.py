@@ -32,7 +32,7 @@ class NextTokenLogits(nn.Cell):
         batch, length = tokens_BS.shape
         logits_TV, _ = self.model(tokens_BS, positions_BS, segments_BS, domains_B, (self.keys, self.keys), self.capacities, False)
         rows_B = Tensor(np.arange(batch, dtype=np.int32)) * length + last_B
-        return ops.gather(logits_TV, rows_B, 0)
+        return self.model.vocabulary.whole(ops.gather(logits_TV, rows_B, 0))
 
 
 class Generator:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 from pangu_locmoe.cluster.memory import Memory, estimate
-from pangu_locmoe.cluster.plan import Operation, Weight, buffer_megabytes, differences, node_bytes, plan
+from pangu_locmoe.cluster.plan import Operation, Weight, buffer_megabytes, differences, node_bytes, plan, topology_groups
 from pangu_locmoe.config import Config
 from pangu_locmoe.errors import ConfigError, TopologyError
 from pangu_locmoe.model.size import num_params
@@ -28,7 +28,9 @@ MOST_LAYERS = 12  # a deeper stack compiles for minutes, and its layers are alik
 
 @dataclass(frozen=True)
 class Check:
-    """What was compiled for one rank, and what is wrong with it.
+    """The step of one rank, and what is wrong with it.
+
+    operations: the plan's, which are the graph's where there are no differences.
 
     differences: where the graph is not what the plan says, a line each; empty if it is.
     device: what `memory` is held against; None: nothing.
@@ -128,13 +130,13 @@ def check(config: Config, num_ranks: int, rank: int = 0, device: Optional[Device
     topology = Topology.from_config(config, num_ranks)
     shallow = _shallower(config)
     result = _compile(shallow, num_ranks, rank)
-    weights = [Weight(item["name"], tuple(item["shape"]), item["expert"]) for item in result["weights"]]
-    operations = [_operation(item) for item in result["operations"]]
-    found = differences(plan(shallow, topology, rank, weights), operations)
-    held = sum(_size(weight.shape) * (topology.expert_parallel if weight.expert else 1) for weight in weights)
+    weights = [Weight(item["name"], tuple(item["shape"]), item["kind"]) for item in result["weights"]]
+    found = differences(plan(shallow, topology, rank, weights), [_operation(item) for item in result["operations"]])
+    apart = {"whole": 1, "slice": topology.tensor_parallel, "expert": topology.tensor_parallel * topology.expert_parallel}
+    held = sum(_size(weight.shape) * apart[weight.kind] for weight in weights)
     if held != num_params(shallow):
-        found.append(f"the ranks of an expert-parallel group hold {held:,} parameters, the configuration has {num_params(shallow):,}")
-    tokens = config.micro_batch * config.model.seq_length // num_ranks
+        found.append(f"the ranks that share the model hold {held:,} parameters, the configuration has {num_params(shallow):,}")
+    tokens = config.micro_batch * config.model.seq_length // topology.num_places
     layers = shallow.model.num_layers if config.train.fused else 0
     flash = [layers + max(0, layers - 1) * config.train.recompute, layers]  # of a recomputed block twice; the query layer is not
     if result["flash_attention"] != flash:
@@ -144,11 +146,12 @@ def check(config: Config, num_ranks: int, rank: int = 0, device: Optional[Device
         kept, all_layers = shallow.model, config.model
         notes.append(
             f"compiled with {kept.num_layers} of {all_layers.num_layers} layers, {kept.num_moe_layers} of {all_layers.num_moe_layers} sparse ones; "
-            "layers of a kind are alike, and the figures above are those of all layers, from the plan"
+            "layers of a kind are alike, and the figures above are those of all layers"
         )
         weights = _deepen(weights, shallow, config)
-        operations = plan(config, topology, rank, weights)
-    groups = {name: tuple(ranks) for name, ranks in result["groups"].items()}
+    operations = plan(config, topology, rank, weights)
+    compiled = {name: tuple(ranks) for name, ranks in result["groups"].items()}
+    groups = {**{operation.group: topology_groups(topology, rank)[operation.group] for operation in operations}, **compiled}
     memory = estimate(config, topology, rank, weights, len(groups))
     return Check(config, topology, rank, operations, groups, weights, memory, found, notes, device)
 
@@ -177,7 +180,7 @@ def _deepen(weights: List[Weight], shallow: Config, config: Config) -> List[Weig
     for index in range(config.model.num_layers - 1):
         like = 0 if index < config.model.num_layers - 1 - config.model.num_moe_layers else first_sparse
         own = [weight for weight in weights if weight.name.startswith(f"blocks.{like}.")]
-        blocks += [Weight(f"blocks.{index}." + weight.name.split(".", 2)[2], weight.shape, weight.expert) for weight in own]
+        blocks += [Weight(f"blocks.{index}." + weight.name.split(".", 2)[2], weight.shape, weight.kind) for weight in own]
     return [*rest, *blocks]
 
 

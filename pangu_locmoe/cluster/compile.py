@@ -23,11 +23,11 @@ from pangu_locmoe.cluster.graph import communication
 from pangu_locmoe.cluster.step import RECURSION_LIMIT, GraphStep
 from pangu_locmoe.config import Config, parse_config
 from pangu_locmoe.model import attention, block, fused, sigma
-from pangu_locmoe.moe import experts, sharded
-from pangu_locmoe.parallel.exchange import Exchange
-from pangu_locmoe.parallel.gradients import is_expert
+from pangu_locmoe.moe import sharded
+from pangu_locmoe.parallel import tensor as slices
+from pangu_locmoe.parallel.gradients import kind
 from pangu_locmoe.parallel.hccl import HcclOperators
-from pangu_locmoe.parallel.topology import Topology
+from pangu_locmoe.parallel.world import World
 from pangu_locmoe.train import optimizer
 from pangu_locmoe.train.step import Objective, is_decayed
 
@@ -40,23 +40,21 @@ def compile_step(config: Config, num_ranks: int, rank: int) -> Dict[str, Any]:
     communicator = HcclOperators(rank, num_ranks, lambda name, ranks: None)
     # Nothing has joined a job: without this, MindSpore takes every group for the whole world.
     comm_ops.get_group_size = lambda group: len(communicator.groups[group])
-    topology = Topology.from_config(config, num_ranks)
-    group = topology.expert_group(rank)
-    exchange = Exchange(communicator, group, [topology.node_of_rank(member) for member in group], False)
+    world = World.of(config, communicator)
     train = config.train
     with no_init_parameters():
-        model = sigma.PanguSigma(config, None, topology, exchange)
+        model = sigma.PanguSigma(config, None, world.topology, world.exchange, world.tensor)
         parameters = list(model.trainable_params())
         decayed = [is_decayed(parameter) for parameter in parameters]
         adam = optimizer.AdamW(parameters, decayed, train.beta1, train.beta2, train.epsilon, train.weight_decay, train.clip_norm)
     capacities = (1,) * config.model.num_moe_layers  # not used with static sizes, but for not being dropless
-    step = GraphStep(Objective(model, config, capacities), adam, topology, communicator)
-    text = _front_end(step, _inputs(config, num_ranks))
+    step = GraphStep(Objective(model, config, capacities), adam, world.topology, communicator)
+    text = _front_end(step, _inputs(config, world.topology.num_places))
     return {
         "operations": [operation.to_dict() for operation in communication(text)],
         "flash_attention": [text.count(f"= PrimFunc_{name}(") for name in ("FlashAttentionScore", "FlashAttentionScoreGrad")],
         "groups": {name: list(ranks) for name, ranks in communicator.groups.items()},
-        "weights": [{"name": p.name, "shape": list(p.shape), "expert": is_expert(p)} for p in parameters],
+        "weights": [{"name": p.name, "shape": list(p.shape), "kind": kind(p)} for p in parameters],
     }
 
 
@@ -67,8 +65,8 @@ def _front_end(step: GraphStep, inputs: Tuple[Tensor, ...]) -> str:
     return str(dump_func_graph(_frontend_compile(step)(*inputs).func_graph))
 
 
-def _inputs(config: Config, num_ranks: int) -> Tuple[Tensor, ...]:
-    batch, length = config.micro_batch // num_ranks, config.model.seq_length
+def _inputs(config: Config, num_places: int) -> Tuple[Tensor, ...]:
+    batch, length = config.micro_batch // num_places, config.model.seq_length
 
     def integers(*shape: int) -> Tensor:
         return Tensor(np.zeros(shape, np.int32))
@@ -98,8 +96,8 @@ def _without_values() -> None:
 
     for module in (attention, block, sigma):
         module.normal = shape_only  # type: ignore[attr-defined]
+    for module in (block, sigma, slices):
         module.Tensor = tensor  # type: ignore[attr-defined,assignment]
-    experts.Tensor = tensor  # type: ignore[attr-defined,assignment]
     sharded.expert_weights = expert_weights  # type: ignore[attr-defined,assignment]
     optimizer._zeros = moment
 

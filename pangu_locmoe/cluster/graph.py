@@ -13,7 +13,7 @@ _NUMBERS = re.compile(r"\(((?:I64\(\d+\)(?:, )?)+)\)")
 
 
 def communication(text: str) -> List[Operation]:
-    """Every operator of the graph that has a group, in order.
+    """Every operator of the graph that has a group, in order. Their direction is empty: not every operator's scope tells it.
 
     Raises:
         ValueError: an operator whose shapes cannot be read.
@@ -39,9 +39,7 @@ def _operation(lines: List[str], index: int, kind: str, group: str) -> Operation
         # The first of two tuples of constants; an operand that is not constant would leave fewer.
         counts = _NUMBERS.findall(lines[index].partition(" primitive_attrs:")[0])
         sent = tuple(int(number) for number in re.findall(r"I64\((\d+)\)", counts[0])) if len(counts) == 2 else ()
-    scope = next((line for line in lines[index + 2 : index + 6] if "# Scope:" in line), "")
-    direction = "backward" if "Gradients/" in scope else "update" if kind == "AllReduce" else "forward"
-    return Operation(kind, group, direction, tensors[0][0], _shape(tensors[0][1]), _shape(results[0][1]), sent)
+    return Operation(kind, group, "", tensors[0][0], _shape(tensors[0][1]), _shape(results[0][1]), sent)
 
 
 def _shape(text: str) -> Shape:

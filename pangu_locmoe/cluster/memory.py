@@ -97,9 +97,9 @@ class _Sizes:
     """Bytes of the model's parts on one rank, from the sizes that they depend on."""
 
     def __init__(self, config: Config, topology: Topology, rank: int) -> None:
-        model, split = config.model, config.parallel.tensor_parallel
+        model, split = config.model, topology.tensor_parallel
         self.config, self.item = config, ITEM_BYTES[config.train.precision]
-        self.sequences = config.micro_batch * split // topology.num_ranks
+        self.sequences = config.micro_batch // topology.num_places
         self.length, self.tokens, self.hidden = model.seq_length, self.sequences * model.seq_length, model.hidden_size
         self.heads, self.inner, self.vocabulary = model.num_heads // split, model.ffn_size // split, model.vocab_size // split
         self.own_hidden = model.hidden_size // split  # features of this rank's heads

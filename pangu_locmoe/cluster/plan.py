@@ -5,13 +5,17 @@ Letters: R ranks of the expert-parallel group, E experts, D hidden.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Dict, Iterator, List, Sequence, Tuple
+
+import numpy as np
 
 from pangu_locmoe.config import Config
 from pangu_locmoe.moe.static import group_slots
+from pangu_locmoe.parallel.exchange import share_of
 from pangu_locmoe.parallel.hccl import group_name
 from pangu_locmoe.parallel.topology import Topology
 
@@ -25,7 +29,7 @@ class Operation:
     """One communication operator of the step's graph.
 
     kind: AlltoAllV, AllReduce or AllGather.
-    group: its name. direction: forward, backward or update.
+    group: its name. direction: forward, backward or update; empty where it is not known.
     dtype: as the graph writes it. shape, result: of this rank's operand and result.
     sent: rows to each rank of the group (AlltoAllV), else empty.
     """
@@ -44,40 +48,82 @@ class Operation:
         return math.prod(self.shape) * (4 if self.dtype == "Float32" else 2)
 
     def describe(self) -> str:
-        return f"{self.kind} {self.direction} on {self.group}, {self.dtype} {list(self.shape)} -> {list(self.result)}"
+        return f"{self.kind} on {self.group}, {self.dtype} {list(self.shape)} -> {list(self.result)}"
 
     def to_dict(self) -> Dict[str, Any]:
-        return {**asdict(self), "bytes": self.bytes}
+        return {**dataclasses.asdict(self), "bytes": self.bytes}
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A trainable parameter as one rank holds it."""
+    """A trainable parameter as one rank holds it; `kind` as in parallel/gradients.py: whole, slice or expert."""
 
     name: str
     shape: Shape
-    expert: bool
+    kind: str
 
 
 def plan(config: Config, topology: Topology, rank: int, weights: Sequence[Weight]) -> List[Operation]:
     """Every communication operator that the step of this rank needs, once for each time it runs in one micro-batch."""
-    return [*exchanges(config, topology, rank), *_statistics(config, topology), *_reductions(topology, rank, weights)]
+    return [
+        *exchanges(config, topology, rank),
+        *_tensor_sums(config, topology, rank),
+        *_statistics(config, topology),
+        *_reductions(topology, rank, weights),
+    ]
 
 
 def exchanges(config: Config, topology: Topology, rank: int) -> Iterator[Operation]:
     """Rows to the experts and back; the gradient takes the same ways in the other direction."""
-    tokens = config.micro_batch * config.model.seq_length // topology.num_ranks
+    tokens = config.micro_batch * config.model.seq_length // topology.num_places
     group, features = topology.expert_group(rank), config.model.hidden_size
     size, place = len(group), group.index(rank)
     rows_RR = group_slots(config.moe.capacity, topology, rank, tokens).reshape(size, size, -1).sum(axis=2)
-    out, back = rows_RR[place], rows_RR[:, place]
     dtype, name = IR_NAMES[config.train.precision], group_name(group, topology.num_ranks)
+    place_group = topology.tensor_group(rank)
+    sharers = group_name(place_group, topology.num_ranks)
+
+    def rows(name: str, direction: str, sent: np.ndarray, received: np.ndarray) -> List[Operation]:
+        shape, result = (int(sent.sum()) * features,), (int(received.sum()) * features,)
+        return [Operation("AlltoAllV", name, direction, dtype, shape, result, tuple(sent.tolist()))] * config.model.num_moe_layers
+
     for direction in ("forward", "backward"):
-        for sent, received in ((out, back), (back, out)):
-            operation = Operation(
-                "AlltoAllV", name, direction, dtype, (int(sent.sum()) * features,), (int(received.sum()) * features,), tuple(sent.tolist())
-            )
-            yield from [operation] * config.model.num_moe_layers
+        for matrix_RR in (rows_RR, rows_RR.T):
+            if config.parallel.exchange == "groupwise":
+                share = share_of(matrix_RR, place, place_group.index(rank), len(place_group))
+                arrived = share.matrix_RR[:, place]
+                yield from rows(name, direction, share.matrix_RR[place], arrived)
+                yield from rows(sharers, direction, np.repeat(arrived.sum(), len(place_group)), share.received_X)
+            else:
+                yield from rows(name, direction, matrix_RR[place], matrix_RR[:, place])
+
+
+def _tensor_sums(config: Config, topology: Topology, rank: int) -> Iterator[Operation]:
+    """Over the ranks of a place: what leaves each pair of matrices, the gradient of what enters it, the embedding and the loss.
+
+    Recomputation repeats none of them: what leaves a layer is not needed again inside of it.
+    """
+    if topology.tensor_parallel == 1:
+        return
+    model, own = config.model, topology.tensor_group(rank)
+    sequences = config.micro_batch // topology.num_places
+    tokens, features = sequences * model.seq_length, model.hidden_size
+    slots_RE = group_slots(config.moe.capacity, topology, rank, tokens)
+    held = topology.experts_of_rank(rank)
+    rows_TD, rows_BSD = (tokens, features), (sequences, model.seq_length, features)
+    rows_GCD = (len(held), int(slots_RE[:, held.start].sum()), features)
+    dense, rounded = model.num_layers - model.num_moe_layers, IR_NAMES[config.train.precision]
+    for direction, dtype, shape, times in (
+        ("forward", "Float32", rows_TD, 1),  # the embedding
+        ("forward", rounded, rows_TD, model.num_layers + dense),  # attention and feed-forward networks
+        ("forward", rounded, rows_GCD, model.num_moe_layers),
+        ("forward", "Float32", (topology.tensor_parallel, tokens), 1),  # the loss: largest logits, then sums
+        ("forward", "Float32", (2, tokens), 1),
+        ("backward", rounded, rows_BSD, model.num_layers + 2),  # attention; the query layer has two inputs; the head
+        ("backward", rounded, rows_TD, dense),
+        ("backward", rounded, rows_GCD, model.num_moe_layers),
+    ):
+        yield from [Operation("AllReduce", group_name(own, topology.num_ranks), direction, dtype, shape, shape)] * times
 
 
 def _statistics(config: Config, topology: Topology) -> Iterator[Operation]:
@@ -88,19 +134,28 @@ def _statistics(config: Config, topology: Topology) -> Iterator[Operation]:
 
 
 def _reductions(topology: Topology, rank: int, weights: Sequence[Weight]) -> Iterator[Operation]:
-    """Gradients, and the experts' part of their norm."""
+    """Gradients, and the experts' and slices' part of their norm."""
     size = topology.num_ranks
+    holders = {"whole": tuple(range(size)), "slice": topology.same_part(rank), "expert": topology.expert_replicas(rank)}
     for weight in weights:
-        ranks = topology.expert_replicas(rank) if weight.expert else range(size)
+        ranks = holders[weight.kind]
         if len(ranks) > 1:
             yield Operation("AllReduce", group_name(ranks, size), "update", "Float32", weight.shape, weight.shape)
-    group = topology.expert_group(rank)
-    if len(group) > 1:
-        yield Operation("AllReduce", group_name(group, size), "update", "Float32", (1,), (1,))
+    for group in (topology.expert_group(rank), topology.tensor_group(rank)):
+        if len(group) > 1:
+            yield Operation("AllReduce", group_name(group, size), "update", "Float32", (1,), (1,))
+
+
+def topology_groups(topology: Topology, rank: int) -> Dict[str, Tuple[int, ...]]:
+    """All groups that a rank can be in, by name."""
+    world = tuple(range(topology.num_ranks))
+    groups = (world, topology.expert_group(rank), topology.expert_replicas(rank), topology.tensor_group(rank), topology.same_part(rank))
+    return {group_name(ranks, topology.num_ranks): ranks for ranks in groups}
 
 
 def differences(planned: Sequence[Operation], compiled: Sequence[Operation]) -> List[str]:
-    """One line for every operator of which plan and graph have different numbers."""
+    """One line for every operator of which plan and graph have different numbers, whatever their direction."""
+    planned, compiled = ([dataclasses.replace(operation, direction="") for operation in operations] for operations in (planned, compiled))
     wanted, got = Counter(planned), Counter(compiled)
     return [
         f"{operation.describe()}: {wanted[operation]} in the plan, {got[operation]} in the graph"
@@ -127,7 +182,7 @@ def buffer_megabytes(config: Config, num_ranks: int) -> int:
     The exchange's messages are the largest of the forward pass; with static sizes they are known and count if larger.
     """
     topology = Topology.from_config(config, num_ranks)
-    tokens = config.micro_batch * config.model.seq_length // topology.num_ranks
+    tokens = config.micro_batch * config.model.seq_length // topology.num_places
     rows = tokens
     if config.parallel.sizes == "static":
         rows = max(tokens, *(operation.shape[0] // config.model.hidden_size for operation in exchanges(config, topology, 0)), tokens)

@@ -8,13 +8,13 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from pangu_locmoe.cluster.plan import exchanges, node_bytes
+from pangu_locmoe.cluster.plan import exchanges, node_bytes, topology_groups
 from pangu_locmoe.config import CapacityConfig, Config
 from pangu_locmoe.data.loader import Batch
 from pangu_locmoe.errors import ConfigError
 from pangu_locmoe.noise import draw_keys
 from pangu_locmoe.parallel.exchange import Ledger
-from pangu_locmoe.parallel.gradients import is_expert
+from pangu_locmoe.parallel.gradients import holders, kind, share
 from pangu_locmoe.parallel.hccl import HcclOperators, SumOver
 from pangu_locmoe.parallel.topology import Topology
 from pangu_locmoe.train.distributed import DistributedStepper, world_result
@@ -41,30 +41,34 @@ class GraphStep(nn.Cell):
         self.optimizer = optimizer
         self.gradient = ms.value_and_grad(objective, None, optimizer.parameters, has_aux=True)
         rank = communicator.rank
-        self.is_expert = [is_expert(parameter) for parameter in optimizer.parameters]
-        self.count, self.share = len(self.is_expert), 1.0 / topology.num_ranks
-        self.over_world = _sum_over(topology_world(topology), communicator)
+        self.kinds = [kind(parameter) for parameter in optimizer.parameters]
+        self.count = len(self.kinds)
+        self.shares = [share(parameter, topology) for parameter in optimizer.parameters]
+        sums = {ranks: _sum_over(ranks, communicator) for ranks in [holders(parameter, topology, rank) for parameter in optimizer.parameters]}
+        self.reduce = [sums[holders(parameter, topology, rank)] for parameter in optimizer.parameters]
         self.over_experts = _sum_over(topology.expert_group(rank), communicator)
-        self.over_replicas = _sum_over(topology.expert_replicas(rank), communicator)
+        self.over_tensor = _sum_over(topology.tensor_group(rank), communicator)
 
     def construct(self, learning_rate: Tensor, step: Tensor, scale: Tensor, *inputs: Tensor) -> Tuple[Tensor, Dict[str, Tensor], Tensor]:
         """`inputs` as for the objective. Returns this rank's losses and statistics, and the norm of the whole gradient."""
         (_, losses, stats), gradients = self.gradient(*inputs, scale)
-        factor = self.share / scale
         reduced = []
-        dense = []
+        whole = []
+        slices = []
         experts = []
         for index in range(self.count):
-            if self.is_expert[index]:
-                gradient = self.over_replicas(gradients[index]) * factor
+            gradient = self.reduce[index](gradients[index]) * (self.shares[index] / scale)
+            if self.kinds[index] == "expert":
                 experts.append(gradient)
+            elif self.kinds[index] == "slice":
+                slices.append(gradient)
             else:
-                gradient = self.over_world(gradients[index]) * factor
-                dense.append(gradient)
+                whole.append(gradient)
             reduced.append(gradient)
-        # A rank has its own experts only; the rest of the norm is with the others of its expert-parallel group.
-        of_experts = self.over_experts(ops.reshape(self.optimizer.squared_norm(tuple(experts)), (1,)))[0]
-        norm = ops.sqrt(self.optimizer.squared_norm(tuple(dense)) + of_experts)
+        # As `gradients.squared_norm`: a rank has its own experts and slices only.
+        of_experts = self.over_experts(ops.reshape(self.optimizer.squared_norm(tuple(experts)), (1,)))
+        of_parts = self.over_tensor(ops.reshape(self.optimizer.squared_norm(tuple(slices)), (1,)) + of_experts)[0]
+        norm = ops.sqrt(self.optimizer.squared_norm(tuple(whole)) + of_parts)
         self.optimizer.update(tuple(reduced), learning_rate, step, norm)
         return losses, stats, norm
 
@@ -99,11 +103,11 @@ class GraphStepper(DistributedStepper):
     def __call__(self, batch: Batch, step: int, learning_rate: float) -> StepResult:
         rows_T, columns_D = draw_keys(self.config.train.seed, step, batch.tokens_BS.size, self.config.model.hidden_size)
         keys_BS = rows_T.reshape(batch.tokens_BS.shape)
-        part = np.arange(len(batch.domains_B)).reshape(self.topology.num_ranks, -1)[self.communicator.rank]
+        part = np.arange(len(batch.domains_B)).reshape(self.topology.num_places, -1)[self.topology.place_of_rank(self.communicator.rank)]
         inputs = batch_inputs(batch, keys_BS, Tensor(columns_D), part)
         numbers = (Tensor(learning_rate, ms.float32), Tensor(step, ms.int32), Tensor(1.0, ms.float32))
         losses, stats, norm = self._step(*numbers, *inputs)
-        return world_result([(losses, stats)], float(norm.asnumpy()), False, self._traffic(), self.communicator)
+        return world_result([(losses, stats)], float(norm.asnumpy()), False, self._traffic(), self.topology, self.communicator)
 
     def _traffic(self) -> Ledger:
         moe = self.config.moe.model_copy(update={"capacity": self.factors})
@@ -123,8 +127,9 @@ def planned_traffic(config: Config, topology: Topology) -> Ledger:
     """What all ranks send in the exchanges of one step. Constant sizes: known without looking. Seconds are not."""
     ledger = Ledger()
     for rank in range(topology.num_ranks):
-        group = topology.expert_group(rank)
+        groups = topology_groups(topology, rank)
         for operation in exchanges(config, topology, rank):
+            group = groups[operation.group]
             inside, between = node_bytes(operation, group, topology, rank)
             ledger.intra_node_bytes += inside
             ledger.inter_node_bytes += between
@@ -139,11 +144,6 @@ class _Alone(nn.Cell):
 
     def construct(self, x: Tensor) -> Tensor:
         return x
-
-
-def topology_world(topology: Topology) -> Tuple[int, ...]:
-    """All ranks."""
-    return tuple(range(topology.num_ranks))
 
 
 def _sum_over(ranks: Tuple[int, ...], communicator: HcclOperators) -> nn.Cell:

@@ -64,12 +64,17 @@ def _broken_moe_rules(config: Config) -> Iterator[tuple[str, str]]:
 
 def _broken_parallel_rules(config: Config) -> Iterator[tuple[str, str]]:
     parallel = config.parallel
-    if parallel.tensor_parallel > 1:
-        yield "parallel.tensor_parallel", "this version does not split matrices over ranks: must be 1"
+    for key in ("num_heads", "ffn_size", "vocab_size"):
+        if getattr(config.model, key) % parallel.tensor_parallel:
+            yield f"model.{key}", f"must be divisible by parallel.tensor_parallel ({parallel.tensor_parallel}), which divides it over ranks"
+    if parallel.tensor_parallel > 1 and parallel.ranks_per_node is None:
+        yield "parallel.tensor_parallel", "needs parallel.ranks_per_node, which is never guessed: ranks that share a matrix must be in one node"
+    if parallel.tensor_parallel > 1 and parallel.sizes == "counts" and config.train.recompute:
+        yield "train.recompute", "would repeat the sums over the tensor-parallel group outside of a compiled step: needs parallel.sizes: static"
     if parallel.overlap_chunks > 1:
         yield "parallel.overlap_chunks", "this version does not overlap the exchange with computation: must be 1"
-    if parallel.exchange == "groupwise":
-        yield "parallel.exchange", "groupwise needs tensor parallelism, which this version does not have: must be flat or hierarchical"
+    if parallel.exchange == "groupwise" and (parallel.tensor_parallel == 1 or parallel.expert_parallel == 1):
+        yield "parallel.exchange", "groupwise shares the exchange out over a tensor-parallel group: needs parallel.tensor_parallel > 1 and parallel.expert_parallel > 1"
     if parallel.exchange == "hierarchical" and parallel.ranks_per_node is None:
         yield "parallel.exchange", "hierarchical needs parallel.ranks_per_node, which is never guessed"
     if parallel.sizes == "static":
@@ -77,8 +82,8 @@ def _broken_parallel_rules(config: Config) -> Iterator[tuple[str, str]]:
             yield "parallel.sizes", "static is for the exchange between ranks: needs parallel.expert_parallel > 1"
         if config.moe.capacity.policy != "factor":
             yield "moe.capacity.policy", "must be factor with parallel.sizes: static, whose capacity is moe.capacity.local_factor and remote_factor"
-        if parallel.exchange != "flat":
-            yield "parallel.exchange", "must be flat with parallel.sizes: static"
+        if parallel.exchange == "hierarchical":
+            yield "parallel.exchange", "must be flat or groupwise with parallel.sizes: static"
     if config.model.num_moe_layers and config.moe.num_experts % parallel.expert_parallel:
         yield "parallel.expert_parallel", f"must divide moe.num_experts ({config.moe.num_experts}): every rank holds as many experts"
     if parallel.expert_parallel > 1 and config.train.recompute and parallel.sizes == "counts":

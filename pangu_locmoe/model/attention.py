@@ -6,11 +6,12 @@ Letters: B batch, S sequence, D hidden, H heads, K features of one head.
 from __future__ import annotations
 
 import numpy as np
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Tensor, nn, ops
 
 from pangu_locmoe.config import ModelConfig
 from pangu_locmoe.model import functional
 from pangu_locmoe.model.init import normal
+from pangu_locmoe.parallel.tensor import Cut, TensorGroup
 
 
 def attention_mask(segments_BS: Tensor, causal_SS: Tensor, num_heads: int) -> Tensor:
@@ -28,16 +29,20 @@ def attention_mask(segments_BS: Tensor, causal_SS: Tensor, num_heads: int) -> Te
 
 
 class Attention(nn.Cell):
-    """softmax(Q K^T / sqrt(K) + mask) V, projected. Queries come from `query_BSD`, keys and values from `x_BSD`."""
+    """softmax(Q K^T / sqrt(K) + mask) V, projected. Queries come from `query_BSD`, keys and values from `x_BSD`.
 
-    def __init__(self, config: ModelConfig, seed: list[int]) -> None:
+    A tensor-parallel group divides the heads; its ranks' inputs have entered the group.
+    """
+
+    def __init__(self, config: ModelConfig, seed: list[int], tensor: TensorGroup) -> None:
         super().__init__()
         hidden_size = config.hidden_size
-        self.num_heads, self.head_size = config.num_heads, hidden_size // config.num_heads
-        self.w_query = Parameter(Tensor(normal([*seed, 0], (hidden_size, hidden_size), config.init_std)), name="w_query")
-        self.w_key_value = Parameter(Tensor(normal([*seed, 1], (hidden_size, 2 * hidden_size), config.init_std)), name="w_key_value")
+        self.num_heads, self.head_size = config.num_heads // tensor.size, hidden_size // config.num_heads
+        self.w_query = tensor.parameter(normal([*seed, 0], (hidden_size, hidden_size), config.init_std), "w_query", Cut(1))
+        self.w_key_value = tensor.parameter(normal([*seed, 1], (hidden_size, 2 * hidden_size), config.init_std), "w_key_value", Cut(1, 2))
         out_std = config.init_std / np.sqrt(2 * config.num_layers)
-        self.w_out = Parameter(Tensor(normal([*seed, 2], (hidden_size, hidden_size), float(out_std))), name="w_out")
+        self.w_out = tensor.parameter(normal([*seed, 2], (hidden_size, hidden_size), float(out_std)), "w_out", Cut(0))
+        self.leave = tensor.leave
         # The primitive: the gradient of ops.matmul transposes its operands, 3% of a step.
         self.matmul = ops.MatMul()
         self.attend = functional.Attention()
@@ -49,10 +54,10 @@ class Attention(nn.Cell):
         x_TD = ops.reshape(x_BSD, (batch * length, hidden_size))
         # Scaling Q is one pass over [T, D] instead of one over [B, H, S, S].
         query_TD = self.matmul(query_TD, ops.cast(self.w_query, x_TD.dtype)) * (self.head_size**-0.5)
-        key_TD, value_TD = ops.split(self.matmul(x_TD, ops.cast(self.w_key_value, x_TD.dtype)), hidden_size, 1)
+        key_TD, value_TD = ops.split(self.matmul(x_TD, ops.cast(self.w_key_value, x_TD.dtype)), self.num_heads * self.head_size, 1)
         query_BHSK = ops.transpose(ops.reshape(query_TD, heads), (0, 2, 1, 3))
         key_BHSK = ops.transpose(ops.reshape(key_TD, heads), (0, 2, 1, 3))
         value_BHSK = ops.transpose(ops.reshape(value_TD, heads), (0, 2, 1, 3))
         mixed_BHSK = self.attend(query_BHSK, key_BHSK, value_BHSK, mask_BHSS)
-        mixed_TD = ops.reshape(ops.transpose(mixed_BHSK, (0, 2, 1, 3)), (batch * length, hidden_size))
-        return ops.reshape(self.matmul(mixed_TD, ops.cast(self.w_out, x_TD.dtype)), (batch, length, hidden_size))
+        mixed_TD = ops.reshape(ops.transpose(mixed_BHSK, (0, 2, 1, 3)), (batch * length, -1))
+        return ops.reshape(self.leave(self.matmul(mixed_TD, ops.cast(self.w_out, x_TD.dtype))), (batch, length, hidden_size))

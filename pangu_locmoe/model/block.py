@@ -20,32 +20,37 @@ from pangu_locmoe.moe.routers.base import RouterContext
 from pangu_locmoe.moe.static import StaticMoELayer
 from pangu_locmoe.noise import Noise, dropout
 from pangu_locmoe.parallel.exchange import Exchange
+from pangu_locmoe.parallel.tensor import Cut, TensorGroup
 
 
 class FeedForward(nn.Cell):
     """y = GELU(x W_in) W_out, dense."""
 
-    def __init__(self, config: ModelConfig, seed: list[int]) -> None:
+    def __init__(self, config: ModelConfig, seed: list[int], tensor: TensorGroup) -> None:
         super().__init__()
         out_std = config.init_std / np.sqrt(2 * config.num_layers)
-        self.w_in = Parameter(Tensor(normal([*seed, 3], (config.hidden_size, config.ffn_size), config.init_std)), name="w_in")
-        self.w_out = Parameter(Tensor(normal([*seed, 4], (config.ffn_size, config.hidden_size), float(out_std))), name="w_out")
+        self.w_in = tensor.parameter(normal([*seed, 3], (config.hidden_size, config.ffn_size), config.init_std), "w_in", Cut(1))
+        self.w_out = tensor.parameter(normal([*seed, 4], (config.ffn_size, config.hidden_size), float(out_std)), "w_out", Cut(0))
+        self.enter, self.leave = tensor.enter, tensor.leave
         self.gelu, self.matmul = Gelu(), ops.MatMul()
 
     def construct(self, x_TD: Tensor) -> Tensor:
-        inner_TF = self.gelu(self.matmul(x_TD, ops.cast(self.w_in, x_TD.dtype)))
-        return self.matmul(inner_TF, ops.cast(self.w_out, x_TD.dtype))
+        inner_TF = self.gelu(self.matmul(self.enter(x_TD), ops.cast(self.w_in, x_TD.dtype)))
+        return self.leave(self.matmul(inner_TF, ops.cast(self.w_out, x_TD.dtype)))
 
 
 class DecoderBlock(nn.Cell):
     """x = x + Attn(LN1(x)); x = x + FFN(LN2(x)). With a router context the feed-forward network is an MoE layer."""
 
-    def __init__(self, config: Config, index: int, context: Optional[RouterContext], exchange: Optional[Exchange] = None) -> None:
+    def __init__(
+        self, config: Config, index: int, tensor: TensorGroup, context: Optional[RouterContext], exchange: Optional[Exchange] = None
+    ) -> None:
         super().__init__()
         seed = [config.train.seed, 0, index]
         self.rate, self.site = config.model.dropout, 2 * index + 1
         self.norm1 = LayerNorm(config.model.hidden_size)
-        self.attention = Attention(config.model, seed)
+        self.attention = Attention(config.model, seed, tensor)
+        self.enter = tensor.enter
         self.norm2 = LayerNorm(config.model.hidden_size)
         self.sparse = context is not None
         if context is not None:
@@ -53,9 +58,9 @@ class DecoderBlock(nn.Cell):
                 self.moe = MoELayer(config, context)
             else:
                 layer = StaticMoELayer if config.parallel.sizes == "static" else DistributedMoELayer
-                self.moe = layer(config, context, exchange)
+                self.moe = layer(config, context, exchange, tensor)
         else:
-            self.ffn = FeedForward(config.model, seed)
+            self.ffn = FeedForward(config.model, seed, tensor)
 
     def recompute_activations(self) -> None:
         """Recompute everything but the routing in the backward pass: MindSpore cannot recompute a cell that returns a dict."""
@@ -78,7 +83,7 @@ class DecoderBlock(nn.Cell):
         self, x_BSD: Tensor, mask_BHSS: Tensor, row_keys_T: Tensor, column_keys_D: Tensor, training: bool
     ) -> Tuple[Tensor, Tensor]:
         """The block's first half: x + Attn(LN1(x)) as x_BSD, and its LN2 as normed_TD."""
-        normed_BSD = self.norm1(x_BSD)
+        normed_BSD = self.enter(self.norm1(x_BSD))
         attended_BSD = self.attention(normed_BSD, normed_BSD, mask_BHSS)
         x_BSD = x_BSD + dropout_sequence(attended_BSD, self.rate, (row_keys_T, column_keys_D), self.site, training)
         return x_BSD, ops.reshape(self.norm2(x_BSD), (-1, x_BSD.shape[2]))
@@ -91,19 +96,20 @@ class QueryLayer(nn.Cell):
     token after position i.
     """
 
-    def __init__(self, config: Config, index: int) -> None:
+    def __init__(self, config: Config, index: int, tensor: TensorGroup) -> None:
         super().__init__()
         model, seed = config.model, [config.train.seed, 0, index]
         self.rate, self.site = model.dropout, 2 * index + 1
         self.query_table = Parameter(Tensor(normal([*seed, 5], (model.seq_length, model.hidden_size), model.init_std)), name="query_table")
         self.norm1 = LayerNorm(model.hidden_size)
-        self.attention = Attention(model, seed)
+        self.attention = Attention(model, seed, tensor)
+        self.enter = tensor.enter
         self.norm2 = LayerNorm(model.hidden_size)
-        self.ffn = FeedForward(model, seed)
+        self.ffn = FeedForward(model, seed, tensor)
 
     def construct(self, x_BSD: Tensor, mask_BHSS: Tensor, positions_BS: Tensor, noise: Noise, training: bool) -> Tensor:
         query_BSD = ops.cast(ops.gather(self.query_table, positions_BS, 0), x_BSD.dtype)
-        attended_BSD = self.attention(query_BSD, self.norm1(x_BSD), mask_BHSS)
+        attended_BSD = self.attention(self.enter(query_BSD), self.enter(self.norm1(x_BSD)), mask_BHSS)
         x_BSD = x_BSD + dropout_sequence(attended_BSD, self.rate, noise, self.site, training)
         y_TD = self.ffn(ops.reshape(self.norm2(x_BSD), (-1, x_BSD.shape[2])))
         return x_BSD + dropout_sequence(ops.reshape(y_TD, x_BSD.shape), self.rate, noise, self.site + 1, training)

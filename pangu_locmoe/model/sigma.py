@@ -18,10 +18,12 @@ from pangu_locmoe.model import fused
 from pangu_locmoe.model.attention import attention_mask
 from pangu_locmoe.model.block import DecoderBlock, QueryLayer, dropout_sequence
 from pangu_locmoe.model.init import normal
+from pangu_locmoe.model.vocabulary import Vocabulary
 from pangu_locmoe.moe.domains import allowed_experts
 from pangu_locmoe.moe.routers.base import RouterContext
 from pangu_locmoe.noise import Noise
 from pangu_locmoe.parallel.exchange import Exchange
+from pangu_locmoe.parallel.tensor import Cut, TensorGroup
 from pangu_locmoe.parallel.topology import Topology
 
 DTYPES = {"fp32": ms.float32, "fp16": ms.float16, "bf16": ms.bfloat16}
@@ -37,6 +39,7 @@ class PanguSigma(nn.Cell):
         topology: where the experts are; None: in this process.
         exchange: the way to experts in other processes; None: there are none. With it the model runs in PyNative, its
             parts between the exchanges compiled by `compile_parts`.
+        tensor: the ranks that share the matrices; None: this one has them to itself.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class PanguSigma(nn.Cell):
         token_counts_KV: Optional[np.ndarray] = None,
         topology: Optional[Topology] = None,
         exchange: Optional[Exchange] = None,
+        tensor: Optional[TensorGroup] = None,
     ) -> None:
         super().__init__()
         model = config.model
@@ -52,30 +56,34 @@ class PanguSigma(nn.Cell):
         num_domains = len(allowed_KE)
         if token_counts_KV is None:
             token_counts_KV = np.ones((num_domains, model.vocab_size), dtype=np.int64)
-        self.vocab_size, self.hidden_size, self.num_heads, self.rate = model.vocab_size, model.hidden_size, model.num_heads, model.dropout
+        self.tensor = tensor = tensor or TensorGroup.alone()
+        self.hidden_size, self.num_heads, self.rate = model.hidden_size, model.num_heads // tensor.size, model.dropout
         self.dtype = DTYPES[config.train.precision]
         self.per_domain = model.domain_embeddings
         slots = num_domains if self.per_domain else 1
         seed = config.train.seed
-        self.word_table = Parameter(Tensor(normal([seed, 4], (slots * model.vocab_size, model.hidden_size), model.init_std)), name="word_table")
+        words = normal([seed, 4], (slots * model.vocab_size, model.hidden_size), model.init_std)
+        self.word_table = tensor.parameter(words, "word_table", Cut(0, slots))
+        self.vocabulary = Vocabulary(model.vocab_size, tensor)
         self.position_table = Parameter(Tensor(normal([seed, 5], (model.seq_length, model.hidden_size), model.init_std)), name="position_table")
         num_dense = model.num_layers - 1 - model.num_moe_layers
         topology = topology or Topology.from_config(config)
         blocks = []
         for index in range(model.num_layers - 1):
             context = RouterContext(index - num_dense, allowed_KE, topology, token_counts_KV) if index >= num_dense else None
-            block = DecoderBlock(config, index, context, exchange)
+            block = DecoderBlock(config, index, tensor, context, exchange)
             if config.train.recompute:
                 block.recompute_activations()
             blocks.append(block)
         self.blocks = nn.CellList(blocks)
         self.num_dense = num_dense
-        self.query_layer = QueryLayer(config, model.num_layers - 1)
+        self.query_layer = QueryLayer(config, model.num_layers - 1, tensor)
         self.fused = fused.used(config)
         if self.fused:
             for attention in (*(block.attention for block in blocks), self.query_layer.attention):
                 attention.attend = fused.FlashAttention()
         self.causal_SS = Tensor(np.tril(np.ones((model.seq_length, model.seq_length), dtype=np.float32)))
+        self.enter = tensor.enter
         self.head = ops.MatMul(transpose_b=True)
         self.batch_head = ops.BatchMatMul(transpose_b=True)
 
@@ -99,7 +107,7 @@ class PanguSigma(nn.Cell):
             training: a constant of the graph.
 
         Returns:
-            logits_TV in fp32, and a dict of fp32 tensors: balance_loss, locality_loss, z_loss (sums over MoE layers, not
+            logits_TV in fp32 (this rank's part of V, which `vocabulary` knows what to do with), and a dict of fp32 tensors: balance_loss, locality_loss, z_loss (sums over MoE layers, not
             weighted), load_LNE, dropped_LE, cosine_LT, weight_L (without MoE layers these four are absent), layer_sums (one
             number for each layer, finite exactly where its output is).
         """
@@ -131,8 +139,8 @@ class PanguSigma(nn.Cell):
         batch, length = tokens_BS.shape
         tokens_T = ops.reshape(tokens_BS, (batch * length,))
         domains_T = ops.reshape(ops.broadcast_to(ops.expand_dims(domains_B, 1), (batch, length)), (batch * length,))
-        word_T = domains_T * self.vocab_size + tokens_T if self.per_domain else tokens_T
-        word_BSD = ops.reshape(ops.gather(self.word_table, word_T, 0), (batch, length, self.hidden_size))
+        slot_T = domains_T if self.per_domain else ops.zeros_like(domains_T)
+        word_BSD = ops.reshape(self.vocabulary.embed(self.word_table, tokens_T, slot_T), (batch, length, self.hidden_size))
         x_BSD = ops.cast(word_BSD + ops.gather(self.position_table, positions_BS, 0), self.dtype)
         x_BSD = dropout_sequence(x_BSD, self.rate, (row_keys_T, column_keys_D), 0, training)
         causal_SS = self.causal_SS[:length, :length]
@@ -152,12 +160,12 @@ class PanguSigma(nn.Cell):
         """The query layer and the head: logits_TV in fp32, and the layer's sum."""
         x_BSD = self.query_layer(x_BSD, mask_BHSS, positions_BS, (row_keys_T, column_keys_D), training)
         batch, length, hidden_size = x_BSD.shape
-        table = ops.cast(self.word_table, x_BSD.dtype)
+        table, entered_BSD, width = ops.cast(self.word_table, x_BSD.dtype), self.enter(x_BSD), self.vocabulary.width
         if self.per_domain:
-            table_BVD = ops.gather(ops.reshape(table, (-1, self.vocab_size, hidden_size)), domains_B, 0)
-            logits = ops.reshape(self.batch_head(x_BSD, table_BVD), (batch * length, self.vocab_size))
+            table_BVD = ops.gather(ops.reshape(table, (-1, width, hidden_size)), domains_B, 0)
+            logits = ops.reshape(self.batch_head(entered_BSD, table_BVD), (batch * length, width))
         else:
-            logits = self.head(ops.reshape(x_BSD, (batch * length, hidden_size)), table)
+            logits = self.head(ops.reshape(entered_BSD, (batch * length, hidden_size)), table)
         return ops.cast(logits, ms.float32), _checksum(x_BSD)
 
     @property

@@ -5,7 +5,8 @@ what is dropped does not depend on the number of processes. The exchange runs in
 routing; what lies before it is compiled.
 
 Letters: T tokens of this rank, D hidden, E experts (and as many slots of the group, in S), R ranks of the expert-parallel
-group, M rows received, N nodes, G local experts, C tokens an expert keeps, P = G*C.
+group, M rows received, N nodes, G local experts, C tokens an expert keeps, P = G*C slots (places of
+the world in counts_PE).
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ class DistributedMoELayer(ShardedMoELayer):
         rows_TD, token_of_place_T, place_of_token_T, affinity_T, weight_T, cosine_T, load_E, mean_probs_E, z_loss = self.route(
             x_TD, tokens_T, domains_T, noise[0], noise[1], self.slot_of_expert_E, training
         )
-        counts_RE, stats = self._share(load_E, mean_probs_E, training)
-        group = self.exchange.ranks
-        counts_RS = counts_RE[group][:, self.expert_of_slot_E]
+        counts_PE, stats = self._share(load_E, mean_probs_E, training)
+        group = [self.topology.place_of_rank(rank) for rank in self.exchange.ranks]
+        counts_RS = counts_PE[group][:, self.expert_of_slot_E]
         sent_RR = counts_RS.reshape(len(group), len(group), -1).sum(axis=2)
         rows_MD = ExchangeRows(self.exchange, sent_RR)(rows_TD)
         affinity_M = None
@@ -81,15 +82,15 @@ class DistributedMoELayer(ShardedMoELayer):
         )
 
     def _share(self, load_E: Tensor, mean_probs_E: Tensor, training: bool) -> Tuple[np.ndarray, MoEStats]:
-        """Tell the world this rank's counts and mean probabilities; returns all counts int [world, E] and the losses."""
-        world = self.topology.num_ranks
+        """Tell the world this rank's counts and mean probabilities; returns all places' counts int [P, E] and the losses."""
         own_2E = ops.concat((load_E, ops.stop_gradient(mean_probs_E)), 0)
-        shared = self.exchange.communicator.all_gather(own_2E).asnumpy()
-        counts_RE = shared[:, : self.num_experts].astype(np.int64)
+        # The ranks of a place have the same tokens: its first one speaks for it.
+        shared = self.exchange.communicator.all_gather(own_2E).asnumpy()[:: self.topology.tensor_parallel]
+        counts_PE = shared[:, : self.num_experts].astype(np.int64)
         zero = ops.zeros((), ms.float32)
         stats = {"balance_loss": zero, "locality_loss": zero}
         if self.has_balance_loss:
-            share_E = Tensor((counts_RE.sum(axis=0) / counts_RE.sum()).astype(np.float32))
+            share_E = Tensor((counts_PE.sum(axis=0) / counts_PE.sum()).astype(np.float32))
             stats["balance_loss"] = ops.reduce_sum(share_E * mean_probs_E) * float(self.num_experts)
         if self.has_locality_loss and training and self.locality_weight > 0:
             probs_NE = shared[:, self.num_experts :].reshape(self.topology.num_nodes, -1, self.num_experts).mean(axis=1)
@@ -97,8 +98,8 @@ class DistributedMoELayer(ShardedMoELayer):
             log_ratio_E = np.log(probs_NE[self.node] + np.float32(1e-20)) - self.log_local_E
             stats["locality_loss"] = self.locality_weight * losses.divergence_of_rank(mean_probs_E, Tensor(probs_NE[self.node]), Tensor(log_ratio_E))
         nodes = self.topology.num_nodes
-        stats["load_NE"] = Tensor(counts_RE.reshape(nodes, world // nodes, -1).sum(axis=1).astype(np.float32))
-        return counts_RE, stats
+        stats["load_NE"] = Tensor(counts_PE.reshape(nodes, -1, self.num_experts).sum(axis=1).astype(np.float32))
+        return counts_PE, stats
 
     def _apply_experts(self, rows_MD: Tensor, slot_of_row_M: np.ndarray, slots: int) -> Tensor:
         if self.fused:

@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import Optional
 
 import numpy as np
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Tensor, nn, ops
 
 from pangu_locmoe.model.functional import Gelu
+from pangu_locmoe.parallel.tensor import Cut, TensorGroup
 
 
 class Experts(nn.Cell):
@@ -18,12 +19,14 @@ class Experts(nn.Cell):
 
     Args:
         w_in_EDF, w_out_EFD: initial weights, fp32.
+        tensor: the ranks among which the inner width is divided.
     """
 
-    def __init__(self, w_in_EDF: np.ndarray, w_out_EFD: np.ndarray) -> None:
+    def __init__(self, w_in_EDF: np.ndarray, w_out_EFD: np.ndarray, tensor: TensorGroup) -> None:
         super().__init__()
-        self.w_in = Parameter(Tensor(w_in_EDF), name="w_in")
-        self.w_out = Parameter(Tensor(w_out_EFD), name="w_out")
+        self.w_in = tensor.parameter(w_in_EDF, "w_in", Cut(2))
+        self.w_out = tensor.parameter(w_out_EFD, "w_out", Cut(1))
+        self.enter, self.leave = tensor.enter, tensor.leave
         self.matmul = ops.BatchMatMul()
         self.gelu = Gelu()
 
@@ -37,4 +40,4 @@ class Experts(nn.Cell):
         w_in, w_out = ops.cast(self.w_in, x_GCD.dtype), ops.cast(self.w_out, x_GCD.dtype)
         if expert_of_group_G is not None:
             w_in, w_out = ops.gather(w_in, expert_of_group_G, 0), ops.gather(w_out, expert_of_group_G, 0)
-        return self.matmul(self.gelu(self.matmul(x_GCD, w_in)), w_out)
+        return self.leave(self.matmul(self.gelu(self.matmul(self.enter(x_GCD), w_in)), w_out))

@@ -72,6 +72,7 @@ def apply_grouped(experts: Experts, rows_MD: Tensor, slot_of_row_M: np.ndarray, 
     row_of_place, place_of_row, ends = Tensor(row_of_place_P), Tensor(place_of_row_M), Tensor(ends_G)
     move, product = Dispatch(), GroupedMatmul(split_item=3, group_type=0)  # one tensor in, one out; groups of rows
     w_in, w_out = ops.cast(experts.w_in, rows_MD.dtype), ops.cast(experts.w_out, rows_MD.dtype)
-    inner_PF = experts.gelu(product([move(rows_MD, row_of_place, place_of_row)], [w_in], None, None, None, None, None, ends)[0])
-    y_PD = product([inner_PF], [w_out], None, None, None, None, None, ends)[0]
+    x_PD = experts.enter(move(rows_MD, row_of_place, place_of_row))
+    inner_PF = experts.gelu(product([x_PD], [w_in], None, None, None, None, None, ends)[0])
+    y_PD = experts.leave(product([inner_PF], [w_out], None, None, None, None, None, ends)[0])
     return move(y_PD, place_of_row, row_of_place)

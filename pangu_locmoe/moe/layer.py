@@ -19,6 +19,7 @@ from pangu_locmoe.moe.experts import Experts
 from pangu_locmoe.moe.routers import ROUTERS
 from pangu_locmoe.moe.routers.base import RouterContext
 from pangu_locmoe.noise import Noise
+from pangu_locmoe.parallel.tensor import TensorGroup
 
 MoEStats = Dict[str, Tensor]
 
@@ -33,7 +34,7 @@ class MoELayer(nn.Cell):
         self.num_nodes = context.topology.num_nodes
         self.by_affinity = moe.capacity.drop_order == "affinity" and ROUTERS[moe.router].has_gate
         self.router = ROUTERS[moe.router](config, context)
-        self.experts = Experts(*expert_weights(config, context.layer))
+        self.experts = Experts(*expert_weights(config, context.layer), TensorGroup.alone())
         self.unit_weight = False  # while inheriting: experts that are all alike then equal the dense network
         self.dispatch, self.combine = dispatch.Dispatch(), dispatch.Combine()
 

@@ -17,6 +17,7 @@ from pangu_locmoe.moe.layer import expert_weights
 from pangu_locmoe.moe.routers import ROUTERS
 from pangu_locmoe.moe.routers.base import RouterContext
 from pangu_locmoe.parallel.exchange import Exchange
+from pangu_locmoe.parallel.tensor import TensorGroup
 
 
 class ShardedMoELayer(nn.Cell):
@@ -26,9 +27,10 @@ class ShardedMoELayer(nn.Cell):
         config: the run.
         context: what the router may know.
         exchange: the way to the ranks that share this layer's experts.
+        tensor: the ranks that share each expert's matrices.
     """
 
-    def __init__(self, config: Config, context: RouterContext, exchange: Exchange) -> None:
+    def __init__(self, config: Config, context: RouterContext, exchange: Exchange, tensor: TensorGroup) -> None:
         super().__init__()
         moe, topology = config.moe, context.topology
         self.exchange, self.topology = exchange, topology
@@ -41,7 +43,7 @@ class ShardedMoELayer(nn.Cell):
         # The router's own locality loss is for one process that holds the tokens of all nodes; this layer has one for its rank.
         self.router.has_locality = False
         self.held_slots = topology.experts_of_rank(exchange.communicator.rank)
-        self.experts = Experts(*expert_weights(config, context.layer, self.held_slots))
+        self.experts = Experts(*expert_weights(config, context.layer, self.held_slots), tensor)
         self.fused = used(config) and config.parallel.sizes == "counts"
         self.dispatch: nn.Cell = fused.PermuteTokens() if self.fused else dispatch.Dispatch()
         self.combine: nn.Cell = fused.UnpermuteTokens() if self.fused else dispatch.Combine()

@@ -41,13 +41,13 @@ def next_factors(wanted: CapacityConfig, now: CapacityConfig, load_LNE: np.ndarr
         load_LNE: tokens by source node and expert before drops.
         topology: a node's tokens are shared evenly by its ranks.
     """
-    base = load_LNE.sum() / load_LNE.shape[0] / topology.num_ranks / topology.num_experts
+    base = load_LNE.sum() / load_LNE.shape[0] / topology.num_places / topology.num_experts
     local_LNE = np.broadcast_to(topology.local_NE, load_LNE.shape)
     factors: Dict[str, Any] = {}
     for key, chosen_LNE in (("local_factor", local_LNE), ("remote_factor", ~local_LNE)):
         if getattr(wanted, key) == "auto":
-            need_X = load_LNE[chosen_LNE] * MARGIN / topology.ranks_per_node / base
-            needed = _smallest(need_X, DROPS * MARGIN * load_LNE.sum() / topology.ranks_per_node / base)
+            need_X = load_LNE[chosen_LNE] * MARGIN / topology.places_per_node / base
+            needed = _smallest(need_X, DROPS * MARGIN * load_LNE.sum() / topology.places_per_node / base)
             current = getattr(now, key)
             factors[key] = needed if needed > current or needed * RATIO**2 <= current * (1 + 1e-9) else current
     return now.model_copy(update=factors)

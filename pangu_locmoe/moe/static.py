@@ -8,8 +8,8 @@ travel, filled or not. What crosses the nodes is therefore set by `remote_factor
 
 On HCCL the exchange is one AlltoAllV with constant counts; on CPU processes the same layer runs in PyNative.
 
-Letters: T tokens of this rank, D hidden, E experts, R ranks (of the expert-parallel group, or of the world in R of
-`shared_RX`), P slots of this rank, G local experts, C slots of all sources for one expert.
+Letters: T tokens of this rank, D hidden, E experts, R ranks of the expert-parallel group, P slots of this rank (places of
+the world in shared_PX), G local experts, C slots of all sources for one expert.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from pangu_locmoe.moe.slot_factors import automatic, starting_factors
 from pangu_locmoe.noise import Noise
 from pangu_locmoe.parallel.exchange import Exchange, ExchangeRows
 from pangu_locmoe.parallel.hccl import AllToAllRows, GatherRows, HcclOperators
+from pangu_locmoe.parallel.tensor import TensorGroup
 from pangu_locmoe.parallel.topology import Topology
 
 
@@ -110,16 +111,16 @@ class SlotExchange(nn.Cell):
 class StaticMoELayer(ShardedMoELayer):
     """One rank's part of a sparse feed-forward network, with constant sizes."""
 
-    def __init__(self, config: Config, context: RouterContext, exchange: Exchange) -> None:
-        super().__init__(config, context, exchange)
+    def __init__(self, config: Config, context: RouterContext, exchange: Exchange, tensor: TensorGroup) -> None:
+        super().__init__(config, context, exchange, tensor)
         topology = self.topology
-        self.num_ranks, self.num_nodes = topology.num_ranks, topology.num_nodes
-        self.num_tokens, self.features = config.micro_batch * config.model.seq_length // topology.num_ranks, config.model.hidden_size
+        self.num_places, self.num_nodes, self.place_ranks = topology.num_places, topology.num_nodes, topology.tensor_parallel
+        self.num_tokens, self.features = config.micro_batch * config.model.seq_length // topology.num_places, config.model.hidden_size
         self.set_factors(config.moe.capacity)
         self._evaluated: Dict[int, SlotExchange] = {}
         self.gather = _gather(exchange)
         self.log_local = Tensor(self.log_local_E)
-        self.first_neighbour, self.end_neighbour = self.node * topology.ranks_per_node, (self.node + 1) * topology.ranks_per_node
+        self.first_neighbour, self.end_neighbour = self.node * topology.places_per_node, (self.node + 1) * topology.places_per_node
 
     def set_factors(self, capacity: CapacityConfig) -> None:
         """Train with the slots of these factors from now on."""
@@ -179,16 +180,18 @@ class StaticMoELayer(ShardedMoELayer):
     def _share(self, load_E: Tensor, mean_probs_E: Tensor, num_tokens: int, training: bool) -> MoEStats:
         """Tell the world this rank's counts and mean probabilities, and take the losses from everyone's."""
         own_X = ops.concat((load_E, ops.stop_gradient(mean_probs_E)), 0)
-        shared_RX = ops.stop_gradient(self.gather(ops.stop_gradient(own_X)))
-        load_RE = shared_RX[:, : self.num_experts]
-        load_NE = ops.reduce_sum(ops.reshape(load_RE, (self.num_nodes, self.num_ranks // self.num_nodes, self.num_experts)), 1)
+        shared_PX = ops.stop_gradient(self.gather(ops.stop_gradient(own_X)))
+        if self.place_ranks > 1:  # the ranks of a place have the same tokens: its first one speaks for it
+            shared_PX = shared_PX[:: self.place_ranks]
+        load_PE = shared_PX[:, : self.num_experts]
+        load_NE = ops.reduce_sum(ops.reshape(load_PE, (self.num_nodes, self.num_places // self.num_nodes, self.num_experts)), 1)
         balance, locality = ops.zeros((), ms.float32), ops.zeros((), ms.float32)
         if self.has_balance_loss:
-            share_E = ops.reduce_sum(load_NE, 0) * (1.0 / (num_tokens * self.num_ranks))
+            share_E = ops.reduce_sum(load_NE, 0) * (1.0 / (num_tokens * self.num_places))
             balance = ops.reduce_sum(share_E * mean_probs_E) * float(self.num_experts)
         if self.has_locality_loss and training and self.locality_weight > 0:
-            node_RE = shared_RX[self.first_neighbour : self.end_neighbour, self.num_experts :]
-            node_probs_E = ops.reduce_sum(node_RE, 0) * (1.0 / (self.end_neighbour - self.first_neighbour))
+            node_PE = shared_PX[self.first_neighbour : self.end_neighbour, self.num_experts :]
+            node_probs_E = ops.reduce_sum(node_PE, 0) * (1.0 / (self.end_neighbour - self.first_neighbour))
             locality = self.locality_weight * losses.locality_loss_of_rank(mean_probs_E, node_probs_E, self.log_local)
         return {"balance_loss": balance, "locality_loss": locality, "load_NE": load_NE}
 

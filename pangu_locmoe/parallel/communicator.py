@@ -1,4 +1,4 @@
-"""The four operations that training needs from other processes, and the single process, where they are trivial.
+"""The five operations that training needs from other processes, and the single process, where they are trivial.
 
 Letters: R ranks, M rows sent, D features.
 """
@@ -6,7 +6,8 @@ Letters: R ranks, M rows sent, D features.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Sequence
+from functools import partial
+from typing import Callable, Sequence
 
 from mindspore import Tensor, ops
 
@@ -20,6 +21,10 @@ class Communicator(ABC):
     @abstractmethod
     def all_reduce(self, x: Tensor, ranks: Sequence[int]) -> Tensor:
         """The sum of `x` over `ranks`, which must contain this one. No gradient."""
+
+    def summing(self, ranks: Sequence[int]) -> Callable[[Tensor], Tensor]:
+        """`all_reduce` over a group as a function of the tensor alone; where graphs are compiled, an operator."""
+        return partial(self.all_reduce, ranks=ranks)
 
     @abstractmethod
     def all_gather(self, x: Tensor) -> Tensor:

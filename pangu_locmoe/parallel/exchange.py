@@ -5,6 +5,10 @@ one message for each pair of nodes, and scatters inside the node: the same rows 
 the slow links. Both are a list of hops: a block of rows (from one rank, for one rank) is held by its source at first, and
 each hop moves every block to its next holder.
 
+`groupwise` is for tensor parallelism, where all ranks of a place have the same rows to send: each carries its share of every
+block to its own peers, and the place gathers the shares over its fast links. Between the nodes a row travels once instead of
+once for each rank of the place.
+
 Letters: R ranks of the group, M rows, D features.
 """
 
@@ -62,10 +66,13 @@ class Exchange:
         ranks: the group.
         nodes: the node of each of `ranks`.
         hierarchical: by way of the nodes' gateways.
+        sharers: the ranks of this rank's place, which have the same rows, if each shall carry a share (groupwise).
     """
 
-    def __init__(self, communicator: Communicator, ranks: Sequence[int], nodes: Sequence[int], hierarchical: bool) -> None:
-        self.communicator, self.ranks, self.nodes = communicator, list(ranks), list(nodes)
+    def __init__(
+        self, communicator: Communicator, ranks: Sequence[int], nodes: Sequence[int], hierarchical: bool = False, sharers: Sequence[int] = ()
+    ) -> None:
+        self.communicator, self.ranks, self.nodes, self.sharers = communicator, list(ranks), list(nodes), list(sharers)
         self.place = self.ranks.index(communicator.rank)
         self.ledger = Ledger()
         self._hops: List[NextHolder] = [self._gateway_out, self._gateway_in, _destination] if hierarchical else [_destination]
@@ -78,14 +85,50 @@ class Exchange:
             matrix_RR: how many rows each rank sends to each, int; the same on all ranks.
         """
         started = time.perf_counter()
+        result = self._move_share(rows_MD, matrix_RR) if self.sharers else self._move_all(rows_MD, matrix_RR)
+        self.ledger.seconds += time.perf_counter() - started
+        return result
+
+    def move_own(self, rows_MD: Tensor, matrix_RR: np.ndarray) -> Tensor:
+        """`move` for rows that the other ranks of the place do not have."""
+        started = time.perf_counter()
+        result = self._move_all(rows_MD, matrix_RR)
+        self.ledger.seconds += time.perf_counter() - started
+        return result
+
+    def _move_share(self, rows_MD: Tensor, matrix_RR: np.ndarray) -> Tensor:
+        """Groupwise: this rank's share of each block to its peers, then the place's shares together."""
+        count, own = len(self.sharers), self.sharers.index(self.communicator.rank)
+        bounds_XRR = np.arange(count + 1)[:, None, None] * matrix_RR // count
+        shares_XRR = np.diff(bounds_XRR, axis=0)
+        first_R = np.cumsum(matrix_RR[self.place]) - matrix_RR[self.place]
+        index = _ranges(first_R + bounds_XRR[own, self.place], shares_XRR[own, self.place])
+        rows = ops.gather(rows_MD, _index(index), 0) if len(index) else rows_MD[:0]
+        arrived = self._move_all(rows, shares_XRR[own])
+        received_XR = shares_XRR[:, :, self.place]
+        gathered = self._gather_shares(arrived, received_XR.sum(axis=1))
+        # From sharer by sharer, and by source in each, to source by source.
+        starts_XR = (np.cumsum(received_XR) - received_XR.reshape(-1)).reshape(received_XR.shape)
+        index = _ranges(starts_XR.T.reshape(-1), received_XR.T.reshape(-1))
+        return ops.gather(gathered, _index(index), 0) if len(index) else gathered
+
+    def _gather_shares(self, rows_MD: Tensor, counts_X: np.ndarray) -> Tensor:
+        """The rows of every sharer, in order."""
+        own, sharers = int(counts_X[self.sharers.index(self.communicator.rank)]), self.sharers
+        if own:
+            row_bytes = int(np.prod(rows_MD.shape[1:])) * rows_MD.itemsize
+            for _ in range(len(sharers) - 1):
+                self.ledger.record(own * row_bytes, crosses_nodes=False)
+            rows_MD = ops.tile(rows_MD, (len(sharers), *[1] * (rows_MD.ndim - 1)))
+        return self.communicator.all_to_all(rows_MD, [own] * len(sharers), counts_X.tolist(), sharers)
+
+    def _move_all(self, rows_MD: Tensor, matrix_RR: np.ndarray) -> Tensor:
         size = len(self.ranks)
         blocks: List[Block] = [(self.place, destination) for destination in range(size)]
         holder = {(source, destination): source for source in range(size) for destination in range(size)}
         for next_holder in self._hops:
             rows_MD, blocks = self._hop(rows_MD, blocks, holder, next_holder, matrix_RR)
-        result = _reorder(rows_MD, blocks, sorted(blocks), matrix_RR)
-        self.ledger.seconds += time.perf_counter() - started
-        return result
+        return _reorder(rows_MD, blocks, sorted(blocks), matrix_RR)
 
     def _hop(
         self, rows: Tensor, blocks: List[Block], holder: dict[Block, int], next_holder: NextHolder, matrix_RR: np.ndarray
@@ -151,5 +194,14 @@ def _reorder(rows: Tensor, blocks: List[Block], wanted: List[Block], matrix_RR: 
         return rows
     sizes = [int(matrix_RR[block]) for block in blocks]
     starts = dict(zip(blocks, np.cumsum([0, *sizes]).tolist()))
-    index = np.concatenate([np.arange(starts[block], starts[block] + int(matrix_RR[block])) for block in wanted])
-    return ops.gather(rows, Tensor(index.astype(np.int32)), 0)
+    index = _ranges(np.asarray([starts[block] for block in wanted]), np.asarray([matrix_RR[block] for block in wanted]))
+    return ops.gather(rows, _index(index), 0)
+
+
+def _ranges(starts_X: np.ndarray, counts_X: np.ndarray) -> np.ndarray:
+    """start, start + 1, ... for each range, one after the other."""
+    return np.concatenate([np.arange(start, start + count) for start, count in zip(starts_X.tolist(), counts_X.tolist())])
+
+
+def _index(values: np.ndarray) -> Tensor:
+    return Tensor(values.astype(np.int32))

@@ -2,7 +2,8 @@
 
 The communicator's methods run in PyNative, with sizes that follow the routing. The cells below are the same operators for
 a compiled graph, with sizes that are constants. A group costs twice HCCL_BUFFSIZE of device memory on each member, so a
-rank makes at most three: the world, its expert-parallel group, and the replicas of its experts.
+rank makes at most five: the world, its expert-parallel group, the replicas of its experts, and with tensor parallelism its
+tensor-parallel group and the ranks with the same part of the matrices.
 
 None of this has run on a device: what is handed to the operators is tested, what they do with it is their documentation's.
 
@@ -56,8 +57,12 @@ class HcclOperators(Communicator):
     def all_reduce(self, x: Tensor, ranks: Sequence[int]) -> Tensor:
         if len(ranks) == 1:
             return x
+        return self.summing(ranks)(x)
+
+    def summing(self, ranks: Sequence[int]) -> Callable[[Tensor], Tensor]:
         group = self.group(ranks)
-        return self._operator(("sum", group), lambda: ops.AllReduce(ops.ReduceOp.SUM, group))(x)
+        operator: Callable[[Tensor], Tensor] = self._operator(("sum", group), lambda: ops.AllReduce(ops.ReduceOp.SUM, group))
+        return operator
 
     def all_gather(self, x: Tensor) -> Tensor:
         group = self.group(range(self.size))

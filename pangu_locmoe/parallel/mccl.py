@@ -40,7 +40,17 @@ class MCCL(Communicator):
     def all_reduce(self, x: Tensor, ranks: Sequence[int]) -> Tensor:
         if len(ranks) == 1:
             return x
-        return self._reducer(tuple(ranks))(x)
+        return self.summing(ranks)(x)
+
+    def summing(self, ranks: Sequence[int]) -> ops.AllReduce:
+        members = tuple(ranks)
+        if members not in self._reducers:
+            group = self._world
+            if len(members) < self.size:
+                group = "ranks-" + "-".join(map(str, members))
+                create_group(group, list(members))
+            self._reducers[members] = ops.AllReduce(ops.ReduceOp.SUM, group)
+        return self._reducers[members]
 
     def all_gather(self, x: Tensor) -> Tensor:
         return ops.reshape(self._gather(ops.reshape(x, (1, -1))), (self.size, *x.shape))
@@ -67,15 +77,6 @@ class MCCL(Communicator):
 
     def barrier(self) -> None:
         self.all_reduce(ops.ones((1,), ms.float32), range(self.size)).asnumpy()
-
-    def _reducer(self, ranks: Tuple[int, ...]) -> ops.AllReduce:
-        if ranks not in self._reducers:
-            group = self._world
-            if len(ranks) < self.size:
-                group = "ranks-" + "-".join(map(str, ranks))
-                create_group(group, list(ranks))
-            self._reducers[ranks] = ops.AllReduce(ops.ReduceOp.SUM, group)
-        return self._reducers[ranks]
 
 
 def _cannot_join() -> str:

@@ -66,6 +66,8 @@ def check_groups(topology: Topology, communicator: Communicator) -> None:
         ("the world", world),
         ("its expert-parallel group", topology.expert_group(rank)),
         ("the group that holds the same experts", topology.expert_replicas(rank)),
+        ("its tensor-parallel group", topology.tensor_group(rank)),
+        ("the group with the same part of the matrices", topology.same_part(rank)),
     ):
         if ranks in checked or len(ranks) == 1:
             continue

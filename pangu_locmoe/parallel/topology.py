@@ -1,10 +1,11 @@
 """Which rank is in which node, holds which experts and works with whom: pure data, no communication.
 
-Ranks are numbered node by node. The experts of a layer are dealt to `expert_parallel` consecutive ranks, an
-expert-parallel group; every such group holds all experts once, and ranks at the same place of different groups hold the
-same ones.
+Ranks are numbered node by node. `tensor_parallel` consecutive ranks of one node, a tensor-parallel group, share the matrices
+of what would be one rank without: a *place*. They read the same tokens. The experts of a layer are dealt to `expert_parallel`
+consecutive places, which hold all experts once; places at the same position of different such blocks hold the same ones. A
+rank exchanges tokens with the ranks of its block that hold the same part of their matrices, its expert-parallel group.
 
-Letters: N nodes, R ranks, E experts, K domains.
+Letters: N nodes, R ranks, P places, E experts, K domains.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ class Topology:
     Args:
         num_ranks: R, processes of the job (or nodes that one process emulates).
         ranks_per_node: ranks in each node.
-        expert_parallel: ranks that share the experts of a layer.
+        expert_parallel: places that share the experts of a layer.
         num_experts: E.
+        tensor_parallel: ranks of a place.
 
     Raises:
         TopologyError: the numbers do not divide each other.
@@ -35,11 +37,14 @@ class Topology:
     ranks_per_node: int
     expert_parallel: int
     num_experts: int
+    tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
+        places = "ranks" if self.tensor_parallel == 1 else "ranks / parallel.tensor_parallel"
         for name, value, divisor_name, divisor in (
             ("ranks", self.num_ranks, "parallel.ranks_per_node", self.ranks_per_node),
-            ("ranks", self.num_ranks, "parallel.expert_parallel", self.expert_parallel),
+            ("parallel.ranks_per_node", self.ranks_per_node, "parallel.tensor_parallel", self.tensor_parallel),
+            (places, self.num_places, "parallel.expert_parallel", self.expert_parallel),
             ("moe.num_experts", self.num_experts, "parallel.expert_parallel", self.expert_parallel),
         ):
             if value % divisor:
@@ -58,7 +63,7 @@ class Topology:
         """
         parallel, num_experts = config.parallel, config.moe.num_experts
         if num_ranks == 1:
-            for key in ("expert_parallel", "ranks_per_node"):
+            for key in ("expert_parallel", "tensor_parallel", "ranks_per_node"):
                 value = getattr(parallel, key)
                 if value is not None and value > 1:
                     raise TopologyError(f"parallel.{key} = {value}: there is 1 process; start more with scripts/train_cpu_cluster.sh")
@@ -67,35 +72,60 @@ class Topology:
             return cls.emulated(parallel.emulated_nodes, num_experts)
         if parallel.emulated_nodes > 1:
             raise TopologyError(f"parallel.emulated_nodes = {parallel.emulated_nodes}: {num_ranks} processes have nodes of their own; set parallel.ranks_per_node")
-        if config.train.batch_size % (num_ranks * config.train.accumulation_steps):
-            raise TopologyError(
-                f"train.batch_size ({config.train.batch_size}) must be divisible by ranks ({num_ranks}) times train.accumulation_steps ({config.train.accumulation_steps})"
-            )
-        return cls(num_ranks, parallel.ranks_per_node or num_ranks, parallel.expert_parallel, num_experts)
+        topology = cls(num_ranks, parallel.ranks_per_node or num_ranks, parallel.expert_parallel, num_experts, parallel.tensor_parallel)
+        batch_size, micro_batches, places = config.train.batch_size, config.train.accumulation_steps, topology.num_places
+        if batch_size % (places * micro_batches):
+            what = "ranks" if topology.tensor_parallel == 1 else "ranks / parallel.tensor_parallel"
+            raise TopologyError(f"train.batch_size ({batch_size}) must be divisible by {what} ({places}) times train.accumulation_steps ({micro_batches})")
+        return topology
 
     @property
     def num_nodes(self) -> int:
         return self.num_ranks // self.ranks_per_node
 
     @property
+    def num_places(self) -> int:
+        """P, among which a batch is divided."""
+        return self.num_ranks // self.tensor_parallel
+
+    @property
+    def places_per_node(self) -> int:
+        return self.ranks_per_node // self.tensor_parallel
+
+    @property
     def experts_per_rank(self) -> int:
+        """Experts of which a rank holds its part: all of it without tensor parallelism."""
         return self.num_experts // self.expert_parallel
 
     def node_of_rank(self, rank: int) -> int:
         return rank // self.ranks_per_node
 
+    def place_of_rank(self, rank: int) -> int:
+        return rank // self.tensor_parallel
+
+    def tensor_group(self, rank: int) -> tuple[int, ...]:
+        """The ranks of the same place, which share its matrices, itself among them."""
+        first = rank - rank % self.tensor_parallel
+        return tuple(range(first, first + self.tensor_parallel))
+
+    def same_part(self, rank: int) -> tuple[int, ...]:
+        """The ranks of all places that hold the same part of their matrices as this one, itself among them."""
+        return tuple(range(rank % self.tensor_parallel, self.num_ranks, self.tensor_parallel))
+
     def expert_group(self, rank: int) -> tuple[int, ...]:
-        """The ranks with which this one shares the experts, itself among them."""
-        first = rank - rank % self.expert_parallel
-        return tuple(range(first, first + self.expert_parallel))
+        """The ranks with which this one exchanges tokens, itself among them."""
+        block = self.expert_parallel * self.tensor_parallel
+        first = rank - rank % block + rank % self.tensor_parallel
+        return tuple(range(first, first + block, self.tensor_parallel))
 
     def expert_replicas(self, rank: int) -> tuple[int, ...]:
-        """The ranks that hold the same experts as this one, itself among them."""
-        return tuple(range(rank % self.expert_parallel, self.num_ranks, self.expert_parallel))
+        """The ranks that hold the same part of the same experts as this one, itself among them."""
+        block = self.expert_parallel * self.tensor_parallel
+        return tuple(range(rank % block, self.num_ranks, block))
 
     def experts_of_rank(self, rank: int) -> range:
-        """The contiguous block of experts a rank holds."""
-        first = rank % self.expert_parallel * self.experts_per_rank
+        """The contiguous block of experts a rank holds, or holds a part of."""
+        first = self.place_of_rank(rank) % self.expert_parallel * self.experts_per_rank
         return range(first, first + self.experts_per_rank)
 
     @property

@@ -9,16 +9,18 @@ from typing import Optional
 from pangu_locmoe.config import Config
 from pangu_locmoe.parallel.communicator import Communicator, SingleProcess
 from pangu_locmoe.parallel.exchange import Exchange
+from pangu_locmoe.parallel.tensor import TensorGroup
 from pangu_locmoe.parallel.topology import Topology
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place: the way to the others, who holds what, and the exchange (None in a single process)."""
+    """This process's place: the way to the others, who holds what, the exchange and who shares its matrices (None in a single process)."""
 
     communicator: Communicator
     topology: Topology
-    exchange: Optional[Exchange]
+    exchange: Optional[Exchange] = None
+    tensor: Optional[TensorGroup] = None
 
     @classmethod
     def of(cls, config: Config, communicator: Optional[Communicator] = None) -> World:
@@ -26,10 +28,12 @@ class World:
         communicator = communicator or SingleProcess()
         topology = Topology.from_config(config, communicator.size)
         if communicator.size == 1:
-            return cls(communicator, topology, None)
+            return cls(communicator, topology)
         group = topology.expert_group(communicator.rank)
         nodes = [topology.node_of_rank(rank) for rank in group]
-        return cls(communicator, topology, Exchange(communicator, group, nodes, config.parallel.exchange == "hierarchical"))
+        tensor_ranks = topology.tensor_group(communicator.rank)
+        exchange = Exchange(communicator, group, nodes, config.parallel.exchange == "hierarchical", tensor_ranks if config.parallel.exchange == "groupwise" else ())
+        return cls(communicator, topology, exchange, TensorGroup(communicator, tensor_ranks))
 
     @property
     def is_first(self) -> bool:

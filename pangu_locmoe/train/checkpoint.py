@@ -1,7 +1,8 @@
 """Checkpoints: one folder each, whole or not there.
 
     model.safetensors       weights, experts by their global id: blocks.3.moe.experts.5.w_in
-    model-rankR.safetensors, optimizer-rankR.safetensors   the experts of rank R, where a job of several ranks wrote it
+    model-rankR.safetensors, optimizer-rankR.safetensors   the experts of rank R and its slices, where a job of several ranks wrote it;
+                            the header's `slices` say of what array a slice is which part
     optimizer.safetensors   Adam's moments by weight: adam_m.NAME, adam_v.NAME (absent from inherited and extracted models)
     state.json              step, data position, loss scale, capacities, best validation loss
     config.yaml, tokenizer.json, prepared.json   what it takes to evaluate and to generate
@@ -12,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Iterable, Iterator, List, Mapping, Optional, Sequence
 
@@ -23,6 +24,9 @@ from safetensors.numpy import save_file
 
 from pangu_locmoe.config import Config, load_config
 from pangu_locmoe.errors import CheckpointError
+from pangu_locmoe.parallel.gradients import kind
+from pangu_locmoe.parallel.tensor import Cut, cut_of
+from pangu_locmoe.parallel.topology import Topology
 from pangu_locmoe.parallel.world import World
 
 _EXPERTS = ".experts."
@@ -35,22 +39,31 @@ class Held:
     Attributes:
         experts: of each layer in the order of its weights, by the layer's name: {"blocks.3.moe": [4, 5]}.
         num_experts: E, of whom the others are on other ranks.
+        place, size: of the rank in its tensor-parallel group, whose ranks have a slice each of the arrays that are cut.
     """
 
     experts: Mapping[str, Sequence[int]]
     num_experts: int
+    place: int = 0
+    size: int = 1
 
     @classmethod
     def by(cls, model: nn.Cell) -> Held:
-        """All experts, or one rank's."""
-        layers = model.moe_layers
-        return cls({name: layer.held_experts.tolist() for name, layer in layers.items()}, max((layer.num_experts for layer in layers.values()), default=0))
+        """All of the model, or one rank's part."""
+        layers, tensor = model.moe_layers, model.tensor
+        experts = {name: layer.held_experts.tolist() for name, layer in layers.items()}
+        return cls(experts, max((layer.num_experts for layer in layers.values()), default=0), tensor.place, tensor.size)
 
     def names(self, parameter: Parameter) -> List[str]:
         """Checkpoint names of what a parameter holds: an experts' parameter [E, ...] has one for each."""
         if _EXPERTS not in parameter.name:
             return [parameter.name]
         return [parameter.name.replace(_EXPERTS, f"{_EXPERTS}{expert}.") for expert in self.experts[_layer(parameter.name)]]
+
+    def cut(self, parameter: Parameter) -> Optional[Cut]:
+        """How the arrays that a parameter holds are cut; those of experts lack its first axis."""
+        cut = cut_of(parameter)
+        return replace(cut, axis=cut.axis - 1) if cut is not None and _EXPERTS in parameter.name else cut
 
     def elsewhere(self, name: str) -> bool:
         """Whether a checkpoint's array is of an expert that another rank holds."""
@@ -71,11 +84,12 @@ def save_checkpoint(
 ) -> None:
     """Write beside, fsync, rename. Raises CheckpointError when it cannot be written; an older one stays as it was.
 
-    In a job every rank of the first expert-parallel group writes its own experts, and rank 0 everything else, to a folder
-    that all ranks see.
+    In a job the ranks of the first `expert_parallel` places write their own experts and slices, and rank 0 everything else,
+    to a folder that all ranks see.
     """
     world = world or World.of(config)
-    rank, shards = world.communicator.rank, world.topology.expert_parallel if world.exchange is not None else 1
+    rank, topology = world.communicator.rank, world.topology
+    shards = topology.expert_parallel * topology.tensor_parallel if world.exchange is not None else 1
     temporary = folder.parent / f".{folder.name}"
     try:
         if rank == 0:
@@ -85,9 +99,9 @@ def save_checkpoint(
         if rank < shards:
             for name, cell in (("model", model), ("optimizer", optimizer)):
                 if cell is not None:
-                    own = [p for p in cell.get_parameters() if rank == 0 or _EXPERTS in p.name]
-                    file = temporary / shard_name(name, rank)
-                    save_file(named_arrays(own, Held.by(model)), file)
+                    own = [p for p in cell.get_parameters() if _writes(p, rank, topology)]
+                    file, held = temporary / shard_name(name, rank), Held.by(model)
+                    save_file(named_arrays(own, held), file, {"slices": json.dumps(_slices(own, held))})
                     _sync(file)
         if rank == 0:
             contents = {"state.json": json.dumps({"step": 0, **(state or {}), "shards": shards}), "config.yaml": config.to_yaml()}
@@ -172,7 +186,7 @@ def damage(folder: Path) -> Optional[str]:
     try:
         for rank in range(int(read_state(folder).get("shards", 1))):
             for name in ("model", "optimizer"):
-                _keys(folder / shard_name(name, rank))
+                _contents(folder / shard_name(name, rank))
     except CheckpointError as error:
         return str(error)
     return None
@@ -213,7 +227,9 @@ def set_parameters(parameters: Iterable[Parameter], arrays: Mapping[str, np.ndar
         missing = [name for name in names if name not in arrays]
         if missing:
             raise CheckpointError(f"{origin} is of another model: it has no {missing[0]}")
-        values = [arrays[name] for name in names]
+        values, cut = [arrays[name] for name in names], held.cut(parameter)
+        if cut is not None:
+            values = [_part(value, cut, held, name, origin) for name, value in zip(names, values)]
         value = np.stack(values) if _EXPERTS in parameter.name else values[0]
         if value.shape != parameter.shape:
             raise CheckpointError(f"{origin} is of another model: {names[0]} gives {parameter.name} the shape {list(value.shape)}, not {list(parameter.shape)}")
@@ -224,7 +240,9 @@ def set_parameters(parameters: Iterable[Parameter], arrays: Mapping[str, np.ndar
 
 
 class Shards(Mapping[str, np.ndarray]):
-    """The arrays of a checkpoint by name, each read when it is asked for: a rank reads its share and no more.
+    """The arrays of a checkpoint by name, each read when it is asked for, whole: slices of a tensor-parallel job are put together.
+
+    A rank reads the experts it holds and no others, one array at a time.
 
     Args:
         folder: the checkpoint.
@@ -233,16 +251,23 @@ class Shards(Mapping[str, np.ndarray]):
     """
 
     def __init__(self, folder: Path, name: str, held: Optional[Held] = None) -> None:
-        self._files: dict[str, Path] = {}
+        self._files: dict[str, dict[int, Path]] = {}  # those with a slice of it, by place
+        self._cuts: dict[str, Cut] = {}
         for rank in range(int(read_state(folder).get("shards", 1))):
             file = folder / shard_name(name, rank)
-            for key in _keys(file):
-                if held is None or not held.elsewhere(key):
-                    self._files[key] = file
+            keys, slices = _contents(file)
+            for key in keys:
+                if held is not None and held.elsewhere(key):
+                    continue
+                place = 0
+                if key in slices:
+                    axis, blocks, place = slices[key]
+                    self._cuts[key] = Cut(axis, blocks)
+                self._files.setdefault(key, {})[place] = file
 
     def __getitem__(self, key: str) -> np.ndarray:
-        with safe_open(self._files[key], framework="numpy") as archive:
-            return np.asarray(archive.get_tensor(key))
+        parts = [_read(file, key) for _, file in sorted(self._files[key].items())]
+        return self._cuts[key].whole(parts) if key in self._cuts else parts[0]
 
     def __contains__(self, key: object) -> bool:
         return key in self._files  # Mapping's own would read the array
@@ -254,10 +279,34 @@ class Shards(Mapping[str, np.ndarray]):
         return len(self._files)
 
 
-def _keys(file: Path) -> list[str]:
+def _writes(parameter: Parameter, rank: int, topology: Topology) -> bool:
+    """Whether this rank's file has it: every expert and every slice is in one file."""
+    writer = {"whole": rank == 0, "slice": rank < topology.tensor_parallel, "expert": True}
+    return writer[kind(parameter)]
+
+
+def _slices(parameters: Iterable[Parameter], held: Held) -> dict[str, list[int]]:
+    """For each array that is a slice: axis, blocks, and which place's it is."""
+    cuts = [(parameter, held.cut(parameter)) for parameter in parameters]
+    return {name: [cut.axis, cut.blocks, held.place] for parameter, cut in cuts if cut is not None for name in held.names(parameter)}
+
+
+def _part(value: np.ndarray, cut: Cut, held: Held, name: str, origin: str) -> np.ndarray:
+    if value.ndim <= cut.axis or value.shape[cut.axis] % (cut.blocks * held.size):
+        raise CheckpointError(f"{origin} is of another model: {name} has the shape {list(value.shape)}")
+    return cut.part(value, held.place, held.size)
+
+
+def _read(file: Path, key: str) -> np.ndarray:
+    with safe_open(file, framework="numpy") as archive:
+        return np.asarray(archive.get_tensor(key))
+
+
+def _contents(file: Path) -> tuple[list[str], dict[str, list[int]]]:
+    """The names of a file's arrays, and which of them are slices."""
     try:
         with safe_open(file, framework="numpy") as archive:
-            return list(archive.keys())
+            return list(archive.keys()), json.loads((archive.metadata() or {}).get("slices", "{}"))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file} is missing or damaged: {error}") from None
 

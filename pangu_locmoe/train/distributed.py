@@ -19,7 +19,7 @@ from pangu_locmoe.moe.slot_factors import starting_factors
 from pangu_locmoe.noise import draw_keys
 from pangu_locmoe.parallel.communicator import Communicator
 from pangu_locmoe.parallel.exchange import Exchange, Ledger
-from pangu_locmoe.parallel.gradients import is_expert, reduce_gradients, squared_norm
+from pangu_locmoe.parallel.gradients import KINDS, kind, reduce_gradients, squared_norm
 from pangu_locmoe.parallel.topology import Topology
 from pangu_locmoe.train.step import LOSSES, Objective, Stepper, StepResult, batch_inputs
 
@@ -40,7 +40,7 @@ class DistributedStepper(Stepper):
         self.communicator = exchange.communicator
         self.factors = starting_factors(config.moe.capacity)
         super().__init__(model, config, capacities)
-        self._experts = [is_expert(parameter) for parameter in self.parameters]
+        self._kinds = [kind(parameter) for parameter in self.parameters]
 
     def set_capacities(self, capacities: Tuple[int, ...]) -> None:
         self.capacities = capacities
@@ -59,9 +59,9 @@ class DistributedStepper(Stepper):
         keys_BS, columns = rows_T.reshape(batch.tokens_BS.shape), Tensor(columns_D)
         scale = self.loss_scale.value if self.loss_scale else 1.0
         self.exchange.ledger.take()  # an evaluation since the last step is not this step's traffic
-        # As in one process, a micro-batch is an equal share of each node's run; a rank has its part of its node's share.
-        node, place = divmod(self.communicator.rank, self.topology.ranks_per_node)
-        runs = np.arange(len(batch.domains_B)).reshape(self.topology.num_nodes, train.accumulation_steps, self.topology.ranks_per_node, -1)
+        # As in one process, a micro-batch is an equal share of each node's run; a place has its part of its node's share.
+        node, place = divmod(self.topology.place_of_rank(self.communicator.rank), self.topology.places_per_node)
+        runs = np.arange(len(batch.domains_B)).reshape(self.topology.num_nodes, train.accumulation_steps, self.topology.places_per_node, -1)
         places = runs[node, :, place]
         gradients: List[Tensor] = []
         reports = []
@@ -74,19 +74,16 @@ class DistributedStepper(Stepper):
         if self.loss_scale is not None:
             self.loss_scale.update(overflow=skipped)
         traffic = gather_ledgers(self.exchange.ledger.take(), self.communicator)
-        return world_result(reports, norm, skipped, traffic, self.communicator)
+        return world_result(reports, norm, skipped, traffic, self.topology, self.communicator)
 
     def _update(self, gradients: List[Tensor], factor: float, learning_rate: float, step: int) -> Tuple[bool, float]:
         started = time.perf_counter()
         reduced = reduce_gradients(gradients, self.parameters, self.topology, self.communicator)
         self.exchange.ledger.reduce_seconds = time.perf_counter() - started
         reduced = [gradient * factor for gradient in reduced] if factor != 1.0 else reduced
-        dense = tuple(gradient for gradient, expert in zip(reduced, self._experts) if not expert)
-        experts = tuple(gradient for gradient, expert in zip(reduced, self._experts) if expert)
-        total = squared_norm(
-            self.optimizer.squared_norm(dense), self.optimizer.squared_norm(experts), self.topology, self.communicator
-        )
-        norm = ops.sqrt(total)
+        parts = [tuple(gradient for gradient, one in zip(reduced, self._kinds) if one == each) for each in KINDS]
+        whole, slices, experts = map(self.optimizer.squared_norm, parts)
+        norm = ops.sqrt(squared_norm(whole, slices, experts, self.topology, self.communicator))
         value = float(norm.asnumpy())
         skipped = self.loss_scale is not None and not np.isfinite(value)
         if not skipped:
@@ -107,9 +104,9 @@ def gather_ledgers(own: Ledger, communicator: Communicator) -> Ledger:
 
 
 def world_result(
-    reports: List[Tuple[Tensor, Dict[str, Tensor]]], norm: float, skipped: bool, traffic: Ledger, communicator: Communicator
+    reports: List[Tuple[Tensor, Dict[str, Tensor]]], norm: float, skipped: bool, traffic: Ledger, topology: Topology, communicator: Communicator
 ) -> StepResult:
-    """The step's figures over all ranks; one gather for all of them."""
+    """The step's figures over all places, whose ranks have the same; one gather for all of them."""
     losses = np.mean([losses.asnumpy() for losses, _ in reports], axis=0, dtype=np.float64)
     stats = [{name: value.asnumpy() for name, value in stats.items()} for _, stats in reports]
     parts: Dict[str, Any] = {"losses": losses, "layer_sums": np.sum([s["layer_sums"] for s in stats], axis=0)}
@@ -118,7 +115,7 @@ def world_result(
         parts["dropped"] = np.sum([s["dropped_LE"] for s in stats], axis=0)
         parts["cosine"] = np.concatenate([s["cosine_LT"] for s in stats], axis=1)
     flat = np.concatenate([np.ravel(part) for part in parts.values()]).astype(np.float32)
-    gathered = communicator.all_gather(Tensor(flat)).asnumpy()
+    gathered = communicator.all_gather(Tensor(flat)).asnumpy()[:: topology.tensor_parallel]
     world: Dict[str, np.ndarray] = {}
     start = 0
     for name, part in parts.items():

@@ -17,10 +17,9 @@ from mindspore import Tensor, nn, ops
 from pangu_locmoe.config import Config
 from pangu_locmoe.data.loader import validation_batches
 from pangu_locmoe.data.prepared import Prepared
-from pangu_locmoe.model import functional
 from pangu_locmoe.model.sigma import PanguSigma
 from pangu_locmoe.moe.capacity import DROPLESS
-from pangu_locmoe.parallel.communicator import Communicator, SingleProcess
+from pangu_locmoe.parallel.world import World
 
 
 class TokenLosses(nn.Cell):
@@ -36,20 +35,20 @@ class TokenLosses(nn.Cell):
     def construct(self, tokens_BS: Tensor, targets_BS: Tensor, positions_BS: Tensor, segments_BS: Tensor, domains_B: Tensor) -> Tensor:
         noise = (self.row_keys, self.column_keys)
         logits_TV, _ = self.model(tokens_BS, positions_BS, segments_BS, domains_B, noise, self.capacities, False)
-        return functional.token_losses(logits_TV, ops.reshape(targets_BS, (-1,)))
+        return self.model.vocabulary.token_losses(logits_TV, ops.reshape(targets_BS, (-1,)))
 
 
 class Evaluator:
     """Evaluates a model on the first validation sequences of each domain; compiles once.
 
-    The ranks of a job share every batch.
+    The places of a job share every batch.
     """
 
-    def __init__(self, model: PanguSigma, config: Config, prepared: Prepared, communicator: Optional[Communicator] = None) -> None:
-        self.communicator = communicator or SingleProcess()
+    def __init__(self, model: PanguSigma, config: Config, prepared: Prepared, world: Optional[World] = None) -> None:
+        self.world = world or World.of(config)
         self.config, self.prepared = config, prepared
         losses = TokenLosses(model, config)
-        self._losses = ms.jit(losses) if config.train.mode == "graph" and self.communicator.size == 1 else losses
+        self._losses = ms.jit(losses) if config.train.mode == "graph" and self.world.exchange is None else losses
         self._token_bytes_V = np.zeros(config.model.vocab_size, np.int64)
         self._token_bytes_V[: len(prepared.tokenizer.token_bytes)] = prepared.tokenizer.token_bytes
 
@@ -65,14 +64,16 @@ class Evaluator:
         nats: Dict[str, float] = {}
         bits: Dict[str, float] = {}
         totals = {domain: [0.0, 0, 0] for domain in self.prepared.domains}
-        ranks = self.communicator.size
-        # Every rank takes an equal share of a batch.
-        size = -(-(evaluation.batch_size or self.config.micro_batch) // ranks) * ranks
+        topology, communicator = self.world.topology, self.world.communicator
+        places = topology.num_places if self.world.exchange is not None else 1
+        place = topology.place_of_rank(communicator.rank)
+        # Every place takes an equal share of a batch.
+        size = -(-(evaluation.batch_size or self.config.micro_batch) // places) * places
         for domain, batch in validation_batches(self.prepared, sequences or evaluation.sequences, size, self.config.data.reset_at_document_end):
             arrays = (batch.tokens_BS, batch.targets_BS, batch.positions_BS, batch.segments_BS, batch.domains_B)
-            share = slice(self.communicator.rank * size // ranks, (self.communicator.rank + 1) * size // ranks)
-            losses = self.communicator.all_gather(self._losses(*(Tensor(array[share]) for array in arrays)))
-            losses_BS = losses.asnumpy().reshape(batch.tokens_BS.shape)[batch.valid_B]
+            share = slice(place * size // places, (place + 1) * size // places)
+            losses = communicator.all_gather(self._losses(*(Tensor(array[share]) for array in arrays)))
+            losses_BS = losses.asnumpy()[:: topology.tensor_parallel].reshape(batch.tokens_BS.shape)[batch.valid_B]
             total = totals[self.prepared.domains[domain]]
             total[0] += float(losses_BS.sum(dtype=np.float64))
             total[1] += losses_BS.size

@@ -67,17 +67,17 @@ class Trainer:
         self.config, self.prepared, self.run_dir = config, prepared, run_dir
         self.world = world or World.of(config)
         self.topology = self.world.topology
-        self.model = PanguSigma(config, prepared.token_counts, self.topology, self.world.exchange)
+        self.model = PanguSigma(config, prepared.token_counts, self.topology, self.world.exchange, self.world.tensor)
         if init_from is not None:
             folder = find_checkpoint(init_from)
             check_tokenizer(folder, prepared.path / "tokenizer.json")
             load_weights(folder, self.model)
-        num_tokens = config.micro_batch * config.model.seq_length * self.topology.expert_parallel // self.topology.num_ranks
+        num_tokens = config.micro_batch * config.model.seq_length * self.topology.expert_parallel // self.topology.num_places
         capacity = initial_capacity(config.moe.capacity, num_tokens, config.moe.num_experts)
         self.stepper = _stepper(self.model, config, (capacity,) * config.model.num_moe_layers, self.world)
         self.between = BetweenSteps(config, self.world, self.stepper) if isinstance(self.stepper, DistributedStepper) else None
         self.loader = BatchLoader(prepared, _sampler(config, prepared, self.topology), config.data.reset_at_document_end)
-        self.evaluator = Evaluator(self.model, config, prepared, self.world.communicator)
+        self.evaluator = Evaluator(self.model, config, prepared, self.world)
         self.measure_capacity = jobs.MeasureCapacity(config, num_tokens)
         self.step = 0
         self.best: Optional[Dict[str, float]] = None

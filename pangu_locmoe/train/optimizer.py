@@ -8,6 +8,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
+from pangu_locmoe.parallel.tensor import cut_of
+
 
 class AdamW(nn.Cell):
     """Exact AdamW (Loshchilov and Hutter 2019) from ops.Adam and one scaling of the weights.
@@ -102,4 +104,6 @@ def _zeros(parameter: Parameter, prefix: str) -> Parameter:
     """A moment of the parameter's shape; it is state, not something to train, and is sharded as its parameter is."""
     moment = Parameter(Tensor(np.zeros(parameter.shape, np.float32)), name=prefix + parameter.name, requires_grad=False)
     moment.layerwise_parallel = parameter.layerwise_parallel
+    if cut_of(parameter) is not None:
+        moment.cut = cut_of(parameter)
     return moment

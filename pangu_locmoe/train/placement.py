@@ -40,7 +40,7 @@ def plan_placement(config: Config, topology: Topology, trace: Trace, step: int, 
         now_LE: an expert for each slot now.
     """
     wishes, model = config.placement, config.model
-    nodes = max(1, topology.expert_parallel // topology.ranks_per_node)
+    nodes = max(1, topology.expert_parallel // topology.places_per_node)
     costs = Costs.of_model(
         model.hidden_size, model.ffn_size, wishes.flops_per_second, wishes.link_bytes_per_second, wishes.every, VALUE_BYTES[config.train.precision]
     )
@@ -63,7 +63,7 @@ def _of_a_group(trace: Trace, topology: Topology, nodes: int) -> Trace:
     """Tokens by node of an expert-parallel group, all groups together: node n of the job is node n mod M of its group."""
     assert trace.source_KLNE is not None
     rows, layers, job_nodes, experts = trace.source_KLNE.shape
-    groups = topology.num_ranks // topology.expert_parallel
+    groups = topology.num_places // topology.expert_parallel
     source_KLME = trace.source_KLNE.reshape(rows, layers, job_nodes // nodes, nodes, experts).sum(axis=2) // groups
     return replace(trace, load_KLE=source_KLME.sum(axis=2), source_KLNE=source_KLME)
 
@@ -116,7 +116,7 @@ def move_experts(model: PanguSigma, optimizer: nn.Cell, exchange: Exchange, want
         for weight in (layer.experts.w_in, layer.experts.w_out):
             for parameter in (weight, state[f"adam_m.{weight.name}"], state[f"adam_v.{weight.name}"]):
                 rows_GX = ops.gather(ops.reshape(parameter, (parameter.shape[0], -1)), Tensor(leaving_G), 0)
-                rows_GX = ops.gather(exchange.move(rows_GX, matrix_RR), Tensor(arriving_G), 0)
+                rows_GX = ops.gather(exchange.move_own(rows_GX, matrix_RR), Tensor(arriving_G), 0)
                 ops.assign(parameter, ops.reshape(rows_GX, parameter.shape))
         layer.place(wanted_E)
 

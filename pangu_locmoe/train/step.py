@@ -17,7 +17,6 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from pangu_locmoe.config import Config
 from pangu_locmoe.data.loader import Batch
-from pangu_locmoe.model import functional
 from pangu_locmoe.model.sigma import PanguSigma
 from pangu_locmoe.noise import draw_keys
 from pangu_locmoe.parallel.exchange import Ledger
@@ -88,7 +87,7 @@ class Objective(nn.Cell):
         """Returns the scaled loss, the five unscaled LOSSES as fp32 [5], and the model's statistics."""
         noise = (row_keys_T, column_keys_D)
         logits_TV, stats = self.model(tokens_BS, positions_BS, segments_BS, domains_B, noise, self.capacities, True)
-        cross_entropy = functional.cross_entropy(logits_TV, ops.reshape(targets_BS, (-1,)))
+        cross_entropy = self.model.vocabulary.cross_entropy(logits_TV, ops.reshape(targets_BS, (-1,)))
         balance, locality, z = self.balance * stats["balance_loss"], self.locality * stats["locality_loss"], self.z * stats["z_loss"]
         loss = cross_entropy + balance + locality + z
         return loss * scale, ops.stop_gradient(ops.stack((loss, cross_entropy, balance, locality, z))), stats

@@ -27,6 +27,7 @@ from pangu_locmoe.moe.layer import MoELayer  # noqa: E402
 from pangu_locmoe.moe.routers.base import RouterContext  # noqa: E402
 from pangu_locmoe.moe.static import StaticMoELayer  # noqa: E402
 from pangu_locmoe.parallel.exchange import Exchange  # noqa: E402
+from pangu_locmoe.parallel.tensor import TensorGroup  # noqa: E402
 from pangu_locmoe.parallel.topology import Topology  # noqa: E402
 
 TOKENS, HIDDEN, EXPERTS, FACTOR = 16, 16, 4, 1.25
@@ -60,7 +61,7 @@ def outcome(layer, source):
 
 
 topology = Topology(size, size // 2, size, EXPERTS)
-shared = StaticMoELayer(config, context(topology), Exchange(communicator, range(size), [r // (size // 2) for r in range(size)], False))
+shared = StaticMoELayer(config, context(topology), Exchange(communicator, range(size), [r // (size // 2) for r in range(size)]), TensorGroup.alone())
 got = outcome(shared, rank)
 ordinary = MoELayer(config, context(Topology(1, 1, 1, EXPERTS)))
 alone = [outcome(ordinary, source) for source in range(size)]

@@ -92,9 +92,9 @@ def file(tmp_path):
 
 def compiled_as_planned(config, num_ranks, rank):
     """What the compilation of a job with one weight would give, without compiling."""
-    weights = [{"name": "all", "shape": [num_params(config)], "expert": False}]
+    weights = [{"name": "all", "shape": [num_params(config)], "kind": "whole"}]
     topology = checking.Topology.from_config(config, num_ranks)
-    planned = checking.plan(config, topology, rank, [checking.Weight("all", (num_params(config),), False)])
+    planned = checking.plan(config, topology, rank, [checking.Weight("all", (num_params(config),), "whole")])
     return {
         "operations": [operation.to_dict() for operation in planned],
         "groups": {operation.group: list(range(num_ranks)) for operation in planned},
@@ -147,14 +147,14 @@ def test_a_graph_that_is_not_the_plan_fails_with_one_line(file, monkeypatch, cap
     assert main(["check", str(file), "--ranks", "8"]) == 1
     printed = capsys.readouterr()
     assert printed.err.count("\n") == 1
-    assert "AlltoAllV forward on hccl_world_group" in printed.err and "4 in the plan, 3 in the graph" in printed.err
+    assert "AlltoAllV on hccl_world_group" in printed.err and "8 in the plan, 7 in the graph" in printed.err
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
         (["--ranks", "1"], "--ranks 1: must be at least 2"),
-        (["--ranks", "12"], "train.batch_size (16) must be divisible by ranks (12)"),
+        (["--ranks", "12"], "ranks (12) must be divisible by parallel.ranks_per_node (8)"),
         (["--ranks", "8", "--rank", "8"], "--rank 8: must be between 0 and 7"),
         (["--ranks", "8", "--set", "parallel.sizes=counts", "--set", "moe.capacity={}"], "parallel.sizes = 'counts'"),
         (["--ranks", "8", "--device", "ascend_910d"], "device 'ascend_910d': must be one of"),
@@ -188,12 +188,12 @@ def test_a_deep_stack_is_compiled_with_fewer_layers_and_said_so(monkeypatch):
         compiled.append(config.model)
         names = ["blocks.0.w", "blocks.2.moe.experts.w", "query_layer.w", "word_table"]
         topology = checking.Topology.from_config(config, num_ranks)
-        weights = [checking.Weight(name, (index + 1, 3), "experts" in name) for index, name in enumerate(names)]
+        weights = [checking.Weight(name, (index + 1, 3), "expert" if "experts" in name else "whole") for index, name in enumerate(names)]
         planned = checking.plan(config, topology, rank, weights)
         return {
             "operations": [operation.to_dict() for operation in planned],
             "groups": {operation.group: list(range(num_ranks)) for operation in planned},
-            "weights": [{"name": weight.name, "shape": list(weight.shape), "expert": weight.expert} for weight in weights],
+            "weights": [{"name": weight.name, "shape": list(weight.shape), "kind": weight.kind} for weight in weights],
             "flash_attention": [0, 0],
         }
 

@@ -12,12 +12,12 @@ from pangu_locmoe.cluster.plan import Weight
 from pangu_locmoe.config.models import ParallelConfig
 from pangu_locmoe.model.sigma import PanguSigma
 from pangu_locmoe.parallel.exchange import Exchange
-from pangu_locmoe.parallel.gradients import is_expert
+from pangu_locmoe.parallel.gradients import kind
 from pangu_locmoe.parallel.hccl import HcclOperators
 from pangu_locmoe.parallel.topology import Topology
 from pangu_locmoe.train.optimizer import AdamW
 
-WEIGHTS = [Weight("word_table", (300, 32), False), Weight("position_table", (8, 32), False), Weight("norm1.gamma", (32,), False)]
+WEIGHTS = [Weight("word_table", (300, 32), "whole"), Weight("position_table", (8, 32), "whole"), Weight("norm1.gamma", (32,), "whole")]
 
 
 def config_of(sequences: int = 2, **changed):
@@ -41,7 +41,7 @@ def test_weights_and_optimizer_are_those_of_the_built_model():
     model = PanguSigma(config, None, topology, exchange)
     parameters = model.trainable_params()
     optimizer = AdamW(parameters, [True] * len(parameters))
-    found = memory(config, [Weight(p.name, tuple(p.shape), is_expert(p)) for p in parameters])
+    found = memory(config, [Weight(p.name, tuple(p.shape), kind(p)) for p in parameters])
     assert found.weights == found.gradients == sum(p.nbytes for p in parameters)
     assert found.moments == sum(p.nbytes for p in (*optimizer.moment_m, *optimizer.moment_v))
     assert found.copies == 0

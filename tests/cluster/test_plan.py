@@ -16,7 +16,7 @@ from pangu_locmoe.errors import ConfigError
 from pangu_locmoe.moe.static import certain_drops
 from pangu_locmoe.parallel.topology import Topology
 
-WEIGHTS = [Weight("word_table", (300, 16), False), Weight("blocks.1.moe.experts.w_in", (2, 16, 24), True)]
+WEIGHTS = [Weight("word_table", (300, 16), "whole"), Weight("blocks.1.moe.experts.w_in", (2, 16, 24), "expert")]
 
 GRAPH = """
 subgraph @f() {
@@ -39,10 +39,10 @@ subgraph @f() {
 
 def test_operators_of_a_graph():
     assert communication(GRAPH) == [
-        Operation("AlltoAllV", "g", "forward", "BFloat16", (96,), (96,), (4, 2)),
-        Operation("AlltoAllV", "g", "backward", "BFloat16", (96,), (96,), (3, 3)),
-        Operation("AllReduce", "hccl_world_group", "update", "Float32", (5, 7), (5, 7)),
-        Operation("ReduceScatter", "g", "forward", "Float32", (5, 7), (1, 7)),
+        Operation("AlltoAllV", "g", "", "BFloat16", (96,), (96,), (4, 2)),
+        Operation("AlltoAllV", "g", "", "BFloat16", (96,), (96,), (3, 3)),
+        Operation("AllReduce", "hccl_world_group", "", "Float32", (5, 7), (5, 7)),
+        Operation("ReduceScatter", "g", "", "Float32", (5, 7), (1, 7)),
     ]
 
 
@@ -85,8 +85,8 @@ def test_differences_have_a_line_each():
     assert differences(operations, operations[::-1]) == []
     strange = Operation("ReduceScatter", "g", "forward", "Float32", (5, 7), (1, 7))
     assert differences(operations, [*operations[:-1], strange]) == [
-        "AllReduce update on ranks-0-to-3-by-1, Float32 [1] -> [1]: 1 in the plan, 0 in the graph",
-        "ReduceScatter forward on g, Float32 [5, 7] -> [1, 7]: 0 in the plan, 1 in the graph",
+        "AllReduce on ranks-0-to-3-by-1, Float32 [1] -> [1]: 1 in the plan, 0 in the graph",
+        "ReduceScatter on g, Float32 [5, 7] -> [1, 7]: 0 in the plan, 1 in the graph",
     ]
 
 

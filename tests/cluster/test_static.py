@@ -18,6 +18,7 @@ from pangu_locmoe.moe.routers.base import RouterContext
 from pangu_locmoe.moe.static import SlotExchange, StaticMoELayer, certain_drops, group_slots, source_slots
 from pangu_locmoe.parallel.communicator import SingleProcess
 from pangu_locmoe.parallel.exchange import Exchange
+from pangu_locmoe.parallel.tensor import TensorGroup
 from pangu_locmoe.parallel.topology import Topology
 
 TOKENS, HIDDEN, EXPERTS = 32, 16, 4
@@ -35,7 +36,7 @@ def one_source(config):
     """The static layer of a world of one, and the ordinary one."""
     allowed_KE = allowed_experts(config)
     context = RouterContext(0, allowed_KE, Topology(1, 1, 1, EXPERTS), np.ones((len(allowed_KE), 300), np.int64))
-    return StaticMoELayer(config, context, Exchange(SingleProcess(), [0], [0], False)), MoELayer(config, context)
+    return StaticMoELayer(config, context, Exchange(SingleProcess(), [0], [0]), TensorGroup.alone()), MoELayer(config, context)
 
 
 class Objective(nn.Cell):

@@ -20,7 +20,7 @@ from pangu_locmoe.model.sigma import PanguSigma
 from pangu_locmoe.moe.capacity import initial_capacity
 from pangu_locmoe.noise import draw_keys
 from pangu_locmoe.parallel.communicator import Communicator
-from pangu_locmoe.parallel.gradients import is_expert
+from pangu_locmoe.parallel.gradients import is_expert, kind
 from pangu_locmoe.parallel.world import World
 from pangu_locmoe.train import distributed, placement
 from pangu_locmoe.train.step import Objective, Stepper, StepResult, batch_inputs
@@ -33,7 +33,7 @@ STEPS, RATE = 20, 5e-4
 class Case:
     """moe, model, train: what differs from `base`. nodes: of the job, and emulated by the single process.
 
-    expert_parallel: None is the whole world. idle: all tokens go to expert 0. moves: experts change their ranks on the way.
+    expert_parallel: None is all places. tensor: ranks of a place. idle: all tokens go to expert 0. moves: experts change their ranks on the way.
     """
 
     moe: dict[str, Any] = field(default_factory=dict)
@@ -42,6 +42,7 @@ class Case:
     nodes: int = 1
     exchange: str = "flat"
     expert_parallel: Optional[int] = None
+    tensor: int = 1
     idle: bool = False
     moves: bool = False
     steps: int = STEPS
@@ -49,7 +50,12 @@ class Case:
     def config(self, ranks: int) -> Config:
         parallel: dict[str, Any] = {"emulated_nodes": self.nodes}
         if ranks > 1:
-            parallel = {"exchange": self.exchange, "ranks_per_node": ranks // self.nodes, "expert_parallel": self.expert_parallel or ranks}
+            parallel = {
+                "exchange": self.exchange,
+                "ranks_per_node": ranks // self.nodes,
+                "expert_parallel": self.expert_parallel or ranks // self.tensor,
+                "tensor_parallel": self.tensor,
+            }
         return parse_config(
             {
                 "model": {
@@ -89,6 +95,13 @@ CASES = {
     "data and expert parallel": Case({"capacity": DROPLESS}, expert_parallel=2),
     "data and expert parallel, nodes": Case({"router": "switch", "capacity": DROPLESS}, nodes=2, expert_parallel=2),
     "data parallel": Case({"capacity": DROPLESS}, expert_parallel=1),
+    "tensor and expert parallel": Case({"capacity": TIGHT}, {"dropout": 0.2}, nodes=2, tensor=2),
+    "tensor and expert parallel, groupwise": Case({"capacity": TIGHT}, {"dropout": 0.2}, nodes=2, tensor=2, exchange="groupwise"),
+    "tensor and expert parallel, compiled": Case({"capacity": TIGHT}, {"num_layers": 4, "num_moe_layers": 2}, {"mode": "graph"}, nodes=2, tensor=2),
+    "tensor and expert parallel, moves": Case({"capacity": TIGHT}, nodes=2, tensor=2, exchange="groupwise", moves=True),
+    "tensor parallel": Case({"capacity": TIGHT}, {"num_layers": 4, "num_moe_layers": 2}, expert_parallel=1, tensor=2),
+    "tensor and data parallel": Case({"router": "switch", "capacity": DROPLESS}, {"domain_embeddings": True}, expert_parallel=1, tensor=2),
+    "tensor parallel by four": Case({"router": "hash", "capacity": TIGHT}, expert_parallel=1, tensor=4),
     "idle": Case({"router": "hash", "capacity": DROPLESS}, idle=True, steps=3),
     "idle, drops": Case({"router": "hash", "capacity": TIGHT}, nodes=2, idle=True, exchange="hierarchical", steps=3),
     "half precision": Case({"router": "switch", "capacity": TIGHT}, train={"precision": "fp16", "loss_scale": 1024.0}, steps=3),
@@ -97,7 +110,7 @@ CASES = {
 EVERYDAY = {
     2: ["two levels", "data parallel", "idle", "half precision"],
     3: ["three nodes"],
-    4: ["locmoe, nodes", "locmoe, nodes, hierarchical", "locmoe, nodes, moves"],
+    4: ["locmoe, nodes", "locmoe, nodes, hierarchical", "locmoe, nodes, moves", "tensor and expert parallel", "tensor and expert parallel, groupwise"],
 }
 GRADIENTS = ("locmoe, nodes", "data parallel", "idle")
 
@@ -109,6 +122,8 @@ def possible(ranks: int) -> list[str]:
         for name, case in CASES.items()
         if ranks % case.nodes == 0
         and ranks % (case.expert_parallel or 1) == 0
+        and ranks % ((case.expert_parallel or 1) * case.tensor) == 0
+        and (ranks // case.nodes) % case.tensor == 0
         and (case.expert_parallel or 1) < ranks
         and BATCH % (ranks * case.train.get("accumulation_steps", 1)) == 0
     ]
@@ -134,12 +149,12 @@ def make_stepper(case: Case, communicator: Optional[Communicator] = None) -> Ste
     ranks = communicator.size if communicator else 1
     config = case.config(ranks)
     world = World.of(config, communicator)
-    model = PanguSigma(config, None, world.topology, world.exchange)
+    model = PanguSigma(config, None, world.topology, world.exchange, world.tensor)
     if case.idle:
         for block in model.blocks:
             if block.sparse:
                 block.moe.router.table.set_data(Tensor(np.zeros_like(block.moe.router.table.asnumpy())))
-    tokens = config.micro_batch * LENGTH * world.topology.expert_parallel // world.topology.num_ranks
+    tokens = config.micro_batch * LENGTH * world.topology.expert_parallel // world.topology.num_places
     capacities = (initial_capacity(config.moe.capacity, tokens, EXPERTS),) * config.model.num_moe_layers
     if world.exchange is None:
         return Stepper(model, config, capacities)
@@ -160,7 +175,7 @@ def row(result: StepResult) -> dict[str, Any]:
 
 
 def run(case: Case, communicator: Optional[Communicator] = None) -> dict[str, Any]:
-    """A row for each step, and the digest of the weights that all ranks have."""
+    """A row for each step, and the digest of the weights that are whole on all ranks."""
     stepper = make_stepper(case, communicator)
     rows = []
     for number, batch in enumerate(batches(case.steps), 1):
@@ -169,7 +184,7 @@ def run(case: Case, communicator: Optional[Communicator] = None) -> dict[str, An
         rows.append(row(stepper(batch, number, RATE)))
     digest = hashlib.sha256()
     for parameter in stepper.parameters:
-        if not is_expert(parameter):
+        if kind(parameter) == "whole":
             digest.update(parameter.asnumpy().tobytes())
     return {"rows": rows, "digest": digest.hexdigest()}
 

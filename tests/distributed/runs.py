@@ -47,7 +47,7 @@ def job(ranks: int, which: str = "everyday") -> tuple[Path, list[dict[str, Any]]
     path.mkdir()
     arguments: list[str] = []
     if which == "everyday" and ranks == 4:
-        arguments = _arguments("four", expert_parallel=4, ranks_per_node=2)
+        arguments = _arguments("four", expert_parallel=2, tensor_parallel=2, exchange="groupwise", ranks_per_node=2)
     if which == "everyday" and ranks == 2:
         _one_after_four()
         _hand_over("one-after-four", "two-after-one", 10)

@@ -79,6 +79,16 @@ def test_hierarchical_is_bitwise_flat_with_fewer_messages_between_nodes(ranks, n
         assert ranks == nodes or other["inter_node_messages"] < one["inter_node_messages"]
 
 
+def test_groupwise_is_flat_with_half_the_bytes_between_nodes():
+    """Two ranks to a place: each carries half of what both have."""
+    found = runs.job(4)[1][0]
+    flat, groupwise = found["tensor and expert parallel"], found["tensor and expert parallel, groupwise"]
+    np.testing.assert_array_equal(losses(groupwise), losses(flat))
+    assert groupwise["digest"] == flat["digest"]
+    for one, other in zip(flat["rows"], groupwise["rows"]):
+        assert one["inter_node_bytes"] == 2 * other["inter_node_bytes"] > 0
+
+
 def test_moving_experts_changes_where_and_never_what():
     """Three moves on the way, each in place of an undisturbed step."""
     found = runs.job(4)[1][0]

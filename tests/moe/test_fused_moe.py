@@ -24,6 +24,7 @@ from pangu_locmoe.moe.fused import PermuteTokens, UnpermuteTokens, grouped_rows
 from pangu_locmoe.moe.routers.base import RouterContext
 from pangu_locmoe.parallel.communicator import SingleProcess
 from pangu_locmoe.parallel.exchange import Exchange
+from pangu_locmoe.parallel.tensor import TensorGroup
 from pangu_locmoe.parallel.topology import Topology
 
 RANDOM = np.random.default_rng(29)
@@ -107,7 +108,7 @@ def layer_of(config):
     """A world of one."""
     allowed_KE = allowed_experts(config)
     context = RouterContext(0, allowed_KE, Topology(1, 1, 1, EXPERTS), np.ones((len(allowed_KE), 300), np.int64))
-    return DistributedMoELayer(config, context, Exchange(SingleProcess(), [0], [0], False))
+    return DistributedMoELayer(config, context, Exchange(SingleProcess(), [0], [0], False), TensorGroup.alone())
 
 
 @pytest.mark.parametrize("capacity", [DROPLESS, 4], ids=["dropless", "drops"])

@@ -14,6 +14,7 @@ from pangu_locmoe.moe.capacity import DROPLESS
 from pangu_locmoe.moe.domains import allowed_experts
 from pangu_locmoe.moe.layer import MoELayer
 from pangu_locmoe.moe.routers.base import RouterContext
+from pangu_locmoe.parallel.tensor import TensorGroup
 from pangu_locmoe.parallel.topology import Topology
 
 TOKENS, HIDDEN, EXPERTS = 32, 16, 4
@@ -95,7 +96,7 @@ def test_the_layer_against_numpy(capacity, order):
 @pytest.mark.parametrize("capacity", [DROPLESS, TOKENS], ids=["dropless", "capacity"])
 def test_one_expert_equals_the_dense_network(router, capacity):
     config = small_config(moe={"router": router, "num_experts": 1, "balance_loss": 0.0})
-    layer, dense = make(config), FeedForward(config.model, [9])
+    layer, dense = make(config), FeedForward(config.model, [9], TensorGroup.alone())
     layer.experts.w_in.set_data(Tensor(dense.w_in.asnumpy()[None]))
     layer.experts.w_out.set_data(Tensor(dense.w_out.asnumpy()[None]))
     y_TD, stats = run(layer, capacity)

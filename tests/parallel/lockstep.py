@@ -63,13 +63,12 @@ def run(size: int, function: Callable[[LockstepRank], Any]) -> list[Any]:
 
 def _exchange(ranks: list[LockstepRank]) -> None:
     requests = [rank.request for rank in ranks]
-    assert all(request is not None and request[3] == requests[0][3] for request in requests)  # type: ignore[index]
     blocks = {}
-    for source, (rows, sent, _, _) in enumerate(requests):  # type: ignore[misc]
+    for source, (rows, sent, _, group) in enumerate(requests):  # type: ignore[misc]
+        assert all(requests[other][3] == group for other in group), "the members of a group ask for other groups"  # type: ignore[index]
         assert len(rows) == sum(sent)
-        parts = np.split(rows, np.cumsum(sent)[:-1])
-        blocks.update({(source, target): part for target, part in enumerate(parts)})
-    for target, rank in enumerate(ranks):
-        arrived = [blocks[source, target] for source in range(len(ranks))]
-        assert [len(block) for block in arrived] == requests[target][2], "a rank expects other counts than the others send"  # type: ignore[index]
+        blocks.update({(source, target): part for target, part in zip(group, np.split(rows, np.cumsum(sent)[:-1]))})
+    for target, (rank, (_, _, received, group)) in enumerate(zip(ranks, requests)):  # type: ignore[misc]
+        arrived = [blocks[source, target] for source in group]
+        assert [len(block) for block in arrived] == received, "a rank expects other counts than the others send"
         rank.results.append(np.concatenate(arrived))

@@ -98,6 +98,26 @@ def test_the_ledger_against_the_closed_form(job):
     assert sum(ledger.intra_node_bytes for ledger in tree) == int(matrix_RR[inside_RR].sum()) * row_bytes + extra
 
 
+@settings(max_examples=60, deadline=None)
+@given(jobs(), st.integers(2, 4))
+def test_groupwise_is_flat_with_every_row_once_between_nodes(job, width):
+    """Each place of the job is `width` ranks now, which have the same rows."""
+    nodes, matrix_RR = job
+    size = len(nodes)
+
+    def one(rank: lockstep.LockstepRank):
+        place, tensor_place = divmod(rank.rank, width)
+        peers = range(tensor_place, size * width, width)
+        exchange = Exchange(rank, peers, nodes, sharers=range(place * width, (place + 1) * width))
+        return exchange.move(tensor(rows_of(place, matrix_RR)), matrix_RR).asnumpy(), exchange.ledger
+
+    found = lockstep.run(size * width, one)
+    for rank, (got, _) in enumerate(found):
+        np.testing.assert_array_equal(got, permuted(matrix_RR)[rank // width])
+    flat = move(nodes, matrix_RR, False)[1]
+    assert sum(ledger.inter_node_bytes for _, ledger in found) == sum(ledger.inter_node_bytes for ledger in flat)
+
+
 def test_a_full_exchange_sends_one_message_for_each_pair_of_nodes():
     nodes, ones_RR = [0, 0, 0, 1, 1, 1, 2, 2, 2], np.ones((9, 9), int)
     assert sum(ledger.inter_node_messages for ledger in move(nodes, ones_RR, False)[1]) == 54

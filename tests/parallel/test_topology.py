@@ -61,6 +61,29 @@ def test_every_group_holds_every_expert_once(numbers):
         assert set(topology.expert_group(rank)) & set(topology.expert_replicas(rank)) == {rank}
 
 
+@pytest.mark.parametrize("numbers", [(8, 4, 2, 8, 2), (16, 8, 4, 8, 2), (8, 8, 2, 4, 4), (12, 6, 2, 6, 3)])
+def test_tensor_parallel_places(numbers):
+    """Groups of every kind divide the world; a place is in one node; an expert-parallel group has one rank of each of its places."""
+    topology = Topology(*numbers)
+    ranks, width = range(topology.num_ranks), topology.tensor_parallel
+    for group in (topology.tensor_group, topology.same_part, topology.expert_group, topology.expert_replicas):
+        members = {rank: group(rank) for rank in ranks}
+        assert all(rank in members[rank] and all(members[other] == members[rank] for other in members[rank]) for rank in ranks)
+    for rank in ranks:
+        assert len({topology.node_of_rank(other) for other in topology.tensor_group(rank)}) == 1
+        assert {topology.experts_of_rank(other) for other in topology.tensor_group(rank)} == {topology.experts_of_rank(rank)}
+        assert [topology.place_of_rank(other) for other in topology.same_part(rank)] == list(range(topology.num_places))
+        assert {other % width for other in topology.expert_group(rank)} == {rank % width}
+        held = [expert for other in topology.expert_group(rank) for expert in topology.experts_of_rank(other)]
+        assert held == list(range(topology.num_experts))
+        assert set(topology.expert_group(rank)) & set(topology.expert_replicas(rank)) == {rank}
+
+
+def test_a_place_is_in_one_node():
+    with pytest.raises(TopologyError, match=r"parallel\.ranks_per_node \(3\) must be divisible by parallel\.tensor_parallel \(2\)"):
+        Topology(6, 3, 1, 4, 2)
+
+
 def test_from_config():
     assert Topology.from_config(small_config(parallel={"emulated_nodes": 2})) == Topology(2, 1, 2, 4)
     with pytest.raises(TopologyError, match=r"train\.batch_size \(4\) must be divisible by ranks \(8\)"):
