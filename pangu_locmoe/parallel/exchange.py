@@ -20,6 +20,7 @@ from typing import Any, Callable, List, Sequence, Tuple
 
 import numpy as np
 from mindspore import Tensor, nn, ops
+from mindspore.common.initializer import Zero
 
 from pangu_locmoe.parallel.communicator import Communicator
 
@@ -100,10 +101,9 @@ class Exchange:
         """Groupwise: this rank's share of each block to its peers, then the place's shares together."""
         own = self.sharers.index(self.communicator.rank)
         carried, shares_XRR, order = shares(matrix_RR, self.place, own, len(self.sharers))
-        rows = ops.gather(rows_MD, _index(carried), 0) if len(carried) else rows_MD[:0]
-        arrived = self._move_all(rows, shares_XRR[own])
+        arrived = self._move_all(_rows(rows_MD, carried), shares_XRR[own])
         gathered = self._gather_shares(arrived, shares_XRR[:, :, self.place].sum(axis=1))
-        return ops.gather(gathered, _index(order), 0) if len(order) else gathered
+        return _rows(gathered, order)
 
     def _gather_shares(self, rows_MD: Tensor, counts_X: np.ndarray) -> Tensor:
         """The rows of every sharer, in order."""
@@ -204,7 +204,7 @@ def _reorder(rows: Tensor, blocks: List[Block], wanted: List[Block], matrix_RR: 
     sizes = [int(matrix_RR[block]) for block in blocks]
     starts = dict(zip(blocks, np.cumsum([0, *sizes]).tolist()))
     index = _ranges(np.asarray([starts[block] for block in wanted]), np.asarray([matrix_RR[block] for block in wanted]))
-    return ops.gather(rows, _index(index), 0)
+    return _rows(rows, index)
 
 
 def _ranges(starts_X: np.ndarray, counts_X: np.ndarray) -> np.ndarray:
@@ -212,5 +212,8 @@ def _ranges(starts_X: np.ndarray, counts_X: np.ndarray) -> np.ndarray:
     return np.concatenate([np.arange(start, start + count) for start, count in zip(starts_X.tolist(), counts_X.tolist())])
 
 
-def _index(values: np.ndarray) -> Tensor:
-    return Tensor(values.astype(np.int32))
+def _rows(rows: Tensor, index_M: np.ndarray) -> Tensor:
+    """Some rows; without any an empty tensor, for which there are no kernels."""
+    if len(index_M) == 0:
+        return Tensor(shape=(0, *rows.shape[1:]), dtype=rows.dtype, init=Zero())
+    return ops.gather(rows, Tensor(index_M.astype(np.int32)), 0)
