@@ -40,6 +40,7 @@ def compile_step(config: Config, num_ranks: int, rank: int) -> Dict[str, Any]:
     communicator = HcclOperators(rank, num_ranks, lambda name, ranks: None)
     # Nothing has joined a job: without this, MindSpore takes every group for the whole world.
     comm_ops.get_group_size = lambda group: len(communicator.groups[group])
+    comm_ops.get_rank = lambda group: communicator.groups[group].index(rank)
     world = World.of(config, communicator)
     train = config.train
     with no_init_parameters():

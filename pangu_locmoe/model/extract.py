@@ -13,7 +13,8 @@ from pangu_locmoe.errors import CheckpointError
 from pangu_locmoe.model.sigma import PanguSigma
 from pangu_locmoe.moe.domains import allowed_experts
 from pangu_locmoe.moe.routers import ROUTERS
-from pangu_locmoe.train.checkpoint import Held, Shards, find_checkpoint, read_config, save_checkpoint, set_parameters
+from pangu_locmoe.train.checkpoint import find_checkpoint, read_config, read_shards, save_checkpoint
+from pangu_locmoe.train.shards import Held, set_parameters
 
 
 def extract(path: Path, domain: str, output: Path) -> str:
@@ -40,7 +41,7 @@ def extract(path: Path, domain: str, output: Path) -> str:
     experts = range(int(held[0]), int(held[-1]) + 1)
     part = sub_config(config, domain, experts)
     model = PanguSigma(part)
-    arrays = cut_arrays(Shards(folder, "model"), config, index, experts)
+    arrays = cut_arrays(read_shards(folder, "model"), config, index, experts)
     set_parameters(model.get_parameters(), arrays, str(folder), Held.by(model))
     save_checkpoint(output, part, folder / "tokenizer.json", model)
     return f"{output}: domain {domain}, experts {experts.start} to {experts.stop - 1} of {config.moe.num_experts}"

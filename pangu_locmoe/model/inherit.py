@@ -20,7 +20,8 @@ from pangu_locmoe.errors import CheckpointError
 from pangu_locmoe.model.sigma import PanguSigma
 from pangu_locmoe.moe.capacity import DROPLESS
 from pangu_locmoe.moe.routers import ROUTERS
-from pangu_locmoe.train.checkpoint import Held, find_checkpoint, named_arrays, read_arrays, save_checkpoint, set_parameters
+from pangu_locmoe.train.checkpoint import find_checkpoint, read_arrays, save_checkpoint
+from pangu_locmoe.train.shards import Held, named_arrays, set_parameters
 
 _CALIBRATION_SEQUENCES = 16  # of each domain
 

@@ -21,6 +21,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from pangu_locmoe.config import CapacityConfig, Config
+from pangu_locmoe.errors import ConfigError
 from pangu_locmoe.moe import dispatch, losses
 from pangu_locmoe.moe.capacity import DROPLESS, factor_capacity
 from pangu_locmoe.moe.layer import MoEStats
@@ -29,7 +30,7 @@ from pangu_locmoe.moe.sharded import ShardedMoELayer
 from pangu_locmoe.moe.slot_factors import automatic, starting_factors
 from pangu_locmoe.noise import Noise
 from pangu_locmoe.parallel.exchange import Exchange, ExchangeRows
-from pangu_locmoe.parallel.hccl import AllToAllRows, GatherRows, HcclOperators
+from pangu_locmoe.parallel.hccl import AllToAllRows, GatherRows, HcclOperators, SharedRows
 from pangu_locmoe.parallel.tensor import TensorGroup
 from pangu_locmoe.parallel.topology import Topology
 
@@ -123,8 +124,15 @@ class StaticMoELayer(ShardedMoELayer):
         self.first_neighbour, self.end_neighbour = self.node * topology.places_per_node, (self.node + 1) * topology.places_per_node
 
     def set_factors(self, capacity: CapacityConfig) -> None:
-        """Train with the slots of these factors from now on."""
+        """Train with the slots of these factors from now on. Raises ConfigError where the ranks of a place cannot share them evenly."""
         slots_RE = group_slots(capacity, self.topology, self.exchange.communicator.rank, self.num_tokens)
+        sharers, held = len(self.exchange.sharers) or 1, self.topology.experts_per_rank
+        if (slots_RE * held % sharers).any():
+            uneven = int(slots_RE[slots_RE * held % sharers > 0][0])
+            raise ConfigError(
+                f"parallel.exchange = 'groupwise': {held} experts with {uneven} slots for a source cannot be divided by parallel.tensor_parallel ({sharers}); "
+                "change moe.capacity.local_factor or remote_factor"
+            )
         self.trained = SlotExchange(self.exchange, slots_RE, self.features)
 
     def construct(
@@ -216,7 +224,11 @@ class _PyNativeGather(nn.Cell):
 
 def _mover(exchange: Exchange, matrix_RR: np.ndarray, features: int) -> nn.Cell:
     if isinstance(exchange.communicator, HcclOperators):
-        group = exchange.communicator.group(exchange.ranks)
+        communicator, sharers = exchange.communicator, exchange.sharers
+        group = communicator.group(exchange.ranks)
+        if sharers:
+            own = sharers.index(communicator.rank)
+            return SharedRows(group, communicator.group(sharers), features, matrix_RR, exchange.place, own, len(sharers))
         return AllToAllRows(group, features, matrix_RR[exchange.place].tolist(), matrix_RR[:, exchange.place].tolist())
     return ExchangeRows(exchange, matrix_RR)
 

@@ -20,6 +20,7 @@ from typing import Any, Callable, List, Sequence, Tuple
 
 import numpy as np
 from mindspore import Tensor, nn, ops
+from mindspore.common.initializer import Zero
 
 from pangu_locmoe.parallel.communicator import Communicator
 
@@ -98,19 +99,11 @@ class Exchange:
 
     def _move_share(self, rows_MD: Tensor, matrix_RR: np.ndarray) -> Tensor:
         """Groupwise: this rank's share of each block to its peers, then the place's shares together."""
-        count, own = len(self.sharers), self.sharers.index(self.communicator.rank)
-        bounds_XRR = np.arange(count + 1)[:, None, None] * matrix_RR // count
-        shares_XRR = np.diff(bounds_XRR, axis=0)
-        first_R = np.cumsum(matrix_RR[self.place]) - matrix_RR[self.place]
-        index = _ranges(first_R + bounds_XRR[own, self.place], shares_XRR[own, self.place])
-        rows = ops.gather(rows_MD, _index(index), 0) if len(index) else rows_MD[:0]
-        arrived = self._move_all(rows, shares_XRR[own])
-        received_XR = shares_XRR[:, :, self.place]
-        gathered = self._gather_shares(arrived, received_XR.sum(axis=1))
-        # From sharer by sharer, and by source in each, to source by source.
-        starts_XR = (np.cumsum(received_XR) - received_XR.reshape(-1)).reshape(received_XR.shape)
-        index = _ranges(starts_XR.T.reshape(-1), received_XR.T.reshape(-1))
-        return ops.gather(gathered, _index(index), 0) if len(index) else gathered
+        own = self.sharers.index(self.communicator.rank)
+        carried, shares_XRR, order = shares(matrix_RR, self.place, own, len(self.sharers))
+        arrived = self._move_all(_rows(rows_MD, carried), shares_XRR[own])
+        gathered = self._gather_shares(arrived, shares_XRR[:, :, self.place].sum(axis=1))
+        return _rows(gathered, order)
 
     def _gather_shares(self, rows_MD: Tensor, counts_X: np.ndarray) -> Tensor:
         """The rows of every sharer, in order."""
@@ -184,6 +177,22 @@ class ExchangeRows(nn.Cell):
         return (self.exchange.move(grad_MD, self.matrix_RR.T),)
 
 
+def shares(matrix_RR: np.ndarray, place: int, own: int, count: int) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """How `count` ranks of a place, this one the `own`th, share out a move.
+
+    Returns:
+        the rows that this rank carries, as indices; how many rows each of the `count` carries from each rank to each, [count, R, R];
+        the order in which the rows that arrived, sharer by sharer and by source in each, are sorted by source.
+    """
+    bounds_XRR = np.arange(count + 1)[:, None, None] * matrix_RR // count
+    shares_XRR = np.diff(bounds_XRR, axis=0)
+    first_R = np.cumsum(matrix_RR[place]) - matrix_RR[place]
+    carried = _ranges(first_R + bounds_XRR[own, place], shares_XRR[own, place])
+    received_XR = shares_XRR[:, :, place]
+    starts_XR = (np.cumsum(received_XR) - received_XR.reshape(-1)).reshape(received_XR.shape)
+    return carried, shares_XRR, _ranges(starts_XR.T.reshape(-1), received_XR.T.reshape(-1))
+
+
 def _destination(block: Block) -> int:
     return block[1]
 
@@ -195,7 +204,7 @@ def _reorder(rows: Tensor, blocks: List[Block], wanted: List[Block], matrix_RR: 
     sizes = [int(matrix_RR[block]) for block in blocks]
     starts = dict(zip(blocks, np.cumsum([0, *sizes]).tolist()))
     index = _ranges(np.asarray([starts[block] for block in wanted]), np.asarray([matrix_RR[block] for block in wanted]))
-    return ops.gather(rows, _index(index), 0)
+    return _rows(rows, index)
 
 
 def _ranges(starts_X: np.ndarray, counts_X: np.ndarray) -> np.ndarray:
@@ -203,5 +212,8 @@ def _ranges(starts_X: np.ndarray, counts_X: np.ndarray) -> np.ndarray:
     return np.concatenate([np.arange(start, start + count) for start, count in zip(starts_X.tolist(), counts_X.tolist())])
 
 
-def _index(values: np.ndarray) -> Tensor:
-    return Tensor(values.astype(np.int32))
+def _rows(rows: Tensor, index_M: np.ndarray) -> Tensor:
+    """Some rows; without any an empty tensor, for which there are no kernels."""
+    if len(index_M) == 0:
+        return Tensor(shape=(0, *rows.shape[1:]), dtype=rows.dtype, init=Zero())
+    return ops.gather(rows, Tensor(index_M.astype(np.int32)), 0)

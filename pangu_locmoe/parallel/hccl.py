@@ -23,6 +23,7 @@ from mindspore.common.initializer import Zero
 from mindspore.communication import HCCL_WORLD_COMM_GROUP, create_group, get_group_size, get_rank, init
 
 from pangu_locmoe.parallel.communicator import Communicator
+from pangu_locmoe.parallel.exchange import shares
 
 CreateGroup = Callable[[str, List[int]], Any]
 
@@ -131,6 +132,43 @@ class AllToAllRows(nn.Cell):
     def construct(self, rows_MD: Tensor) -> Tensor:
         flat = self.exchange(ops.reshape(rows_MD, (-1,)), self.sent, self.received)
         return ops.reshape(flat, (self.total, self.features))
+
+
+class SharedRows(nn.Cell):
+    """`AllToAllRows` shared out over the ranks of a place, which have the same rows (groupwise): each carries an equal share.
+
+    Args:
+        group: name of the expert-parallel group.
+        sharers: name of the tensor-parallel group.
+        features: D.
+        matrix_RR: rows from each rank of the group to each.
+        place: this rank's in the group.
+        own, count: this rank's place among the sharers, and how many they are; must divide every entry of `matrix_RR`.
+    """
+
+    def __init__(self, group: str, sharers: str, features: int, matrix_RR: np.ndarray, place: int, own: int, count: int) -> None:
+        super().__init__()
+        self.there = _SharedWay(group, sharers, features, matrix_RR, place, own, count)
+        self.back = _SharedWay(group, sharers, features, matrix_RR.T, place, own, count)
+
+    def construct(self, rows_MD: Tensor) -> Tensor:
+        return self.there(rows_MD)
+
+    def bprop(self, rows_MD: Tensor, out: Tensor, grad_MD: Tensor) -> Tuple[Tensor]:
+        return (self.back(grad_MD),)
+
+
+class _SharedWay(nn.Cell):
+    def __init__(self, group: str, sharers: str, features: int, matrix_RR: np.ndarray, place: int, own: int, count: int) -> None:
+        super().__init__()
+        carried, shares_XRR, order = shares(matrix_RR, place, own, count)
+        self.exchange = AllToAllRows(group, features, shares_XRR[own, place].tolist(), shares_XRR[own, :, place].tolist())
+        self.all_gather, self.gather = ops.AllGather(sharers), ops.Gather()
+        self.carried, self.order = Tensor(carried.astype(np.int32)), Tensor(order.astype(np.int32))
+
+    def construct(self, rows_MD: Tensor) -> Tensor:
+        arrived = self.exchange(self.gather(rows_MD, self.carried, 0))
+        return self.gather(self.all_gather(arrived), self.order, 0)
 
 
 class GatherRows(nn.Cell):

@@ -31,7 +31,6 @@ from pangu_locmoe.parallel.world import World
 from pangu_locmoe.train import callbacks as jobs
 from pangu_locmoe.train.between_steps import BetweenSteps
 from pangu_locmoe.train.checkpoint import (
-    Held,
     check_tokenizer,
     damage,
     find_checkpoint,
@@ -47,6 +46,7 @@ from pangu_locmoe.train.distributed import DistributedStepper
 from pangu_locmoe.train.evaluate import Evaluator
 from pangu_locmoe.train.metrics import training_row
 from pangu_locmoe.train.schedule import learning_rate
+from pangu_locmoe.train.shards import Held
 from pangu_locmoe.train.step import Stepper, StepResult
 
 

@@ -15,6 +15,7 @@ from pangu_locmoe.cli import main
 from pangu_locmoe.errors import CheckpointError
 from pangu_locmoe.model.sigma import PanguSigma
 from pangu_locmoe.train import checkpoint as checkpoints
+from pangu_locmoe.train import shards
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def test_the_loss_goes_on(folder, name):
 def test_weights_and_moments_are_those_of_the_undisturbed_run(folder, name):
     wanted, got = (checkpoints.latest_whole_checkpoint(folder / run) for run in ("one", name))
     for kind in ("model", "optimizer"):
-        one, other = checkpoints.Shards(wanted, kind), checkpoints.Shards(got, kind)
+        one, other = checkpoints.read_shards(wanted, kind), checkpoints.read_shards(got, kind)
         assert set(one) == set(other)
         for weight in one:
             np.testing.assert_allclose(other[weight], one[weight], rtol=0, atol=2e-5, err_msg=weight)
@@ -68,7 +69,7 @@ def test_a_missing_ranks_file_is_named(folder, tmp_path, capsys, kind):
     file = copy / f"{kind}-rank2.safetensors"
     file.unlink()
     with pytest.raises(CheckpointError, match=rf"^{file} is missing or damaged: [^\n]*$"):
-        checkpoints.Shards(copy, kind)
+        checkpoints.read_shards(copy, kind)
     shutil.copy(tiny.write(runs.config(emulated_nodes=2), tmp_path), tmp_path / "run" / "config.yaml")
     assert main(["train", str(tmp_path / "config.yaml"), "--run-dir", str(tmp_path / "run"), "--resume", "auto", "--no-progress"]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -93,13 +94,13 @@ def test_a_checkpoint_without_a_ranks_file_is_passed_over(folder, tmp_path):
 def test_a_rank_reads_only_its_share(folder, monkeypatch):
     """Every array that is read is of its own experts or of nobody's, and is read once."""
     read: list[str] = []
-    before = checkpoints.Shards.__getitem__
+    before = shards.Shards.__getitem__
 
     def note(self, key):
         read.append(key)
         return before(self, key)
 
-    monkeypatch.setattr(checkpoints.Shards, "__getitem__", note)
+    monkeypatch.setattr(shards.Shards, "__getitem__", note)
     written = checkpoints.latest_whole_checkpoint(folder / "four")
     model = PanguSigma(runs.config(emulated_nodes=2))
     for parameter in model.get_parameters():
@@ -110,6 +111,6 @@ def test_a_rank_reads_only_its_share(folder, monkeypatch):
     checkpoints.load_weights(written, model)
     assert {key.split(".experts.")[1].split(".")[0] for key in read if ".experts." in key} == {"1", "2"}
     assert len(read) == len(set(read))
-    whole = checkpoints.Shards(written, "model")
+    whole = checkpoints.read_shards(written, "model")
     experts = next(parameter for parameter in model.get_parameters() if parameter.name.endswith("experts.w_in"))
     np.testing.assert_array_equal(experts.asnumpy()[1], whole[experts.name.replace(".experts.", ".experts.2.")])

@@ -16,6 +16,7 @@ from pangu_locmoe.data.prepared import prepare
 from pangu_locmoe.errors import CheckpointError
 from pangu_locmoe.model.sigma import PanguSigma
 from pangu_locmoe.train import checkpoint as checkpoints
+from pangu_locmoe.train import shards
 from pangu_locmoe.train.loop import Trainer
 from pangu_locmoe.train.optimizer import AdamW
 from pangu_locmoe.train.run import train
@@ -78,7 +79,7 @@ def test_the_moments_of_the_experts_are_loaded_back(model, tmp_path, config, tok
     for parameter in first.moment_m:
         parameter.set_data(parameter + float(np.random.default_rng(len(parameter.name)).normal()))
     checkpoints.save_checkpoint(tmp_path / "c", config, tokenizer_file, model, first)
-    checkpoints.load_optimizer(tmp_path / "c", second, checkpoints.Held.by(model))
+    checkpoints.load_optimizer(tmp_path / "c", second, shards.Held.by(model))
     for one, two in zip(first.get_parameters(), second.get_parameters()):
         np.testing.assert_array_equal(one.asnumpy(), two.asnumpy(), err_msg=one.name)
 
@@ -99,7 +100,7 @@ def test_a_checkpoint_of_another_model_names_the_first_weight(config, folder, ch
         model = PanguSigma(other)
         parameters = [parameter for parameter in model.get_parameters() if ".router." not in parameter.name]
         with pytest.raises(CheckpointError, match=f"is of another model: .*{message}"):
-            checkpoints.set_parameters(parameters, arrays, str(folder), checkpoints.Held.by(model))
+            shards.set_parameters(parameters, arrays, str(folder), shards.Held.by(model))
     else:
         with pytest.raises(CheckpointError, match=f"is of another model: .*{message}"):
             checkpoints.load_weights(folder, PanguSigma(other))
@@ -213,7 +214,7 @@ def test_training_starts_from_given_weights(tmp_path):
     checkpoints.save_checkpoint(tmp_path / "start", other, prepare(config, False).path / "tokenizer.json", start)
     train(config, tmp_path / "run", init_from=tmp_path / "start", progress=False)
     arrays = load_file(checkpoints.find_checkpoint(tmp_path / "run") / "model.safetensors")
-    for name, array in checkpoints.named_arrays(start.get_parameters(), checkpoints.Held.by(start)).items():
+    for name, array in shards.named_arrays(start.get_parameters(), shards.Held.by(start)).items():
         np.testing.assert_allclose(arrays[name], array, atol=1e-12, err_msg=name)
 
 
