@@ -11,11 +11,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
-import numpy as np
-
 from pangu_locmoe.config import Config
 from pangu_locmoe.moe.static import group_slots
-from pangu_locmoe.parallel.exchange import share_of
 from pangu_locmoe.parallel.hccl import group_name
 from pangu_locmoe.parallel.topology import Topology
 
@@ -74,28 +71,22 @@ def plan(config: Config, topology: Topology, rank: int, weights: Sequence[Weight
 
 
 def exchanges(config: Config, topology: Topology, rank: int) -> Iterator[Operation]:
-    """Rows to the experts and back; the gradient takes the same ways in the other direction."""
+    """Rows to the experts and back; the gradient takes the same ways in the other direction. Groupwise, a place gathers its shares."""
     tokens = config.micro_batch * config.model.seq_length // topology.num_places
     group, features = topology.expert_group(rank), config.model.hidden_size
     size, place = len(group), group.index(rank)
     rows_RR = group_slots(config.moe.capacity, topology, rank, tokens).reshape(size, size, -1).sum(axis=2)
-    dtype, name = IR_NAMES[config.train.precision], group_name(group, topology.num_ranks)
-    place_group = topology.tensor_group(rank)
-    sharers = group_name(place_group, topology.num_ranks)
-
-    def rows(name: str, direction: str, sent: np.ndarray, received: np.ndarray) -> List[Operation]:
-        shape, result = (int(sent.sum()) * features,), (int(received.sum()) * features,)
-        return [Operation("AlltoAllV", name, direction, dtype, shape, result, tuple(sent.tolist()))] * config.model.num_moe_layers
-
+    sharers = topology.tensor_group(rank) if config.parallel.exchange == "groupwise" else (rank,)
+    dtype, name, gathering = IR_NAMES[config.train.precision], group_name(group, topology.num_ranks), group_name(sharers, topology.num_ranks)
     for direction in ("forward", "backward"):
         for matrix_RR in (rows_RR, rows_RR.T):
-            if config.parallel.exchange == "groupwise":
-                share = share_of(matrix_RR, place, place_group.index(rank), len(place_group))
-                arrived = share.matrix_RR[:, place]
-                yield from rows(name, direction, share.matrix_RR[place], arrived)
-                yield from rows(sharers, direction, np.repeat(arrived.sum(), len(place_group)), share.received_X)
-            else:
-                yield from rows(name, direction, matrix_RR[place], matrix_RR[:, place])
+            share_RR = matrix_RR // len(sharers)  # a place divides its slots evenly
+            sent, arrived = share_RR[place], int(share_RR[:, place].sum())
+            move = Operation("AlltoAllV", name, direction, dtype, (int(sent.sum()) * features,), (arrived * features,), tuple(sent.tolist()))
+            yield from [move] * config.model.num_moe_layers
+            if len(sharers) > 1:
+                gather = Operation("AllGather", gathering, direction, dtype, (arrived, features), (arrived * len(sharers), features))
+                yield from [gather] * config.model.num_moe_layers
 
 
 def _tensor_sums(config: Config, topology: Topology, rank: int) -> Iterator[Operation]:
@@ -165,10 +156,10 @@ def differences(planned: Sequence[Operation], compiled: Sequence[Operation]) -> 
 
 
 def node_bytes(operation: Operation, ranks: Sequence[int], topology: Topology, rank: int) -> Tuple[int, int]:
-    """Bytes of an AlltoAllV to other ranks in this rank's node, and to other nodes."""
+    """Bytes of an AlltoAllV, or an AllGather, to other ranks in this rank's node, and to other nodes."""
     row_bytes = operation.bytes // max(1, sum(operation.sent))
     inside = between = 0
-    for target, rows in zip(ranks, operation.sent):
+    for target, rows in zip(ranks, operation.sent or [1] * len(ranks)):
         if topology.node_of_rank(target) != topology.node_of_rank(rank):
             between += rows * row_bytes
         elif target != rank:
@@ -183,7 +174,7 @@ def buffer_megabytes(config: Config, num_ranks: int) -> int:
     """
     topology = Topology.from_config(config, num_ranks)
     tokens = config.micro_batch * config.model.seq_length // topology.num_places
-    rows = tokens
+    largest = tokens * config.model.hidden_size * ITEM_BYTES[config.train.precision]
     if config.parallel.sizes == "static":
-        rows = max(tokens, *(operation.shape[0] // config.model.hidden_size for operation in exchanges(config, topology, 0)), tokens)
-    return max(200, math.ceil(rows * config.model.hidden_size * ITEM_BYTES[config.train.precision] / 2**20))
+        largest = max([largest, *(operation.bytes for operation in exchanges(config, topology, 0))])
+    return max(200, math.ceil(largest / 2**20))

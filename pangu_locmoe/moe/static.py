@@ -36,10 +36,13 @@ from pangu_locmoe.parallel.topology import Topology
 
 
 def source_slots(capacity: CapacityConfig, topology: Topology, rank: int, num_tokens: int) -> np.ndarray:
-    """Slots that a rank has for each expert, int [E]; `num_tokens` is the rank's T."""
-    capacity = starting_factors(capacity)
+    """Slots that a rank has for each expert, int [E]; `num_tokens` is the rank's T.
+
+    With tensor parallelism rounded up, so that the ranks of a place can share them out evenly.
+    """
+    capacity, place_ranks = starting_factors(capacity), topology.tensor_parallel
     local, remote = (
-        min(num_tokens, factor_capacity(float(factor or 0.0), num_tokens, topology.num_experts))
+        min(num_tokens, -(-factor_capacity(float(factor or 0.0), num_tokens, topology.num_experts) // place_ranks) * place_ranks)
         for factor in (capacity.local_factor, capacity.remote_factor)
     )
     holders = np.repeat(topology.expert_group(rank), topology.experts_per_rank)
