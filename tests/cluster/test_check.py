@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import yaml
@@ -74,13 +75,50 @@ def test_the_step_of_a_job(ranks, rank, router, precision):
     )
 
 
-def test_fused_and_recomputed_the_exchange_is_not_repeated():
-    """Recomputation is in the graph, so an exchange or a statistic that ran twice would differ from the plan."""
-    given = values(64)
+def test_tensor_parallel_groupwise_fused_and_recomputed():
+    """Recomputation is in the graph, so an exchange or a sum that ran twice would differ from the plan."""
+    given = values(64, tensor_parallel=2, exchange="groupwise")
     given["train"].update(precision="bf16", fused=True, recompute=True)
-    result = check(parse_config(given), 64, 3, Device.named("ascend_910b"))
+    given["model"].update(num_layers=4)
+    result = check(parse_config(given), 64, 35, Device.named("ascend_910b"))
     assert result.differences == [] and result.too_large is None
-    assert sum(o.kind == "AlltoAllV" for o in result.operations) == 4 * SPARSE
+    # Rank 35 is the second of its place, the second place of the second block of 16 places.
+    assert {ranks for name, ranks in result.groups.items() if name != "hccl_world_group"} == {
+        (34, 35), tuple(range(33, 64, 2)), tuple(range(1, 64, 2)), (3, 35),
+    }  # fmt: skip
+    sums = [o for o in result.operations if o.group == "ranks-34-to-35-by-1" and o.kind == "AllReduce"]
+    # 4 attentions, 2 dense networks and 2 MoE layers, out and their gradients in; a second input of the query layer, the head, the
+    # embedding, two of the loss, the norm.
+    assert len(sums) == 2 * (4 + 2 + 2) + 1 + 1 + 1 + 2 + 1
+    sent = {(o.kind, o.group, o.shape, o.result) for o in result.operations if o.kind != "AllReduce" and o.group != "hccl_world_group"}
+    # 32 tokens, 2 of 32 experts in each of 16 places; a node of 8 ranks is 4 places: 4 slots for each of 8 experts, 2 for 24, half of them each.
+    assert sent == {
+        ("AlltoAllV", "ranks-33-to-63-by-2", (40 * HIDDEN,), (40 * HIDDEN,)),
+        ("AllGather", "ranks-34-to-35-by-1", (40, HIDDEN), (80, HIDDEN)),
+    }
+
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "ascend"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("router", ["hash", "switch", "locmoe"])
+@pytest.mark.parametrize(
+    "name, ranks, device",
+    [
+        ("small", 8, "ascend_910a"),
+        ("paper_38b_64", 64, "ascend_910b"),
+        ("paper_38b", 128, "ascend_910b"),
+        ("paper_38b_256", 256, "ascend_910b"),
+        ("pangu_sigma", 1024, "ascend_910c"),
+    ],
+)
+def test_shipped_jobs_compile_and_fit(name, ranks, device, router, capsys):
+    for rank in (0, ranks - 1):
+        flags = ["--ranks", str(ranks), "--rank", str(rank), "--device", device, "--set", f"moe.router={router}"]
+        assert main(["check", str(CONFIGS / f"{name}.yaml"), *flags]) == 0
+        text = capsys.readouterr().out
+        assert "\nfits: " in text and text.endswith("the graph is what the plan says\n")
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from small import small_config
 from pangu_locmoe.cluster.graph import communication
 from pangu_locmoe.cluster.plan import Operation, Weight, buffer_megabytes, differences, node_bytes, plan
 from pangu_locmoe.cluster.step import planned_traffic, refuse_graph
-from pangu_locmoe.config import load_config
+from pangu_locmoe.config import CapacityConfig, load_config
 from pangu_locmoe.errors import ConfigError
 from pangu_locmoe.moe.static import certain_drops, group_slots
 from pangu_locmoe.parallel.topology import Topology
@@ -73,6 +74,44 @@ def test_the_plan_in_numbers():
     ]
     assert rows.bytes == 20 * 16 * 2
     assert node_bytes(rows, (0, 1, 2, 3), Topology(8, 2, 4, 8), 3) == (8 * 16 * 2, 4 * 16 * 2)
+
+
+def test_tensor_parallelism_in_numbers():
+    """8 ranks, 4 places of 2 in 2 nodes: 32 tokens on each, two experts, 8 slots for each local one and 2 for each remote one."""
+    config = static_config(tensor_parallel=2, ranks_per_node=4, exchange="groupwise")
+    weights = [Weight("word_table", (150, 16), "slice"), Weight("norm.gamma", (16,), "whole"), WEIGHTS[1]]
+    found = plan(config, Topology(8, 4, 4, 8, 2), 3, weights)
+
+    def one(kind, group, direction, dtype, shape, result=None, sent=()):
+        return Operation(kind, group, direction, dtype, shape, result or shape, sent)
+
+    peers, place = "ranks-1-to-7-by-2", "ranks-2-to-3-by-1"
+    exchange = [one("AlltoAllV", peers, "", "BFloat16", (20 * 16,), None, (8, 8, 2, 2)), one("AllGather", place, "", "BFloat16", (20, 16), (40, 16))]
+    wanted = [dataclasses.replace(o, direction=direction) for direction in ("forward", "backward") for o in exchange * 2]
+    wanted += [one("AllReduce", place, "forward", "Float32", shape) for shape in [(32, 16), (2, 32), (2, 32)]]  # embedding, the loss twice
+    wanted += [one("AllReduce", place, "forward", "BFloat16", (32, 16))] * 5 + [one("AllReduce", place, "forward", "BFloat16", (2, 20, 16))]
+    wanted += [one("AllReduce", place, "backward", "BFloat16", (4, 8, 16))] * 5 + [one("AllReduce", place, "backward", "BFloat16", (32, 16))] * 2
+    wanted += [one("AllReduce", place, "backward", "BFloat16", (2, 20, 16))]
+    wanted += [one("AllGather", "hccl_world_group", "forward", "Float32", (1, 16), (8, 16))]
+    wanted += [one("AllReduce", peers, "update", "Float32", (150, 16)), one("AllReduce", "hccl_world_group", "update", "Float32", (16,))]
+    wanted += [one("AllReduce", group, "update", "Float32", (1,)) for group in (peers, place)]
+    assert Counter(found) == Counter(wanted)  # experts are on one place only: not reduced
+
+
+def test_groupwise_sends_every_row_between_nodes_once():
+    flat, groupwise = (
+        planned_traffic(static_config(tensor_parallel=2, ranks_per_node=4, exchange=exchange), Topology(8, 4, 4, 8, 2)) for exchange in ("flat", "groupwise")
+    )
+    assert groupwise.inter_node_bytes * 2 == flat.inter_node_bytes > 0
+    # In each direction: half of what went inside the node, and each rank's 20 rows to the other of its place.
+    assert groupwise.intra_node_bytes == flat.intra_node_bytes // 2 + 4 * 8 * 20 * 16 * 2
+
+
+def test_slots_can_be_shared_out_over_a_place():
+    """1.25 * 100 / 8 are 16 slots: 18 over three ranks. A source has at most a slot for every token."""
+    capacity = CapacityConfig(local_factor=1.25, remote_factor=1.25)
+    for ranks, tokens, slots in ((1, 100, 16), (3, 100, 18), (3, 12, 3), (8, 4, 4)):
+        assert set(group_slots(capacity, Topology(2 * ranks, ranks, 2, 8, ranks), 0, tokens).reshape(-1)) == {slots}
 
 
 def test_experts_that_only_one_rank_holds_are_not_reduced():
