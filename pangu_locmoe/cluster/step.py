@@ -117,6 +117,8 @@ class GraphStepper(DistributedStepper):
 def refuse_graph(config: Config) -> None:
     """Raises ConfigError for what cannot be in one graph."""
     train = config.train
+    if config.trace.timeline is not None:
+        raise ConfigError(f"trace.timeline = {config.trace.timeline}: nothing can be timed inside of one graph: must be null; MindSpore's profiler shows its operators")
     if train.accumulation_steps > 1:
         raise ConfigError(f"train.accumulation_steps = {train.accumulation_steps}: a step over several processes is one graph only without accumulation: must be 1")
     if train.precision == "fp16":

@@ -115,6 +115,7 @@ class EvaluationConfig(Section):
 class TraceConfig(Section):
     every: int = Field(1, ge=1, description="steps between rows of load.npz")
     max_rows: Optional[int] = Field(None, ge=1, description="stop tracing after this many rows; null: never")
+    timeline: Optional[int] = Field(None, ge=1, description="the step of a job whose exchanges and expert computations are written, with their times, to timeline.json, a Chrome trace; null: none")
 
 
 class PlacementConfig(Section):

@@ -71,8 +71,8 @@ def _broken_parallel_rules(config: Config) -> Iterator[tuple[str, str]]:
         yield "parallel.tensor_parallel", "needs parallel.ranks_per_node, which is never guessed: ranks that share a matrix must be in one node"
     if parallel.tensor_parallel > 1 and parallel.sizes == "counts" and config.train.recompute:
         yield "train.recompute", "would repeat the sums over the tensor-parallel group outside of a compiled step: needs parallel.sizes: static"
-    if parallel.overlap_chunks > 1:
-        yield "parallel.overlap_chunks", "this version does not overlap the exchange with computation: must be 1"
+    if parallel.overlap_chunks > 1 and parallel.sizes == "counts":
+        yield "parallel.overlap_chunks", "needs parallel.sizes: static: which tokens an expert keeps is known only when all have come"
     if parallel.exchange == "groupwise" and (parallel.tensor_parallel == 1 or parallel.expert_parallel == 1):
         yield "parallel.exchange", "groupwise shares the exchange out over a tensor-parallel group: needs parallel.tensor_parallel > 1 and parallel.expert_parallel > 1"
     if parallel.exchange == "hierarchical" and parallel.ranks_per_node is None:
@@ -123,6 +123,8 @@ def _broken_train_rules(config: Config) -> Iterator[tuple[str, str]]:
     train = config.train
     if train.batch_size % train.accumulation_steps:
         yield "train.batch_size", f"must be divisible by train.accumulation_steps ({train.accumulation_steps})"
+    if config.trace.timeline is not None and config.trace.timeline > train.steps:
+        yield "trace.timeline", f"must be at most train.steps ({train.steps})"
     if train.warmup_steps >= train.steps and train.warmup_steps:
         yield "train.warmup_steps", f"must be less than train.steps ({train.steps})"
     if train.fused and train.precision == "fp32":

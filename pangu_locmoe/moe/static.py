@@ -8,6 +8,9 @@ travel, filled or not. What crosses the nodes is therefore set by `remote_factor
 
 On HCCL the exchange is one AlltoAllV with constant counts; on CPU processes the same layer runs in PyNative.
 
+With `parallel.overlap_chunks` the slots travel in chunks: all are sent off first, and each is computed and sent back as it
+arrives, so that a device that exchanges and computes at the same time has the exchange of one under the computation of another.
+
 Letters: T tokens of this rank, D hidden, E experts, R ranks of the expert-parallel group, P slots of this rank (places of
 the world in shared_PX), G local experts, C slots of all sources for one expert.
 """
@@ -75,14 +78,16 @@ class SlotExchange(nn.Cell):
 
     Args:
         exchange: the way to the others.
-        slots_RE: slots of each source of the group for each expert.
+        slots_RE: slots of each source of the group for each expert, in one chunk.
         features: D.
+        chunks: how many exchanges the slots are divided over; those of a chunk lie together.
     """
 
-    def __init__(self, exchange: Exchange, slots_RE: np.ndarray, features: int) -> None:
+    def __init__(self, exchange: Exchange, slots_RE: np.ndarray, features: int, chunks: int = 1) -> None:
         super().__init__()
         size, place = len(exchange.ranks), exchange.place
         groups = slots_RE.shape[1] // size
+        self.chunks = chunks
         self.slots_E = Tensor(slots_RE[place].astype(np.int32))
         self.start_E = Tensor((np.cumsum(slots_RE[place]) - slots_RE[place]).astype(np.int32))
         self.slots = int(slots_RE[place].sum())
@@ -119,6 +124,7 @@ class StaticMoELayer(ShardedMoELayer):
         super().__init__(config, context, exchange, tensor)
         topology = self.topology
         self.num_places, self.num_nodes, self.place_ranks = topology.num_places, topology.num_nodes, topology.tensor_parallel
+        self.chunks = config.parallel.overlap_chunks
         self.num_tokens, self.features = config.micro_batch * config.model.seq_length // topology.num_places, config.model.hidden_size
         self.set_factors(config.moe.capacity)
         self._evaluated: Dict[int, SlotExchange] = {}
@@ -129,14 +135,11 @@ class StaticMoELayer(ShardedMoELayer):
     def set_factors(self, capacity: CapacityConfig) -> None:
         """Train with the slots of these factors from now on. Raises ConfigError where the ranks of a place cannot share them evenly."""
         slots_RE = group_slots(capacity, self.topology, self.exchange.communicator.rank, self.num_tokens)
-        sharers, held = len(self.exchange.sharers) or 1, self.topology.experts_per_rank
-        if (slots_RE * held % sharers).any():
-            uneven = int(slots_RE[slots_RE * held % sharers > 0][0])
-            raise ConfigError(
-                f"parallel.exchange = 'groupwise': {held} experts with {uneven} slots for a source cannot be divided by parallel.tensor_parallel ({sharers}); "
-                "change moe.capacity.local_factor or remote_factor"
-            )
-        self.trained = SlotExchange(self.exchange, slots_RE, self.features)
+        _check_divisible(slots_RE, "parallel.overlap_chunks", self.chunks, "slots of a source for an expert")
+        slots_RE = slots_RE // self.chunks
+        rows_RE = slots_RE * self.topology.experts_per_rank
+        _check_divisible(rows_RE, "parallel.tensor_parallel", len(self.exchange.sharers) or 1, "rows from a rank to another (exchange: groupwise)")
+        self.trained = SlotExchange(self.exchange, slots_RE, self.features, self.chunks)
 
     def construct(
         self, x_TD: Tensor, tokens_T: Tensor, domains_T: Tensor, noise: Noise, capacity: int, training: bool
@@ -148,15 +151,26 @@ class StaticMoELayer(ShardedMoELayer):
         """
         places = self.trained if training else self._for_evaluation(x_TD.shape[0], capacity)
         rows_PD, token_of_slot_P, slot_of_token_T, weight_T, cosine_T, load_E, mean_probs_E, z_loss = self.route(
-            x_TD, tokens_T, domains_T, noise[0], noise[1], places.slots_E, places.start_E, places.slots, training
+            x_TD, tokens_T, domains_T, noise[0], noise[1], places.slots_E, places.start_E, places.slots, places.chunks, training
         )
         stats = self._share(load_E, mean_probs_E, x_TD.shape[0], training)
-        y_PD = places.from_experts(self.experts(places.to_experts(rows_PD), None))
+        y_PD = self._through_experts(places, rows_PD)
         y_TD = self.combine(y_PD, ops.cast(weight_T, y_PD.dtype), token_of_slot_P, slot_of_token_T)
         stats["z_loss"], stats["cosine_T"] = z_loss, cosine_T
-        stats["dropped_E"] = ops.relu(load_E - ops.cast(places.slots_E, ms.float32))
+        stats["dropped_E"] = ops.relu(load_E - ops.cast(places.slots_E * places.chunks, ms.float32))
         stats["weight"] = ops.reduce_sum(weight_T) * (1.0 / x_TD.shape[0])
         return y_TD, stats
+
+    def _through_experts(self, places: SlotExchange, rows_PD: Tensor) -> Tensor:
+        if places.chunks == 1:
+            return places.from_experts(self.experts(places.to_experts(rows_PD), None))
+        arrived = []
+        for chunk in ops.split(rows_PD, places.slots, 0):
+            arrived.append(places.to_experts(chunk))
+        returned = []
+        for x_GCD in arrived:
+            returned.append(places.from_experts(self.experts(x_GCD, None)))
+        return ops.concat(returned, 0)
 
     def route(
         self,
@@ -168,15 +182,21 @@ class StaticMoELayer(ShardedMoELayer):
         slots_E: Tensor,
         start_E: Tensor,
         slots: int,
+        chunks: int,
         training: bool,
     ) -> Tuple[Tensor, ...]:
-        """Route, and put the tokens into their slots: the part before the exchange."""
+        """Route, and put the tokens into their slots: the part before the exchange. `slots_E`, `start_E` and `slots` are a chunk's."""
         plan = self.router(ops.cast(x_TD, ms.float32), tokens_T, domains_T, (row_keys_T, column_keys_D), training)
         rank_T = dispatch.rank_within_expert(plan["one_hot_TE"], plan["affinity_T"] if self.by_affinity else None)
         expert_T = plan["expert_T"]
-        kept_T = ops.cast(ops.less(rank_T, ops.gather(slots_E, expert_T, 0)), ms.int32)
-        slot_of_token_T = (ops.gather(start_E, expert_T, 0) + rank_T + 1) * kept_T
-        token_of_slot_P = dispatch.token_of_slot(slot_of_token_T, slots)
+        width_T = ops.gather(slots_E, expert_T, 0)
+        kept_T = ops.cast(ops.less(rank_T, width_T * chunks), ms.int32)
+        place_T = rank_T
+        if chunks > 1:  # the best tokens are in the first chunk
+            chunk_T = ops.floor_div(rank_T, ops.maximum(width_T, 1))
+            place_T = rank_T + chunk_T * (slots - width_T)
+        slot_of_token_T = (ops.gather(start_E, expert_T, 0) + place_T + 1) * kept_T
+        token_of_slot_P = dispatch.token_of_slot(slot_of_token_T, slots * chunks)
         return (
             self.dispatch(x_TD, token_of_slot_P, slot_of_token_T),
             token_of_slot_P,
@@ -212,6 +232,12 @@ class StaticMoELayer(ShardedMoELayer):
             slots_RE = np.full((len(self.exchange.ranks), self.num_experts), capacity if capacity != DROPLESS else num_tokens)
             self._evaluated[num_tokens] = SlotExchange(self.exchange, slots_RE, self.features)
         return self._evaluated[num_tokens]
+
+
+def _check_divisible(numbers_RE: np.ndarray, key: str, divisor: int, what: str) -> None:
+    uneven = numbers_RE[numbers_RE % divisor > 0]
+    if len(uneven):
+        raise ConfigError(f"{key} = {divisor}: cannot divide {int(uneven[0])} {what}; change moe.capacity.local_factor or remote_factor")
 
 
 class _PyNativeGather(nn.Cell):

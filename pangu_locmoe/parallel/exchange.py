@@ -15,14 +15,16 @@ Letters: R ranks of the group, M rows, D features.
 from __future__ import annotations
 
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Callable, List, Sequence, Tuple
+from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.common.initializer import Zero
 
 from pangu_locmoe.parallel.communicator import Communicator
+from pangu_locmoe.parallel.timeline import Timeline
 
 Block = Tuple[int, int]  # (source, destination), places in the group
 NextHolder = Callable[[Block], int]
@@ -76,6 +78,7 @@ class Exchange:
         self.communicator, self.ranks, self.nodes, self.sharers = communicator, list(ranks), list(nodes), list(sharers)
         self.place = self.ranks.index(communicator.rank)
         self.ledger = Ledger()
+        self.timeline: Optional[Timeline] = None  # set for the step that is watched
         self._hops: List[NextHolder] = [self._gateway_out, self._gateway_in, _destination] if hierarchical else [_destination]
 
     def move(self, rows_MD: Tensor, matrix_RR: np.ndarray) -> Tensor:
@@ -85,17 +88,23 @@ class Exchange:
             rows_MD: this rank's rows, those for the first rank of the group first.
             matrix_RR: how many rows each rank sends to each, int; the same on all ranks.
         """
-        started = time.perf_counter()
-        result = self._move_share(rows_MD, matrix_RR) if self.sharers else self._move_all(rows_MD, matrix_RR)
-        self.ledger.seconds += time.perf_counter() - started
-        return result
+        with self._timed():
+            return self._move_share(rows_MD, matrix_RR) if self.sharers else self._move_all(rows_MD, matrix_RR)
 
     def move_own(self, rows_MD: Tensor, matrix_RR: np.ndarray) -> Tensor:
         """`move` for rows that the other ranks of the place do not have."""
-        started = time.perf_counter()
-        result = self._move_all(rows_MD, matrix_RR)
-        self.ledger.seconds += time.perf_counter() - started
-        return result
+        with self._timed():
+            return self._move_all(rows_MD, matrix_RR)
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """What happens inside is an exchange, for the ledger and for the time line, if there is one."""
+        ledger, began, started = self.ledger, time.time(), time.perf_counter()
+        sent = ledger.intra_node_bytes + ledger.inter_node_bytes
+        yield
+        ledger.seconds += time.perf_counter() - started
+        if self.timeline is not None:
+            self.timeline.add("exchange", began, ledger.intra_node_bytes + ledger.inter_node_bytes - sent)
 
     def _move_share(self, rows_MD: Tensor, matrix_RR: np.ndarray) -> Tensor:
         """Groupwise: this rank's share of each block to its peers, then the place's shares together."""

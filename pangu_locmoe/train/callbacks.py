@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from pathlib import Path
@@ -14,8 +15,11 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
 from pangu_locmoe.config import Config
+from pangu_locmoe.files import write_atomic
 from pangu_locmoe.load.trace import Trace, TraceWriter
 from pangu_locmoe.moe.capacity import bound_capacity, capacity_bounds, cosine_statistic, factor_capacity
+from pangu_locmoe.parallel.timeline import chrome_trace
+from pangu_locmoe.parallel.topology import Topology
 from pangu_locmoe.train.metrics import MetricsFile
 from pangu_locmoe.train.step import StepResult
 
@@ -110,6 +114,17 @@ class WriteTrace(Callback):
 
     def close(self) -> None:
         self._trace.flush()
+
+
+class WriteTimeline(Callback):
+    """timeline.json, after the step of trace.timeline."""
+
+    def __init__(self, path: Path, topology: Topology) -> None:
+        self._path, self._topology = path, topology
+
+    def on_step(self, step: int, result: StepResult, row: Row) -> None:
+        if result.spans is not None:
+            write_atomic(self._path, json.dumps(chrome_trace(result.spans, self._topology)).encode())
 
 
 class ShowProgress(Callback):

@@ -6,6 +6,7 @@ The whole step runs in PyNative around compiled parts of the model, because the 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any, Dict, List, Tuple
 
 import mindspore as ms
@@ -20,6 +21,7 @@ from pangu_locmoe.noise import draw_keys
 from pangu_locmoe.parallel.communicator import Communicator
 from pangu_locmoe.parallel.exchange import Exchange, Ledger
 from pangu_locmoe.parallel.gradients import KINDS, kind, reduce_gradients, squared_norm
+from pangu_locmoe.parallel.timeline import Timeline, gather_spans
 from pangu_locmoe.parallel.topology import Topology
 from pangu_locmoe.train.step import LOSSES, Objective, Stepper, StepResult, batch_inputs
 
@@ -54,6 +56,17 @@ class DistributedStepper(Stepper):
             layer.set_factors(factors)
 
     def __call__(self, batch: Batch, step: int, learning_rate: float) -> StepResult:
+        if step != self.config.trace.timeline:
+            return self._advance(batch, step, learning_rate)
+        timeline, started = Timeline(), time.time()
+        self.exchange.timeline = timeline
+        with timeline.watch([layer.experts for layer in self.model.moe_layers.values()]):
+            result = self._advance(batch, step, learning_rate)
+        self.exchange.timeline = None
+        timeline.add("step", started)
+        return replace(result, spans=gather_spans(timeline, self.communicator))
+
+    def _advance(self, batch: Batch, step: int, learning_rate: float) -> StepResult:
         train = self.config.train
         rows_T, columns_D = draw_keys(train.seed, step, batch.tokens_BS.size, self.config.model.hidden_size)
         keys_BS, columns = rows_T.reshape(batch.tokens_BS.shape), Tensor(columns_D)
@@ -77,9 +90,11 @@ class DistributedStepper(Stepper):
         return world_result(reports, norm, skipped, traffic, self.topology, self.communicator)
 
     def _update(self, gradients: List[Tensor], factor: float, learning_rate: float, step: int) -> Tuple[bool, float]:
-        started = time.perf_counter()
+        began, started = time.time(), time.perf_counter()
         reduced = reduce_gradients(gradients, self.parameters, self.topology, self.communicator)
         self.exchange.ledger.reduce_seconds = time.perf_counter() - started
+        if self.exchange.timeline is not None:
+            self.exchange.timeline.add("reduction", began)
         reduced = [gradient * factor for gradient in reduced] if factor != 1.0 else reduced
         parts = [tuple(gradient for gradient, one in zip(reduced, self._kinds) if one == each) for each in KINDS]
         whole, slices, experts = map(self.optimizer.squared_norm, parts)

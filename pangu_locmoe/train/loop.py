@@ -21,7 +21,7 @@ from pangu_locmoe.data.clusters import nodes_by_content
 from pangu_locmoe.data.loader import BatchLoader
 from pangu_locmoe.data.prepared import Prepared
 from pangu_locmoe.data.sampler import BatchSampler
-from pangu_locmoe.errors import CheckpointError, DivergenceError
+from pangu_locmoe.errors import CheckpointError, ConfigError, DivergenceError
 from pangu_locmoe.model.sigma import PanguSigma
 from pangu_locmoe.moe.capacity import initial_capacity
 from pangu_locmoe.moe.domains import allowed_experts
@@ -225,6 +225,7 @@ class Trainer:
             jobs.WriteMetrics(self.run_dir / "metrics.jsonl", every, last),
             jobs.WriteTensorBoard(self.run_dir / "tensorboard", every, last),
             self._trace,
+            jobs.WriteTimeline(self.run_dir / "timeline.json", self.topology),
         ]
         return [*made, jobs.ShowProgress(self.config, last)] if progress else made
 
@@ -234,6 +235,8 @@ class Trainer:
 
 def _stepper(model: PanguSigma, config: Config, capacities: Tuple[int, ...], world: World) -> Stepper:
     if world.exchange is None:
+        if config.trace.timeline is not None:
+            raise ConfigError(f"trace.timeline = {config.trace.timeline}: shows what the ranks of a job do, and there is 1 process; must be null")
         return Stepper(model, config, capacities)
     compiled = config.train.mode == "graph"
     if compiled and config.parallel.sizes == "static" and isinstance(world.communicator, HcclOperators):

@@ -9,7 +9,7 @@ Letters: B batch, S sequence, T = B*S tokens, L MoE layers, N source nodes, E ex
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import mindspore as ms
 import numpy as np
@@ -20,6 +20,7 @@ from pangu_locmoe.data.loader import Batch
 from pangu_locmoe.model.sigma import PanguSigma
 from pangu_locmoe.noise import draw_keys
 from pangu_locmoe.parallel.exchange import Ledger
+from pangu_locmoe.parallel.timeline import Span
 from pangu_locmoe.train.optimizer import AdamW
 
 LOSSES = ("loss", "cross_entropy", "balance_loss", "locality_loss", "z_loss")
@@ -35,6 +36,7 @@ class StepResult:
     layer_sums: one number for each layer, finite exactly where the layer's output was.
     skipped: fp16 overflow; no update was made.
     traffic: what all ranks exchanged; None in a single process.
+    spans: what each rank did when, in the step of trace.timeline.
     """
 
     losses: Dict[str, float]
@@ -45,6 +47,7 @@ class StepResult:
     layer_sums: np.ndarray
     skipped: bool = False
     traffic: Optional[Ledger] = None
+    spans: Optional[List[List[Span]]] = None
 
 
 @dataclass

@@ -21,6 +21,7 @@ from mindspore import ops  # noqa: E402
 from numeric import close, integers, no_noise, tensor  # noqa: E402
 from small import small_config  # noqa: E402
 
+from pangu_locmoe.config import parse_config  # noqa: E402
 from pangu_locmoe.moe.capacity import factor_capacity  # noqa: E402
 from pangu_locmoe.moe.domains import allowed_experts  # noqa: E402
 from pangu_locmoe.moe.layer import MoELayer  # noqa: E402
@@ -61,15 +62,22 @@ def outcome(layer, source):
 
 
 topology = Topology(size, size // 2, size, EXPERTS)
-shared = StaticMoELayer(config, context(topology), Exchange(communicator, range(size), [r // (size // 2) for r in range(size)]), TensorGroup.alone())
-got = outcome(shared, rank)
+exchange = Exchange(communicator, range(size), [r // (size // 2) for r in range(size)])
+shared = StaticMoELayer(config, context(topology), exchange, TensorGroup.alone())
+chunked = parse_config({**config.model_dump(), "parallel": {**config.parallel.model_dump(), "overlap_chunks": 5}})
+in_chunks = StaticMoELayer(chunked, context(topology), exchange, TensorGroup.alone())
 ordinary = MoELayer(config, context(Topology(1, 1, 1, EXPERTS)))
 alone = [outcome(ordinary, source) for source in range(size)]
 held = topology.experts_of_rank(rank)
-for mine, wanted in zip(got[:3], alone[rank][:3]):
-    close(mine, wanted, 2e-6)
-for mine, parts in zip(got[3:], zip(*[part[3:] for part in alone])):
-    close(mine, sum(parts)[held.start : held.stop], 4e-6)
+for layer in (shared, in_chunks):
+    exchange.ledger.take()
+    got = outcome(layer, rank)
+    messages = exchange.ledger.take().inter_node_messages
+    assert messages == (size // 2) * 4 * layer.chunks, messages
+    for mine, wanted in zip(got[:3], alone[rank][:3]):
+        close(mine, wanted, 2e-6)
+    for mine, parts in zip(got[3:], zip(*[part[3:] for part in alone])):
+        close(mine, sum(parts)[held.start : held.stop], 4e-6)
 assert sum(part[1].sum() for part in alone) > 0, "nothing was dropped"
 communicator.barrier()
 print("the same", flush=True)

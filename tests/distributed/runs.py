@@ -17,7 +17,7 @@ from pangu_locmoe.cli import main
 from pangu_locmoe.config import Config
 
 WORKER = Path(__file__).with_name("worker.py")
-STEPS, EVERY = 15, 5
+STEPS, EVERY, WATCHED = 15, 5, 12
 
 
 def config(**parallel: Any) -> Config:
@@ -28,6 +28,7 @@ def config(**parallel: Any) -> Config:
         train={"steps": STEPS, "learning_rate": 5e-4, "epsilon": 1e-6, "mode": "pynative"},
         evaluation={"every": EVERY, "sequences": 2},
         checkpoint={"every": EVERY, "keep": 5},
+        trace={"timeline": WATCHED} if "expert_parallel" in parallel else {},
         parallel=parallel,
     )
 

@@ -114,3 +114,19 @@ def test_a_rank_reads_only_its_share(folder, monkeypatch):
     whole = checkpoints.read_shards(written, "model")
     experts = next(parameter for parameter in model.get_parameters() if parameter.name.endswith("experts.w_in"))
     np.testing.assert_array_equal(experts.asnumpy()[1], whole[experts.name.replace(".experts.", ".experts.2.")])
+
+
+@pytest.mark.parametrize("name, ranks", [("four", 4), ("two-after-one", 2)])
+def test_the_time_line_has_what_the_ledger_counts(folder, name, ranks):
+    events = [event for event in json.loads((folder / name / "timeline.json").read_text())["traceEvents"] if event["ph"] == "X"]
+    row = next(row for row in tiny.rows(folder / name) if row["step"] == runs.WATCHED and "loss" in row)
+    exchanges = [event for event in events if event["name"] == "exchange"]
+    assert {event["tid"] // 2 for event in events} == set(range(ranks))
+    # One sparse layer: tokens, their affinity and the outputs; the gradients of two of them.
+    assert len(exchanges) == 5 * ranks
+    assert sum(event["args"]["bytes"] for event in exchanges) == row["intra_node_bytes"] + row["inter_node_bytes"] > 0
+    for rank in range(ranks):
+        own = {event["name"]: event for event in events if event["tid"] // 2 == rank}
+        step = own.pop("step")
+        assert set(own) == {"exchange", "experts", "reduction"}
+        assert all(step["ts"] <= event["ts"] and event["ts"] + event["dur"] <= step["ts"] + step["dur"] + 2 for event in own.values())

@@ -98,7 +98,7 @@ def test_the_ledger_against_the_closed_form(job):
     assert sum(ledger.intra_node_bytes for ledger in tree) == int(matrix_RR[inside_RR].sum()) * row_bytes + extra
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(jobs(), st.integers(2, 4))
 def test_groupwise_is_flat_with_every_row_once_between_nodes(job, width):
     """Each place of the job is `width` ranks now, which have the same rows."""

@@ -1,0 +1,99 @@
+"""Checkpoints of any layout of ranks are read by any other: experts, slices and moments come out where they belong."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from train import tiny
+
+from pangu_locmoe.model.sigma import PanguSigma
+from pangu_locmoe.parallel.communicator import SingleProcess
+from pangu_locmoe.parallel.world import World
+from pangu_locmoe.train import checkpoint as checkpoints
+from pangu_locmoe.train.optimizer import AdamW
+from pangu_locmoe.train.shards import Held
+
+LAYOUTS = [(1, 1, 1), (4, 4, 1), (4, 1, 2), (4, 2, 2), (4, 1, 4), (8, 2, 2)]  # ranks, expert_parallel, tensor_parallel
+
+
+class Rank(SingleProcess):
+    """One rank of a job that never speaks to the others, but can wait for them."""
+
+    def __init__(self, rank: int, size: int, everyone: threading.Barrier) -> None:
+        self.rank, self.size, self.everyone = rank, size, everyone
+
+    def barrier(self) -> None:
+        self.everyone.wait()
+
+
+def config(ranks, expert_parallel, tensor_parallel):
+    parallel = {"expert_parallel": expert_parallel, "tensor_parallel": tensor_parallel, "ranks_per_node": ranks} if ranks > 1 else {}
+    return tiny.tiny_config(
+        model={"num_heads": 4, "vocab_size": 512, "domain_embeddings": True}, moe={"router": "switch"}, train={"batch_size": 8}, parallel=parallel
+    )
+
+
+def job(layout):
+    """Config, worlds, models and optimizers of all ranks; their weights are those of one process."""
+    settings, everyone = config(*layout), threading.Barrier(layout[0])
+    worlds = [World.of(settings, Rank(rank, layout[0], everyone)) for rank in range(layout[0])]
+    models = [PanguSigma(settings, None, world.topology, world.exchange, world.tensor) for world in worlds]
+    return settings, worlds, models, [AdamW(list(model.trainable_params()), [True] * len(model.trainable_params())) for model in models]
+
+
+def write(folder, layout):
+    settings, worlds, models, optimizers = job(layout)
+    for optimizer in optimizers:
+        for parameter, moment in zip(optimizer.parameters, optimizer.moment_m):
+            moment.set_data(parameter * 1)
+
+    def save(rank):
+        checkpoints.save_checkpoint(folder, settings, None, models[rank], optimizers[rank], {"step": 1}, worlds[rank])
+
+    with ThreadPoolExecutor(len(worlds)) as threads:
+        list(threads.map(save, range(len(worlds))))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A checkpoint of the same weights, and of first moments equal to them, by every layout."""
+    made = {}
+    for layout in LAYOUTS:
+        made[layout] = tmp_path_factory.mktemp("layouts") / "step-00000001"
+        write(made[layout], layout)
+    return made
+
+
+def test_every_layout_writes_the_same_arrays(folders):
+    whole = checkpoints.read_shards(folders[1, 1, 1], "model")
+    for folder in folders.values():
+        arrays = checkpoints.read_shards(folder, "model")
+        assert set(arrays) == set(whole)
+        for name in whole:
+            np.testing.assert_array_equal(arrays[name], whole[name], err_msg=name)
+
+
+@pytest.mark.parametrize("before, after", [pair for pair in itertools.permutations(LAYOUTS, 2) if pair[1] in ((1, 1, 1), (4, 2, 2), (8, 2, 2))], ids=str)
+def test_any_layout_reads_any_other(folders, before, after):
+    _, _, models, optimizers = job(after)
+    wanted = [{p.name: p.asnumpy().copy() for p in model.get_parameters()} for model in models]
+    for model, optimizer, expected in zip(models, optimizers, wanted):
+        for parameter in model.get_parameters():
+            parameter.set_data(parameter * 0)
+        checkpoints.load_weights(folders[before], model)
+        checkpoints.load_optimizer(folders[before], optimizer, Held.by(model))
+        for parameter, moment in zip(optimizer.parameters, optimizer.moment_m):
+            np.testing.assert_array_equal(parameter.asnumpy(), expected[parameter.name], err_msg=parameter.name)
+            np.testing.assert_array_equal(moment.asnumpy(), expected[parameter.name], err_msg=moment.name)
+
+
+def test_a_rank_writes_its_share(folders):
+    """Two places of two ranks: the files are as large as the shares are, and rank 0's has what is whole besides."""
+    sizes = [(folders[4, 2, 2] / checkpoints.shard_name("model", rank)).stat().st_size for rank in range(4)]
+    one = (folders[1, 1, 1] / "model.safetensors").stat().st_size
+    assert sizes[2] == pytest.approx(sizes[3], rel=0.05) and sizes[2] < sizes[1] < sizes[0]
+    assert sum(sizes) == pytest.approx(one, rel=0.1)
