@@ -75,7 +75,8 @@ def exchanges(config: Config, topology: Topology, rank: int) -> Iterator[Operati
     tokens = config.micro_batch * config.model.seq_length // topology.num_places
     group, features = topology.expert_group(rank), config.model.hidden_size
     size, place = len(group), group.index(rank)
-    rows_RR = group_slots(config.moe.capacity, topology, rank, tokens).reshape(size, size, -1).sum(axis=2)
+    chunks = config.parallel.overlap_chunks
+    rows_RR = (group_slots(config.moe.capacity, topology, rank, tokens) // chunks).reshape(size, size, -1).sum(axis=2)
     sharers = topology.tensor_group(rank) if config.parallel.exchange == "groupwise" else (rank,)
     dtype, name, gathering = IR_NAMES[config.train.precision], group_name(group, topology.num_ranks), group_name(sharers, topology.num_ranks)
     for direction in ("forward", "backward"):
@@ -83,10 +84,10 @@ def exchanges(config: Config, topology: Topology, rank: int) -> Iterator[Operati
             share_RR = matrix_RR // len(sharers)  # a place divides its slots evenly
             sent, arrived = share_RR[place], int(share_RR[:, place].sum())
             move = Operation("AlltoAllV", name, direction, dtype, (int(sent.sum()) * features,), (arrived * features,), tuple(sent.tolist()))
-            yield from [move] * config.model.num_moe_layers
+            yield from [move] * config.model.num_moe_layers * chunks
             if len(sharers) > 1:
                 gather = Operation("AllGather", gathering, direction, dtype, (arrived, features), (arrived * len(sharers), features))
-                yield from [gather] * config.model.num_moe_layers
+                yield from [gather] * config.model.num_moe_layers * chunks
 
 
 def _tensor_sums(config: Config, topology: Topology, rank: int) -> Iterator[Operation]:
@@ -99,7 +100,8 @@ def _tensor_sums(config: Config, topology: Topology, rank: int) -> Iterator[Oper
     model, own = config.model, topology.tensor_group(rank)
     sequences = config.micro_batch // topology.num_places
     tokens, features = sequences * model.seq_length, model.hidden_size
-    slots_RE = group_slots(config.moe.capacity, topology, rank, tokens)
+    chunks = config.parallel.overlap_chunks
+    slots_RE = group_slots(config.moe.capacity, topology, rank, tokens) // chunks
     held = topology.experts_of_rank(rank)
     rows_TD, rows_BSD = (tokens, features), (sequences, model.seq_length, features)
     rows_GCD = (len(held), int(slots_RE[:, held.start].sum()), features)
@@ -107,12 +109,12 @@ def _tensor_sums(config: Config, topology: Topology, rank: int) -> Iterator[Oper
     for direction, dtype, shape, times in (
         ("forward", "Float32", rows_TD, 1),  # the embedding
         ("forward", rounded, rows_TD, model.num_layers + dense),  # attention and feed-forward networks
-        ("forward", rounded, rows_GCD, model.num_moe_layers),
+        ("forward", rounded, rows_GCD, model.num_moe_layers * chunks),
         ("forward", "Float32", (topology.tensor_parallel, tokens), 1),  # the loss: largest logits, then sums
         ("forward", "Float32", (2, tokens), 1),
         ("backward", rounded, rows_BSD, model.num_layers + 2),  # attention; the query layer has two inputs; the head
         ("backward", rounded, rows_TD, dense),
-        ("backward", rounded, rows_GCD, model.num_moe_layers),
+        ("backward", rounded, rows_GCD, model.num_moe_layers * chunks),
     ):
         yield from [Operation("AllReduce", group_name(own, topology.num_ranks), direction, dtype, shape, shape)] * times
 

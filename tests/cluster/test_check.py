@@ -75,9 +75,9 @@ def test_the_step_of_a_job(ranks, rank, router, precision):
     )
 
 
-def test_tensor_parallel_groupwise_fused_and_recomputed():
+def test_tensor_parallel_groupwise_in_chunks_fused_and_recomputed():
     """Recomputation is in the graph, so an exchange or a sum that ran twice would differ from the plan."""
-    given = values(64, tensor_parallel=2, exchange="groupwise")
+    given = values(64, tensor_parallel=2, exchange="groupwise", overlap_chunks=2)
     given["train"].update(precision="bf16", fused=True, recompute=True)
     given["model"].update(num_layers=4)
     result = check(parse_config(given), 64, 35, Device.named("ascend_910b"))
@@ -87,14 +87,14 @@ def test_tensor_parallel_groupwise_fused_and_recomputed():
         (34, 35), tuple(range(33, 64, 2)), tuple(range(1, 64, 2)), (3, 35),
     }  # fmt: skip
     sums = [o for o in result.operations if o.group == "ranks-34-to-35-by-1" and o.kind == "AllReduce"]
-    # 4 attentions, 2 dense networks and 2 MoE layers, out and their gradients in; a second input of the query layer, the head, the
+    # 4 attentions, 2 dense networks and 2 MoE layers in 2 chunks, out and their gradients in; a second input of the query layer, the head, the
     # embedding, two of the loss, the norm.
-    assert len(sums) == 2 * (4 + 2 + 2) + 1 + 1 + 1 + 2 + 1
+    assert len(sums) == 2 * (4 + 2 + 4) + 1 + 1 + 1 + 2 + 1
     sent = {(o.kind, o.group, o.shape, o.result) for o in result.operations if o.kind != "AllReduce" and o.group != "hccl_world_group"}
-    # 32 tokens, 2 of 32 experts in each of 16 places; a node of 8 ranks is 4 places: 4 slots for each of 8 experts, 2 for 24, half of them each.
+    # 32 tokens, 2 of 32 experts in each of 16 places; a node of 8 ranks is 4 places: 4 slots for each of 8 experts, 2 for 24, half of them each, in 2 chunks.
     assert sent == {
-        ("AlltoAllV", "ranks-33-to-63-by-2", (40 * HIDDEN,), (40 * HIDDEN,)),
-        ("AllGather", "ranks-34-to-35-by-1", (40, HIDDEN), (80, HIDDEN)),
+        ("AlltoAllV", "ranks-33-to-63-by-2", (20 * HIDDEN,), (20 * HIDDEN,)),
+        ("AllGather", "ranks-34-to-35-by-1", (20, HIDDEN), (40, HIDDEN)),
     }
 
 
