@@ -66,7 +66,7 @@ def test_what_is_wrong_with_the_configuration_is_said_before_anything_starts():
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("train_ascend.sh: moe.routr = 'hash': unknown key") and done.stderr.count("\n") == 1
     done = run("--ranks-per-node", "3", "--dry-run")
-    assert done.returncode == 2 and "must be divisible by ranks (3)" in done.stderr
+    assert done.returncode == 2 and "ranks (3) must be divisible by parallel.expert_parallel (8)" in done.stderr
 
 
 def test_one_server_is_the_default():
