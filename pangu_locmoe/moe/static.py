@@ -8,7 +8,7 @@ travel, filled or not. What crosses the nodes is therefore set by `remote_factor
 
 On HCCL the exchange is one AlltoAllV with constant counts; on CPU processes the same layer runs in PyNative.
 
-Letters: T tokens of this rank, D hidden, E experts, R ranks (of the expert-parallel group, or of the world in R of
+Letters: T tokens of this rank, A their assignments (moe/plan.py; most routers: A = T), D hidden, E experts, R ranks (of the expert-parallel group, or of the world in R of
 `shared_RX`), P slots of this rank, G local experts, C slots of all sources for one expert.
 """
 
@@ -135,15 +135,18 @@ class StaticMoELayer(ShardedMoELayer):
         follow from moe.capacity.local_factor and remote_factor.
         """
         places = self.trained if training else self._for_evaluation(x_TD.shape[0], capacity)
-        rows_PD, token_of_slot_P, slot_of_token_T, weight_T, cosine_T, load_E, mean_probs_E, z_loss = self.route(
+        rows_PD, in_slot_P, slot_of_A, weight_A, cosine_T, load_E, mean_probs_E, z_loss = self.route(
             x_TD, tokens_T, domains_T, noise[0], noise[1], places.slots_E, places.start_E, places.slots, training
         )
         stats = self._share(load_E, mean_probs_E, x_TD.shape[0], training)
         y_PD = places.from_experts(self.experts(places.to_experts(rows_PD), None))
-        y_TD = self.combine(y_PD, ops.cast(weight_T, y_PD.dtype), token_of_slot_P, slot_of_token_T)
+        y_AD = self.combine(y_PD, ops.cast(weight_A, y_PD.dtype), in_slot_P, slot_of_A)
+        y_TD = dispatch.sum_choices(y_AD, self.router.choices)
         stats["z_loss"], stats["cosine_T"] = z_loss, cosine_T
         stats["dropped_E"] = ops.relu(load_E - ops.cast(places.slots_E, ms.float32))
-        stats["weight"] = ops.reduce_sum(weight_T) * (1.0 / x_TD.shape[0])
+        stats["weight"] = ops.reduce_sum(weight_A) * (1.0 / x_TD.shape[0])
+        if self.router.choices > 1:
+            stats["unrouted"] = dispatch.unrouted_share(y_TD)
         return y_TD, stats
 
     def route(
@@ -160,18 +163,18 @@ class StaticMoELayer(ShardedMoELayer):
     ) -> Tuple[Tensor, ...]:
         """Route, and put the tokens into their slots: the part before the exchange."""
         plan = self.router(ops.cast(x_TD, ms.float32), tokens_T, domains_T, (row_keys_T, column_keys_D), training)
-        rank_T = dispatch.rank_within_expert(plan["one_hot_TE"], plan["affinity_T"] if self.by_affinity else None)
-        expert_T = plan["expert_T"]
-        kept_T = ops.cast(ops.less(rank_T, ops.gather(slots_E, expert_T, 0)), ms.int32)
-        slot_of_token_T = (ops.gather(start_E, expert_T, 0) + rank_T + 1) * kept_T
-        token_of_slot_P = dispatch.token_of_slot(slot_of_token_T, slots)
+        rank_A = dispatch.rank_within_expert(plan["one_hot_AE"], plan["affinity_A"] if self.by_affinity else None)
+        expert_A = plan["expert_A"]
+        kept_A = ops.cast(ops.less(rank_A, ops.gather(slots_E, expert_A, 0)), ms.int32)
+        slot_of_A = (ops.gather(start_E, expert_A, 0) + rank_A + 1) * kept_A
+        in_slot_P = dispatch.token_of_slot(slot_of_A, slots)
         return (
-            self.dispatch(x_TD, token_of_slot_P, slot_of_token_T),
-            token_of_slot_P,
-            slot_of_token_T,
-            plan["weight_T"],
+            self.dispatch(dispatch.repeat_rows(x_TD, self.router.choices), in_slot_P, slot_of_A),
+            in_slot_P,
+            slot_of_A,
+            plan["weight_A"],
             plan["cosine_T"],
-            ops.stop_gradient(ops.reduce_sum(plan["one_hot_TE"], 0)),
+            ops.stop_gradient(ops.reduce_sum(plan["one_hot_AE"], 0)),
             ops.reduce_sum(plan["probs_TE"], 0) * (1.0 / x_TD.shape[0]),
             plan["z_loss"],
         )
@@ -184,7 +187,8 @@ class StaticMoELayer(ShardedMoELayer):
         load_NE = ops.reduce_sum(ops.reshape(load_RE, (self.num_nodes, self.num_ranks // self.num_nodes, self.num_experts)), 1)
         balance, locality = ops.zeros((), ms.float32), ops.zeros((), ms.float32)
         if self.has_balance_loss:
-            share_E = ops.reduce_sum(load_NE, 0) * (1.0 / (num_tokens * self.num_ranks))
+            share_E = ops.reduce_sum(load_NE, 0)
+            share_E = share_E * (1.0 / (num_tokens * self.num_ranks)) if self.router.choices == 1 else share_E / ops.reduce_sum(share_E)
             balance = ops.reduce_sum(share_E * mean_probs_E) * float(self.num_experts)
         if self.has_locality_loss and training and self.locality_weight > 0:
             node_RE = shared_RX[self.first_neighbour : self.end_neighbour, self.num_experts :]

@@ -15,6 +15,7 @@ CONFIGURATIONS = {
     "hash": {"moe": {"router": "hash"}},
     "switch": {"moe": {"router": "switch"}},
     "locmoe": {"moe": {"router": "locmoe"}},
+    "locmoe_plus": {"moe": {"router": "locmoe_plus"}},
     "two levels": {"moe": {"router": "hash", "levels": 2}},
     "domain embeddings": {"model": {"domain_embeddings": True}, "moe": {"router": "switch"}},
     "domain embeddings without domains": {"model": {"domain_embeddings": True}, "data": {"sources": []}},
