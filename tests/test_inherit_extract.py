@@ -72,7 +72,7 @@ def test_with_hash_the_sparse_model_is_the_dense_one(inherited):
         np.testing.assert_allclose(logits(model, config, batch)[0], wanted, atol=1e-5)
 
 
-@pytest.mark.parametrize("router", ["hash", "switch", "locmoe"])
+@pytest.mark.parametrize("router", ["hash", "switch", "locmoe", "locmoe_plus"])
 def test_every_expert_is_the_dense_network(inherited, router):
     """Its output matrix divided by the layer's mean probability where there is a gate; all the rest as it was."""
     folder, message = inherited(router)
@@ -92,7 +92,7 @@ def test_every_expert_is_the_dense_network(inherited, router):
             np.testing.assert_array_equal(array, dense_arrays[name], err_msg=name)
 
 
-@pytest.mark.parametrize("router", ["switch", "locmoe"])
+@pytest.mark.parametrize("router", ["switch", "locmoe", "locmoe_plus"])
 def test_the_mean_is_that_of_the_routers_probabilities(inherited, router):
     """The division and the probability cancel on average: at the dense model's hidden states the first layer's ratio is 1."""
     folder, _ = inherited(router)
@@ -105,7 +105,7 @@ def test_the_mean_is_that_of_the_routers_probabilities(inherited, router):
     np.testing.assert_allclose(np.mean(weights, axis=0)[0], scale.mean(), rtol=0.02)
 
 
-@pytest.mark.parametrize("router", ["switch", "locmoe"])
+@pytest.mark.parametrize("router", ["switch", "locmoe", "locmoe_plus"])
 def test_with_a_gate_the_loss_is_near_the_dense_ones(inherited, router):
     """Much nearer than without the division, which leaves the experts' part of the sum at a half or a third."""
     config, wanted = sparse_config(router), evaluate_checkpoint(dense()[0], 4)["validation_loss"]
@@ -173,7 +173,7 @@ def whole(router, embeddings):
 
 
 @pytest.mark.parametrize("embeddings", [False, True], ids=["shared", "embeddings"])
-@pytest.mark.parametrize("router", ["hash", "switch", "locmoe"])
+@pytest.mark.parametrize("router", ["hash", "switch", "locmoe", "locmoe_plus"])
 @pytest.mark.parametrize("domain, held", [("zh", 3), ("code", 4)])
 def test_the_part_gives_the_whole_models_logits(tmp_path, router, embeddings, domain, held):
     folder = whole(router, embeddings)

@@ -8,6 +8,7 @@ from typing import List, Optional, Sequence, Tuple
 from pangu_locmoe.config import Config
 from pangu_locmoe.errors import ConfigError
 from pangu_locmoe.load.trace import Trace
+from pangu_locmoe.moe.routers import ROUTERS
 from pangu_locmoe.simulate.cost import CROSSINGS, Work, step_time
 from pangu_locmoe.simulate.devices import Device
 from pangu_locmoe.simulate.layout import Floats, Layout, traffic
@@ -40,7 +41,7 @@ def simulate(
         assumptions: None: the defaults.
 
     Raises:
-        ConfigError: no nodes, no routers, a router without a routing, or one that the trace cannot be given to.
+        ConfigError: no nodes, no routers, a router without a routing or with several experts for a token, or one that the trace cannot be given to.
         TopologyError: ranks, experts and groups do not divide each other.
         DataError: the trace cannot be used.
     """
@@ -71,6 +72,8 @@ def _traced(config: Config, nodes: Sequence[int], routers: Sequence[str], load: 
         if traced not in routers:
             raise ConfigError(f"the load trace is of router {traced!r} (moe.router), which is not among {', '.join(routers)}: name it")
     for router in routers:
+        if router in ROUTERS and ROUTERS[router].has_token_choice:
+            raise ConfigError(f"router = {router!r}: a token may have several of its experts, and the model of a step has one for each")
         if router != traced and router not in assumed.routing:
             nearest = difflib.get_close_matches(router, assumed.routing, n=1)
             raise ConfigError(f"router = {router!r}: must be one of {', '.join(assumed.routing)}" + (f"; did you mean {nearest[0]}?" if nearest else ""))

@@ -31,17 +31,20 @@ from pangu_locmoe.parallel.topology import Topology  # noqa: E402
 
 TOKENS, HIDDEN, EXPERTS, FACTOR = 16, 16, 4, 1.25
 rank, size = communicator.rank, communicator.size
-config = small_config(
-    moe={"router": "switch", "balance_loss": 0.0, "capacity": {"local_factor": FACTOR, "remote_factor": FACTOR}},
-    parallel={"expert_parallel": 2, "sizes": "static"},
-    train={"batch_size": 2 * size},
-)
 random = np.random.default_rng(5)
 x_RTD, sens_RTD = random.standard_normal((2, size, TOKENS, HIDDEN))
 tokens_T, domains_T, keys = integers(random.integers(0, 300, TOKENS)), integers(np.repeat([0, 1], TOKENS // 2)), no_noise(TOKENS, HIDDEN)
 
 
-def context(topology: Topology) -> RouterContext:
+def config_of(router):
+    return small_config(
+        moe={"router": router, "balance_loss": 0.0, "locality_loss": 0.0, "capacity": {"local_factor": FACTOR, "remote_factor": FACTOR}},
+        parallel={"expert_parallel": 2, "sizes": "static"},
+        train={"batch_size": 2 * size},
+    )
+
+
+def context(config, topology: Topology) -> RouterContext:
     allowed_KE = allowed_experts(config)
     return RouterContext(0, allowed_KE, topology, np.ones((len(allowed_KE), 300), np.int64))
 
@@ -60,15 +63,16 @@ def outcome(layer, source):
 
 
 topology = Topology(size, size // 2, size, EXPERTS)
-shared = StaticMoELayer(config, context(topology), Exchange(communicator, range(size), [r // (size // 2) for r in range(size)], False))
-got = outcome(shared, rank)
-ordinary = MoELayer(config, context(Topology(1, 1, 1, EXPERTS)))
-alone = [outcome(ordinary, source) for source in range(size)]
 held = topology.experts_of_rank(rank)
-for mine, wanted in zip(got[:3], alone[rank][:3]):
-    close(mine, wanted, 2e-6)
-for mine, parts in zip(got[3:], zip(*[part[3:] for part in alone])):
-    close(mine, sum(parts)[held.start : held.stop], 4e-6)
-assert sum(part[1].sum() for part in alone) > 0, "nothing was dropped"
+for config in (config_of("switch"), config_of("locmoe_plus")):
+    exchange = Exchange(communicator, range(size), [r // (size // 2) for r in range(size)], False)
+    got = outcome(StaticMoELayer(config, context(config, topology), exchange), rank)
+    ordinary = MoELayer(config, context(config, Topology(1, 1, 1, EXPERTS)))
+    alone = [outcome(ordinary, source) for source in range(size)]
+    for mine, wanted in zip(got[:3], alone[rank][:3]):
+        close(mine, wanted, 2e-6)
+    for mine, parts in zip(got[3:], zip(*[part[3:] for part in alone])):
+        close(mine, sum(parts)[held.start : held.stop], 4e-6)
+    assert sum(part[1].sum() for part in alone) > 0, "nothing was dropped"
 communicator.barrier()
 print("the same", flush=True)
