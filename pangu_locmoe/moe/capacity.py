@@ -90,15 +90,18 @@ def dynamic_capacity(bounds: CapacityBounds, upper: int, now: int, hysteresis: f
     if abs(wanted - now) <= hysteresis * now:
         return now
     exponent = math.floor(math.log(upper / wanted) / math.log(RATIO) + 1e-9)
-    return math.ceil(upper / RATIO**exponent - 1e-9)
+    return min(size for size in (math.ceil(upper / RATIO**k - 1e-9) for k in (exponent, exponent + 1)) if size >= wanted)
 
 
 def transition_capacity(step: int, steps: int, num_tokens: int, final: int) -> int:
-    """Capacity after `step` of the `steps` in which it shrinks by halves from all tokens to `final`, at even intervals."""
+    """Capacity after `step` of the `steps` in which it shrinks by halves from all tokens to `final`, at even intervals.
+
+    All tokens are DROPLESS: packed, they take far fewer slots than a capacity that holds them all would give every expert.
+    """
     if step >= steps or final >= num_tokens:
         return final
-    halvings = math.ceil(math.log2(num_tokens / final))
-    return max(final, math.ceil(num_tokens / 2 ** (step * halvings // steps)))
+    halved = step * math.ceil(math.log2(num_tokens / final)) // steps
+    return max(final, math.ceil(num_tokens / 2**halved)) if halved else DROPLESS
 
 
 def cosine_statistic(cosines: np.ndarray, statistic: str | float) -> float:

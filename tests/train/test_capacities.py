@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 
+import mindspore as ms
 import numpy as np
 import pytest
 from hypothesis import given
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from train import tiny
 
 from pangu_locmoe.data.prepared import prepare
-from pangu_locmoe.moe.capacity import RATIO, capacity_bounds, dynamic_capacity, factor_capacity, transition_capacity
+from pangu_locmoe.moe.capacity import DROPLESS, RATIO, capacity_bounds, dynamic_capacity, factor_capacity, transition_capacity
 from pangu_locmoe.train.capacities import CapacityPolicy
 from pangu_locmoe.train.checkpoint import read_arrays
 from pangu_locmoe.train.run import train
@@ -39,8 +40,8 @@ def test_a_dynamic_capacity_is_the_next_size_above_the_bound(delta, now, hystere
 
 
 def test_a_dynamic_capacity_in_numbers():
-    """d = 256, n = 8: delta .2 gives e^(256 * .04 / 1.96) / 8 = 23.2, delta .22 gives 71.7; delta .25 gives more than all 320."""
-    assert [round(bound(delta), 1) for delta in (0.2, 0.22)] == [23.2, 71.7]
+    """d = 256, n = 8: delta .2 gives e^(256 * .04 / 1.96) / 8 = 23.2, delta .22 gives 71.5; delta .25 gives more than all 320."""
+    assert [round(bound(delta), 1) for delta in (0.2, 0.22)] == [23.2, 71.5]
 
     def after(delta, now, hysteresis=0.2):
         return dynamic_capacity(capacity_bounds(HIDDEN, EXPERTS, delta), 320, now, hysteresis)
@@ -53,7 +54,7 @@ def test_a_dynamic_capacity_in_numbers():
 
 def test_capacity_shrinks_by_halves():
     found = [transition_capacity(step, 8, TOKENS, UPPER) for step in range(10)]
-    assert found == [2048, 2048, 2048, 1024, 1024, 1024, 512, 512, 320, 320]
+    assert found == [DROPLESS, DROPLESS, DROPLESS, 1024, 1024, 1024, 512, 512, 320, 320]
     assert transition_capacity(0, 0, TOKENS, UPPER) == UPPER
     assert [transition_capacity(step, 4, 100, 100) for step in range(5)] == [100] * 5
 
@@ -98,8 +99,8 @@ def test_token_choice_comes_first_then_the_bound():
     choice = {"transition_steps": 6}
     config = config_of(router="locmoe_plus", token_choice=choice, capacity={"policy": "dynamic", "every": 4, "warmup_steps": 1, "statistic": "max"})
     first, found, events = follow(config, lambda step: (0.2, 0.2), 8)
-    assert first == (2048, 2048)
-    assert [one for one, _ in found] == [2048, 1024, 1024, 512, 512, 320, 320, 28]
+    assert first == (DROPLESS, DROPLESS)
+    assert [one for one, _ in found] == [DROPLESS, 1024, 1024, 512, 512, 320, 320, 28]
     assert [event["event"] for event in events] == ["token_choice"] * 3 + ["capacity"]
 
 
@@ -148,6 +149,7 @@ def test_going_back_to_a_size_compiles_nothing_and_changes_nothing():
 
 def test_a_resumed_run_has_the_same_capacities_and_numbers(tmp_path):
     """From a checkpoint in the middle of the transition, through the measurements after it."""
+    ms.runtime.launch_blocking()  # small operators are many times faster so
     config = tiny.tiny_config(
         moe={
             "router": "locmoe_plus",
@@ -162,13 +164,13 @@ def test_a_resumed_run_has_the_same_capacities_and_numbers(tmp_path):
     assert train(config, tmp_path / "whole", progress=False) is None
     rows = tiny.rows(tmp_path / "whole")
     capacities = [row["capacity"] for row in rows if "loss" in row]
-    assert capacities[:6] == [256, 256, 256, 128, 128, 80] and capacities[-1] < 80
+    assert capacities[:6] == [None, None, None, 128, 128, 80] and capacities[-1] < 80
     routed = [row["experts_per_token"] for row in rows if "loss" in row]
     assert all(1 < number <= 2 for number in routed)
     trace = tiny.trace(tmp_path / "whole")
     np.testing.assert_allclose(trace["load"].sum((1, 2)) / 256, routed)
     unrouted = [row["unrouted_fraction"] for row in rows if "loss" in row]
-    assert unrouted[0] == 0 < max(unrouted)
+    assert unrouted[:3] == [0, 0, 0] and max(unrouted) > 0
     run_dir, last = tmp_path / "resumed", "step-00000008"
     shutil.copytree(tmp_path / "whole", run_dir)
     shutil.rmtree(run_dir / "checkpoints" / last)
