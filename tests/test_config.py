@@ -57,7 +57,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     # combinations
     "heads": ({"model": {"hidden_size": 100, "num_heads": 3}, "moe": {"router": "hash"}}, ["model.hidden_size = 100", "divisible by model.num_heads (3)"]),
     "too many sparse layers": ({"model": {"num_layers": 4, "num_moe_layers": 4}}, ["model.num_moe_layers = 4", "at most model.num_layers - 1 (3)"]),
-    "no such router": ({"moe": {"router": "Switch"}}, ["moe.router = 'Switch'", "hash, locmoe, switch", "did you mean switch?"]),
+    "no such router": ({"moe": {"router": "Switch"}}, ["moe.router = 'Switch'", "hash, locmoe, locmoe_plus, switch", "did you mean switch?"]),
     "pooling blocks": ({"moe": {"num_experts": 6}}, ["model.hidden_size = 256", "divisible by moe.num_experts (6)"]),
     "bound without a gate": ({"moe": {"router": "hash", "capacity": {"policy": "bound"}}}, ["moe.capacity.policy = 'bound'", "needs a router with a gate"]),
     "static capacity without static sizes": ({"moe": {"capacity": {"local_factor": 1.0}}}, ["moe.capacity.local_factor = 1.0", "needs parallel.sizes: static"]),
@@ -276,7 +276,7 @@ def test_the_schema_knows_every_key_and_describes_it():
     assert set(leaves(Config().model_dump(), "")) == set(known) - {"base"}
     assert [key for key, node in known.items() if not node.get("description") and key.rpartition(".")[2] not in ("beta1", "beta2", "top_p")] == []
     assert known["train.steps"]["minimum"] == 1
-    assert known["moe.capacity.policy"]["enum"] == ["factor", "bound", "dropless"]
+    assert known["moe.capacity.policy"]["enum"] == ["factor", "bound", "dynamic", "dropless"]
 
 
 def test_the_schema_for_editors_is_up_to_date():

@@ -105,7 +105,7 @@ def test_the_mean_is_that_of_the_routers_probabilities(inherited, router):
     np.testing.assert_allclose(np.mean(weights, axis=0)[0], scale.mean(), rtol=0.02)
 
 
-@pytest.mark.parametrize("router", ["switch", "locmoe"])
+@pytest.mark.parametrize("router", ["switch", "locmoe", "locmoe_plus"])
 def test_with_a_gate_the_loss_is_near_the_dense_ones(inherited, router):
     """Much nearer than without the division, which leaves the experts' part of the sum at a half or a third."""
     config, wanted = sparse_config(router), evaluate_checkpoint(dense()[0], 4)["validation_loss"]
@@ -173,7 +173,7 @@ def whole(router, embeddings):
 
 
 @pytest.mark.parametrize("embeddings", [False, True], ids=["shared", "embeddings"])
-@pytest.mark.parametrize("router", ["hash", "switch", "locmoe"])
+@pytest.mark.parametrize("router", ["hash", "switch", "locmoe", "locmoe_plus"])
 @pytest.mark.parametrize("domain, held", [("zh", 3), ("code", 4)])
 def test_the_part_gives_the_whole_models_logits(tmp_path, router, embeddings, domain, held):
     folder = whole(router, embeddings)

@@ -21,6 +21,7 @@ from pangu_locmoe.config.models import (
     ModelConfig,
     SampleConfig,
     SourceConfig,
+    TokenChoiceConfig,
     TrainConfig,
 )
 from pangu_locmoe.config.reading import override_value, read
@@ -35,6 +36,7 @@ __all__ = [
     "ModelConfig",
     "SampleConfig",
     "SourceConfig",
+    "TokenChoiceConfig",
     "TrainConfig",
     "doubtful_settings",
     "json_schema",

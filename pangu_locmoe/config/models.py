@@ -26,13 +26,21 @@ class ModelConfig(Section):
 
 
 class CapacityConfig(Section):
-    policy: Literal["factor", "bound", "dropless"] = Field("factor", description="factor: ceil(factor*tokens/experts); bound: LocMoE's lower bound, measured after warm-up; dropless: never drop")
-    factor: float = Field(1.25, ge=1.0, description="capacity factor c_f; for `bound`, the upper clamp")
-    statistic: Union[Literal["min", "median", "mean", "max"], float] = Field("median", description="bound: which statistic (or quantile in [0, 1]) of the cosines between tokens and their gate is delta")
-    warmup_steps: int = Field(100, ge=1, description="bound: steps before delta is measured; routing swings wildly in the first 50")
+    policy: Literal["factor", "bound", "dynamic", "dropless"] = Field("factor", description="factor: ceil(factor*tokens/experts); bound: LocMoE's lower bound, measured once after warm-up; dynamic: LocMoE+'s, measured again and again; dropless: never drop")
+    factor: float = Field(1.25, ge=1.0, description="capacity factor c_f; for `bound` and `dynamic`, the upper clamp")
+    statistic: Union[Literal["min", "median", "mean", "max"], float] = Field("median", description="bound, dynamic: which statistic (or quantile in [0, 1]) of the cosines between tokens and their gate is delta")
+    warmup_steps: int = Field(100, ge=1, description="bound, dynamic: steps before delta is first measured; routing swings wildly in the first 50")
+    every: Optional[int] = Field(None, ge=1, description="dynamic: steps between measurements; null: 100")
+    hysteresis: Optional[float] = Field(None, ge=0, description="dynamic: change the capacity only by more than this share of it; null: 0.2")
     drop_order: Literal["affinity", "position"] = Field("affinity", description="which tokens lose when an expert is full: the lowest affinity, or the last position")
     local_factor: Union[Annotated[float, Field(gt=0)], Literal["auto"], None] = Field(None, description="capacity factor for sources in the expert's node (static exchange); auto: follows the measured counts")
     remote_factor: Union[Annotated[float, Field(gt=0)], Literal["auto"], None] = Field(None, description="capacity factor for sources in other nodes (static exchange); auto: follows the measured counts")
+
+
+class TokenChoiceConfig(Section):
+    threshold: float = Field(0.5, gt=0, le=1, description="a token proposes to the fewest experts whose router probabilities add up to this; a small one means top-1")
+    max_experts: int = Field(2, ge=1, description="K, the most experts a token proposes to; cost of dispatch grows with it")
+    transition_steps: int = Field(0, ge=0, description="steps in which an expert's capacity shrinks by halves from all tokens (token choice) to moe.capacity's (expert choice); 0: the latter from the start")
 
 
 class CutFromConfig(Section):
@@ -41,17 +49,18 @@ class CutFromConfig(Section):
 
 
 class MoEConfig(Section):
-    router: str = Field("locmoe", description="hash | switch | locmoe, or the name of a registered router")
+    router: str = Field("locmoe", description="hash | switch | locmoe | locmoe_plus, or the name of a registered router")
     num_experts: int = Field(8, ge=1, description="E, experts in each sparse layer")
     levels: int = Field(2, ge=1, le=2, description="2: a token may only go to its domain's expert group; 1: one group of all experts")
     group_sizes: Optional[Dict[str, int]] = Field(None, description="experts of each domain's group (levels: 2); null: equal shares")
-    balance_loss: float = Field(0.01, ge=0, description="alpha, weight of the load-balance loss (switch, locmoe)")
-    locality_loss: Optional[float] = Field(None, ge=0, description="mu, weight of the locality loss (locmoe); null: 0.1, but 0 with data.sharding: iid, where it can only cost")
+    balance_loss: float = Field(0.01, ge=0, description="alpha, weight of the load-balance loss (switch, locmoe, locmoe_plus)")
+    locality_loss: Optional[float] = Field(None, ge=0, description="mu, weight of the locality loss (locmoe, locmoe_plus); null: 0.1, but 0 with data.sharding: iid, where it can only cost")
     locality_smoothing: float = Field(0.1, gt=0, le=1, description="e in D_l = (1-e)*uniform(local experts) + e*uniform(all)")
-    z_loss: float = Field(0.0, ge=0, description="weight of the squared log-partition of the gate's logits (switch, locmoe)")
+    z_loss: float = Field(0.0, ge=0, description="weight of the squared log-partition of the gate's logits (switch, locmoe, locmoe_plus)")
     jitter: float = Field(0.0, ge=0, lt=1, description="gate input times uniform(1-jitter, 1+jitter) while training (switch)")
-    gate_scale: Optional[float] = Field(None, gt=0, description="scale of GrAP logits (locmoe); null: sqrt(hidden_size/num_experts)")
+    gate_scale: Optional[float] = Field(None, gt=0, description="scale of GrAP logits (locmoe, locmoe_plus); null: sqrt(hidden_size/num_experts)")
     cut_from: Optional[CutFromConfig] = Field(None, description="set in extracted sub-models: the model whose gate they keep")
+    token_choice: Optional[TokenChoiceConfig] = Field(None, description="how many experts a token may have (locmoe_plus); null: the defaults")
     capacity: CapacityConfig = Field(default_factory=CapacityConfig)
 
 

@@ -39,6 +39,9 @@ def _broken_moe_rules(config: Config) -> Iterator[tuple[str, str]]:
     statistic = moe.capacity.statistic
     if isinstance(statistic, float) and not 0 <= statistic <= 1:
         yield "moe.capacity.statistic", "must be min, median, mean, max or a quantile between 0 and 1"
+    for key in ("every", "hysteresis"):
+        if getattr(moe.capacity, key) is not None and moe.capacity.policy != "dynamic":
+            yield f"moe.capacity.{key}", "needs moe.capacity.policy: dynamic"
     for key in ("local_factor", "remote_factor"):
         given, static = getattr(moe.capacity, key) is not None, config.parallel.sizes == "static"
         if given and not static:
@@ -137,7 +140,7 @@ def _broken_train_rules(config: Config) -> Iterator[tuple[str, str]]:
 def doubtful_settings(config: Config) -> Iterator[str]:
     """Yield a line for every setting that works but does not do what its user may hope."""
     moe, data = config.moe, config.data
-    if moe.router == "locmoe" and moe.locality_loss and data.sharding == "iid":
+    if moe.router in ("locmoe", "locmoe_plus") and moe.locality_loss and data.sharding == "iid":
         yield (
             f"moe.locality_loss = {moe.locality_loss} with data.sharding: iid: all nodes read the same mixture, so no routing can be "
             "local for all of them, and the loss can only cost"
@@ -150,5 +153,5 @@ def doubtful_settings(config: Config) -> Iterator[str]:
                 f"moe.capacity.local_factor = {local} with the experts of a layer on {nodes} nodes: once all tokens stay in their node, "
                 f"{1 - local / nodes:.0%} of them find no slot; {nodes} would hold all"
             )
-    if moe.router == "locmoe" and config.parallel.emulated_nodes == 1 and config.parallel.ranks_per_node is None:
-        yield "moe.router = 'locmoe' on one node: everything is local, the locality loss is left out; parallel.emulated_nodes studies it"
+    if moe.router in ("locmoe", "locmoe_plus") and config.parallel.emulated_nodes == 1 and config.parallel.ranks_per_node is None:
+        yield f"moe.router = {moe.router!r} on one node: everything is local, the locality loss is left out; parallel.emulated_nodes studies it"

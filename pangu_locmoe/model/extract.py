@@ -7,7 +7,7 @@ from typing import Mapping
 
 import numpy as np
 
-from pangu_locmoe.config import Config, CutFromConfig
+from pangu_locmoe.config import Config, CutFromConfig, TokenChoiceConfig
 from pangu_locmoe.config.models import ParallelConfig
 from pangu_locmoe.errors import CheckpointError
 from pangu_locmoe.model.sigma import PanguSigma
@@ -53,7 +53,12 @@ def sub_config(config: Config, domain: str, experts: range) -> Config:
     data = config.data.model_copy(update={"sources": sources, "mixture": None, "sharding": "iid"})
     parent = config.moe.cut_from or CutFromConfig(num_experts=config.moe.num_experts, first_expert=0)
     cut_from = CutFromConfig(num_experts=parent.num_experts, first_expert=parent.first_expert + experts.start)
-    moe = config.moe.model_copy(update={"num_experts": len(experts), "levels": 1, "group_sizes": None, "cut_from": cut_from})
+    chosen = config.moe.token_choice
+    if ROUTERS[config.moe.router].has_token_choice:
+        most = min(ROUTERS[config.moe.router].max_choices(config), len(experts))
+        chosen = (chosen or TokenChoiceConfig()).model_copy(update={"max_experts": most})
+    changes = {"num_experts": len(experts), "levels": 1, "group_sizes": None, "cut_from": cut_from, "token_choice": chosen}
+    moe = config.moe.model_copy(update=changes)
     return config.model_copy(update={"data": data, "moe": moe, "parallel": ParallelConfig()})
 
 

@@ -107,8 +107,9 @@ class PanguSigma(nn.Cell):
             training: a constant of the graph.
 
         Returns:
-            logits_TV in fp32 (this rank's part of V, which `vocabulary` knows what to do with), and a dict of fp32 tensors: balance_loss, locality_loss, z_loss (sums over MoE layers, not
-            weighted), load_LNE, dropped_LE, cosine_LT, weight_L (without MoE layers these four are absent), layer_sums (one
+            logits_TV in fp32 (this rank's part of V, which `vocabulary` knows what to do with), and a dict of fp32 tensors:
+            balance_loss, locality_loss, z_loss (sums over MoE layers, not weighted), load_LNE, dropped_LE, cosine_LT, weight_L
+            (without MoE layers these four are absent), unrouted_L (only with several experts for a token), layer_sums (one
             number for each layer, finite exactly where its output is).
         """
         # Keys come one by one here and below: a compiled part would take a tuple of tensors for a constant.
@@ -196,6 +197,9 @@ def _gather_stats(layer_stats: list, layer_sums: Tensor) -> Dict[str, Tensor]:
     gathered = {"layer_sums": layer_sums}
     for name in ("balance_loss", "locality_loss", "z_loss"):
         gathered[name] = ops.reduce_sum(ops.stack([stats[name] for stats in layer_stats]))
-    for source, name in (("load_NE", "load_LNE"), ("dropped_E", "dropped_LE"), ("cosine_T", "cosine_LT"), ("weight", "weight_L")):
+    names = {"load_NE": "load_LNE", "dropped_E": "dropped_LE", "cosine_T": "cosine_LT", "weight": "weight_L", "unrouted": "unrouted_L"}
+    for source, name in names.items():
+        if source not in layer_stats[0]:
+            continue
         gathered[name] = ops.stop_gradient(ops.stack([stats[source] for stats in layer_stats]))
     return gathered

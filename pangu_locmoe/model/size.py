@@ -14,10 +14,11 @@ def num_params(config: Config) -> int:
 
 
 def num_active_params(config: Config) -> int:
-    """Trainable parameters that one token meets: one expert in each sparse layer, one word-embedding slot."""
+    """Trainable parameters that one token meets at most: its experts in each sparse layer, most often one, and one word-embedding slot."""
     model = config.model
     unused_slots = max(0, len(config.domains) - 1) if model.domain_embeddings else 0
-    sparse = model.num_moe_layers * (_ffn_params(config) + ROUTERS[config.moe.router].num_params(config))
+    router = ROUTERS[config.moe.router]
+    sparse = model.num_moe_layers * (router.max_choices(config) * _ffn_params(config) + router.num_params(config))
     return _dense_params(config) + sparse - unused_slots * model.vocab_size * model.hidden_size
 
 

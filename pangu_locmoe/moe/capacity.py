@@ -1,4 +1,4 @@
-"""How many tokens an expert takes: LocMoE's lower bound and the policies. NumPy and SciPy only.
+"""How many tokens an expert takes: LocMoE's and LocMoE+'s lower bounds and the policies. NumPy and SciPy only.
 
 Letters: n experts, d hidden size.
 """
@@ -14,6 +14,7 @@ from scipy import special
 from pangu_locmoe.config import CapacityConfig
 
 DROPLESS = 0  # the capacity that stands for "as many as come"
+RATIO = 1.25  # between the sizes of a dynamic capacity
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,34 @@ def bound_capacity(bounds: CapacityBounds, upper: int) -> int:
     return upper if bounds.exact >= upper else max(1, math.ceil(bounds.exact))
 
 
+def dynamic_capacity(bounds: CapacityBounds, upper: int, now: int, hysteresis: float) -> int:
+    """LocMoE+'s C_min = exp(d delta^2 / (2 - delta^2)) / n, rounded up to one of a few sizes and clamped to [1, upper].
+
+    Sizes are upper / 1.25^k, rounded up, so that a run needs few compiled shapes and comes back to those it has.
+
+    Args:
+        bounds: with delta_max, as published, or with another statistic of the cosines.
+        upper: the largest capacity.
+        now: the capacity there is, which stays unless the bound is off by more than `hysteresis` of it.
+    """
+    wanted = min(max(bounds.exponential, 1.0), float(upper))
+    if abs(wanted - now) <= hysteresis * now:
+        return now
+    exponent = math.floor(math.log(upper / wanted) / math.log(RATIO) + 1e-9)
+    return min(size for size in (math.ceil(upper / RATIO**k - 1e-9) for k in (exponent, exponent + 1)) if size >= wanted)
+
+
+def transition_capacity(step: int, steps: int, num_tokens: int, final: int) -> int:
+    """Capacity after `step` of the `steps` in which it shrinks by halves from all tokens to `final`, at even intervals.
+
+    All tokens are DROPLESS: packed, they take far fewer slots than a capacity that holds them all would give every expert.
+    """
+    if step >= steps or final >= num_tokens:
+        return final
+    halved = step * math.ceil(math.log2(num_tokens / final)) // steps
+    return max(final, math.ceil(num_tokens / 2**halved)) if halved else DROPLESS
+
+
 def cosine_statistic(cosines: np.ndarray, statistic: str | float) -> float:
     """delta from the cosines between tokens and the gates of their experts: min, median, mean, max or a quantile."""
     if statistic == "mean":
@@ -84,7 +113,7 @@ def cosine_statistic(cosines: np.ndarray, statistic: str | float) -> float:
 
 
 def initial_capacity(config: CapacityConfig, num_tokens: int, num_experts: int) -> int:
-    """Capacity at the start of a run: DROPLESS, or the factor's, which `bound` too uses until it has measured."""
+    """Capacity at the start of a run: DROPLESS, or the factor's, which `bound` and `dynamic` too use until they have measured."""
     if config.policy == "dropless":
         return DROPLESS
     return min(num_tokens, factor_capacity(config.factor, num_tokens, num_experts))

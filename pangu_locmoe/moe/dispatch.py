@@ -1,6 +1,7 @@
 """Tokens to expert buffers and back.
 
-Every token has one slot, or none. Buffers are [G, C, D]: G groups of C slots, all tokens of a group for one expert.
+Every token has one slot, or none; where a router gives a token up to K experts, read "assignment" for "token" here (moe/plan.py),
+with `repeat_rows` before and `sum_choices` after. Buffers are [G, C, D]: G groups of C slots, all tokens of a group for one expert.
 With a fixed capacity there is one group for each expert, and tokens ranked C or later are dropped. Dropless, C is the
 block size and G = E + T // C blocks always suffice: an expert takes as many blocks as its tokens need, and
 `expert_of_group_G` says whose a block is. A slot has at most one token and a token at most one slot, so both directions
@@ -74,6 +75,22 @@ def token_of_slot(slot_of_token_T: Tensor, num_slots: int) -> Tensor:
     one_based_T = Tensor(np.arange(1, slot_of_token_T.shape[0] + 1, dtype=np.int32))
     # ScatterNd adds: all dropped tokens land in place 0, which is cut off. Half of TensorScatterUpdate's time.
     return ops.scatter_nd(ops.expand_dims(slot_of_token_T, 1), one_based_T, (num_slots + 1,))[1:]
+
+
+def repeat_rows(x_TD: Tensor, choices: int) -> Tensor:
+    """x_AD: each token's row for each of its `choices` assignments."""
+    return x_TD if choices == 1 else ops.reshape(ops.tile(x_TD, (1, choices)), (-1, x_TD.shape[1]))
+
+
+def sum_choices(y_AD: Tensor, choices: int) -> Tensor:
+    """y_TD: the sum over each token's `choices` assignments."""
+    return y_AD if choices == 1 else ops.reduce_sum(ops.reshape(y_AD, (-1, choices, y_AD.shape[1])), 1)
+
+
+def unrouted_share(y_TD: Tensor) -> Tensor:
+    """Share of the tokens without any expert, whose output is zero: an expert's is not. fp32 scalar."""
+    largest_T = ops.reduce_max(ops.abs(ops.stop_gradient(y_TD)), 1)
+    return ops.reduce_mean(ops.cast(ops.equal(largest_T, 0), ms.float32))
 
 
 class Dispatch(nn.Cell):

@@ -4,9 +4,9 @@ Exactly the routed tokens travel. An expert sees the tokens of all sources in it
 what is dropped does not depend on the number of processes. The exchange runs in PyNative, because its sizes follow the
 routing; what lies before it is compiled.
 
-Letters: T tokens of this rank, D hidden, E experts (and as many slots of the group, in S), R ranks of the expert-parallel
-group, M rows received, N nodes, G local experts, C tokens an expert keeps, P = G*C slots (places of
-the world in counts_PE).
+Letters: T tokens of this rank, A their assignments (moe/plan.py; most routers: A = T), D hidden, E experts (and as many slots of
+the group, in S), R ranks of the expert-parallel group, M rows received, N nodes, G local experts, C tokens an expert keeps,
+P = G*C slots (places of the world in counts_PE).
 """
 
 from __future__ import annotations
@@ -33,50 +33,62 @@ class DistributedMoELayer(ShardedMoELayer):
         self, x_TD: Tensor, tokens_T: Tensor, domains_T: Tensor, noise: Noise, capacity: int, training: bool
     ) -> Tuple[Tensor, MoEStats]:
         """As `MoELayer.construct`, on this rank's tokens; load_NE is the world's, dropped_E that of this rank's experts."""
-        rows_TD, token_of_place_T, place_of_token_T, affinity_T, weight_T, cosine_T, load_E, mean_probs_E, z_loss = self.route(
+        rows_AD, in_place_A, place_of_A, affinity_A, weight_A, cosine_T, load_E, mean_probs_E, z_loss = self.route(
             x_TD, tokens_T, domains_T, noise[0], noise[1], self.slot_of_expert_E, training
         )
         counts_PE, stats = self._share(load_E, mean_probs_E, training)
         group = [self.topology.place_of_rank(rank) for rank in self.exchange.ranks]
         counts_RS = counts_PE[group][:, self.expert_of_slot_E]
         sent_RR = counts_RS.reshape(len(group), len(group), -1).sum(axis=2)
-        rows_MD = ExchangeRows(self.exchange, sent_RR)(rows_TD)
+        if self.router.choices > 1:  # what was not proposed is last, and stays
+            proposed = int(sent_RR[self.exchange.place].sum())
+            rows_AD, in_place_A, affinity_A = rows_AD[:proposed], in_place_A[:proposed], affinity_A[:proposed]
+        rows_MD = ExchangeRows(self.exchange, sent_RR)(rows_AD)
         affinity_M = None
         if self.by_affinity and capacity != DROPLESS:
-            affinity_M = self.exchange.move(ops.expand_dims(affinity_T, 1), sent_RR).asnumpy()[:, 0]
+            affinity_M = self.exchange.move(ops.expand_dims(affinity_A, 1), sent_RR).asnumpy()[:, 0]
         slot_of_row_M, slots, dropped_G = assign_slots(counts_RS[:, self.held_slots.start : self.held_slots.stop], affinity_M, capacity)
         # A rank to which no token came has no rows to compute; its part in the exchange is the same.
         y_MD = self._apply_experts(rows_MD, slot_of_row_M, slots) if slots else rows_MD
-        y_sorted_TD = ExchangeRows(self.exchange, sent_RR.T)(y_MD)
-        y_TD = self.combine(y_sorted_TD, ops.cast(weight_T, y_sorted_TD.dtype), token_of_place_T, place_of_token_T)
+        y_sorted_AD = ExchangeRows(self.exchange, sent_RR.T)(y_MD)
+        y_AD = self.combine(y_sorted_AD, ops.cast(weight_A, y_sorted_AD.dtype), in_place_A, place_of_A)
+        y_TD = dispatch.sum_choices(y_AD, self.router.choices)
         stats["z_loss"], stats["cosine_T"] = z_loss, cosine_T
         stats["dropped_E"] = _spread(dropped_G, self.held_experts, self.num_experts)
-        stats["weight"] = ops.reduce_sum(weight_T) * (1.0 / x_TD.shape[0])
+        stats["weight"] = ops.reduce_sum(weight_A) * (1.0 / x_TD.shape[0])
+        if self.router.choices > 1:
+            stats["unrouted"] = dispatch.unrouted_share(y_TD)
         return y_TD, stats
 
     def route(
         self, x_TD: Tensor, tokens_T: Tensor, domains_T: Tensor, row_keys_T: Tensor, column_keys_D: Tensor, slot_of_expert_E: Tensor, training: bool
     ) -> Tuple[Tensor, ...]:
-        """Route, and sort the tokens by their expert's slot: the part before the exchange, which is compiled.
+        """Route, and sort the assignments by their expert's slot: the part before the exchange, which is compiled.
 
         Returns:
-            the sorted rows_TD, the maps token_of_place_T and place_of_token_T between the two orders (one-based), the
-            sorted affinity_T, then weight_T and cosine_T in the old order, load_E, mean_probs_E and z_loss.
+            the sorted rows_AD, the maps in_place_A and place_of_A between the two orders (one-based; place 0 for what was
+            not proposed, which is sorted last), the sorted affinity_A, then weight_A and cosine_T in the old order, load_E,
+            mean_probs_E and z_loss.
         """
         plan = self.router(ops.cast(x_TD, ms.float32), tokens_T, domains_T, (row_keys_T, column_keys_D), training)
         # The sort is stable: within an expert, tokens keep the order of the batch.
-        slot_T = ops.gather(slot_of_expert_E, plan["expert_T"], 0)
-        order_T = ops.cast(ops.sort(ops.cast(slot_T, ms.float32))[1], ms.int32)
-        token_of_place_T = order_T + 1
-        place_of_token_T = dispatch.token_of_slot(token_of_place_T, order_T.shape[0])
+        slot_A = ops.cast(ops.gather(slot_of_expert_E, plan["expert_A"], 0), ms.float32)
+        if self.router.choices > 1:
+            proposed_A = ops.reduce_sum(plan["one_hot_AE"], 1)
+            slot_A = slot_A + float(self.num_experts) * (1.0 - proposed_A)
+        order_A = ops.cast(ops.sort(slot_A)[1], ms.int32)
+        in_place_A = order_A + 1
+        place_of_A = dispatch.token_of_slot(in_place_A, order_A.shape[0])
+        if self.router.choices > 1:
+            place_of_A = place_of_A * ops.cast(proposed_A, ms.int32)
         return (
-            self.dispatch(x_TD, token_of_place_T, place_of_token_T),
-            token_of_place_T,
-            place_of_token_T,
-            ops.gather(plan["affinity_T"], order_T, 0),
-            plan["weight_T"],
+            self.dispatch(dispatch.repeat_rows(x_TD, self.router.choices), in_place_A, place_of_A),
+            in_place_A,
+            place_of_A,
+            ops.gather(plan["affinity_A"], order_A, 0),
+            plan["weight_A"],
             plan["cosine_T"],
-            ops.stop_gradient(ops.reduce_sum(plan["one_hot_TE"], 0)),
+            ops.stop_gradient(ops.reduce_sum(plan["one_hot_AE"], 0)),
             ops.reduce_sum(plan["probs_TE"], 0) * (1.0 / x_TD.shape[0]),
             plan["z_loss"],
         )

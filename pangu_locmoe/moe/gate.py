@@ -18,7 +18,7 @@ def dense_logits(x_TD: Tensor, w_ED: Tensor) -> Tensor:
 
 def dense_cosine(x_TD: Tensor, w_ED: Tensor, logits_TE: Tensor, expert_T: Tensor) -> Tensor:
     """Cosine between each token and the dense gate of its expert, fp32 [T]."""
-    chosen_T = _chosen(logits_TE, expert_T)
+    chosen_T = chosen(logits_TE, expert_T)
     norms_E = ops.sqrt(ops.reduce_sum(w_ED * w_ED, 1))
     return chosen_T / (ops.gather(norms_E, expert_T, 0) * _norms(x_TD) + 1e-12)
 
@@ -61,11 +61,18 @@ def grap_cosine(x_TD: Tensor, logits_TE: Tensor, expert_T: Tensor, factor: float
         x_TD, logits_TE, expert_T: the gate's input, its logits, the chosen experts.
         factor: what the logits are of w.x / |w|: their scale times the norm sqrt(E/D) of a gate vector.
     """
-    return _chosen(logits_TE, expert_T) / (_norms(x_TD) * factor + 1e-12)
+    return chosen(logits_TE, expert_T) / (_norms(x_TD) * factor + 1e-12)
 
 
-def _chosen(logits_TE: Tensor, expert_T: Tensor) -> Tensor:
+def chosen(logits_TE: Tensor, expert_T: Tensor) -> Tensor:
+    """Each token's logit of its expert, fp32 [T]."""
     return ops.squeeze(ops.gather_elements(logits_TE, 1, ops.expand_dims(expert_T, 1)), 1)
+
+
+def scaled_to_norm(x_TD: Tensor, norm: float) -> Tensor:
+    """Each row scaled to this norm, so that logits are cosines but for a constant; a row of zeros stays."""
+    squares_T1 = ops.ReduceSum(keep_dims=True)(x_TD * x_TD, 1)
+    return x_TD * (norm * ops.rsqrt(squares_T1 + 1e-12))
 
 
 def _norms(x_TD: Tensor) -> Tensor:

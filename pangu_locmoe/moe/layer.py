@@ -1,6 +1,7 @@
 """The MoE layer: router -> plan -> dispatch -> experts -> combine.
 
-Letters: T tokens, D hidden, E experts, N source nodes, G groups, C slots in a group.
+Letters: T tokens, A assignments (moe/plan.py; most routers: A = T), D hidden, E experts, N source nodes, G groups, C slots in
+a group.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ MoEStats = Dict[str, Tensor]
 
 
 class MoELayer(nn.Cell):
-    """A sparse feed-forward network with top-1 routing: y = weight * expert(x), and 0 for a dropped token."""
+    """A sparse feed-forward network: y = weight * expert(x) summed over a token's experts, most often one; 0 where it is dropped."""
 
     def __init__(self, config: Config, context: RouterContext) -> None:
         super().__init__()
@@ -56,42 +57,55 @@ class MoELayer(nn.Cell):
             training: whether this is training; a constant of the compiled graph.
 
         Returns:
-            y_TD, and a dict of: balance_loss, locality_loss, z_loss, weight (mean over tokens; fp32 scalars), load_NE (tokens by source node and
-            expert before drops, fp32; one node when not training), dropped_E (fp32), cosine_T (fp32).
+            y_TD, and a dict of: balance_loss, locality_loss, z_loss, weight (of a token's experts together, mean over tokens; fp32 scalars),
+            load_NE (assignments by source node and expert before drops, fp32; one node when not training), dropped_E (of them, fp32),
+            cosine_T (fp32), and with several experts for a token `unrouted`, the share of tokens without any (fp32 scalar).
         """
         num_tokens, hidden_size = x_TD.shape
         plan = self.router(ops.cast(x_TD, mstype.float32), tokens_T, domains_T, noise, training)
-        affinity_T = plan["affinity_T"] if self.by_affinity and capacity != DROPLESS else None
-        rank_T = dispatch.rank_within_expert(plan["one_hot_TE"], affinity_T)
+        choices, num_assignments = self.router.choices, num_tokens * self.router.choices
+        affinity_A = plan["affinity_A"] if self.by_affinity and capacity != DROPLESS else None
+        rank_A = dispatch.rank_within_expert(plan["one_hot_AE"], affinity_A)
         num_nodes = self.num_nodes if training else 1
-        load_NE = ops.reduce_sum(ops.reshape(plan["one_hot_TE"], (num_nodes, num_tokens // num_nodes, self.num_experts)), 1)
+        load_NE = ops.reduce_sum(ops.reshape(plan["one_hot_AE"], (num_nodes, num_assignments // num_nodes, self.num_experts)), 1)
         load_E = ops.reduce_sum(load_NE, 0)
 
         expert_of_group_G = None
         if capacity == DROPLESS:
-            slot_of_token_T, expert_of_group_G = dispatch.block_slots(plan["expert_T"], rank_T, load_E)
-            groups = (dispatch.num_blocks(num_tokens, self.num_experts), dispatch.block_size(num_tokens, self.num_experts), hidden_size)
+            slot_of_A, expert_of_group_G = dispatch.block_slots(plan["expert_A"], rank_A, load_E)
+            groups = (dispatch.num_blocks(num_assignments, self.num_experts), dispatch.block_size(num_assignments, self.num_experts), hidden_size)
             dropped_E = ops.zeros_like(load_E)
         else:
-            slot_of_token_T = dispatch.capacity_slots(plan["expert_T"], rank_T, capacity)
+            slot_of_A = dispatch.capacity_slots(plan["expert_A"], rank_A, capacity)
             groups = (self.num_experts, capacity, hidden_size)
             dropped_E = ops.relu(load_E - float(capacity))
 
-        token_of_slot_P = dispatch.token_of_slot(slot_of_token_T, groups[0] * groups[1])
-        x_GCD = ops.reshape(self.dispatch(x_TD, token_of_slot_P, slot_of_token_T), groups)
+        in_slot_P = dispatch.token_of_slot(slot_of_A, groups[0] * groups[1])
+        x_GCD = ops.reshape(self.dispatch(dispatch.repeat_rows(x_TD, choices), in_slot_P, slot_of_A), groups)
         y_GCD = self.experts(x_GCD, expert_of_group_G)
-        weight_T = ops.ones_like(plan["weight_T"]) if self.unit_weight else plan["weight_T"]
-        y_TD = self.combine(ops.reshape(y_GCD, (-1, hidden_size)), ops.cast(weight_T, y_GCD.dtype), token_of_slot_P, slot_of_token_T)
+        weight_A = ops.cast(self._unit(plan["weight_A"]) if self.unit_weight else plan["weight_A"], y_GCD.dtype)
+        y_AD = self.combine(ops.reshape(y_GCD, (-1, hidden_size)), weight_A, in_slot_P, slot_of_A)
+        y_TD = dispatch.sum_choices(y_AD, choices)
         stats = {
             "balance_loss": plan["balance_loss"],
             "locality_loss": plan["locality_loss"],
             "z_loss": plan["z_loss"],
-            "weight": ops.reduce_sum(plan["weight_T"]) * (1.0 / num_tokens),
+            "weight": ops.reduce_sum(plan["weight_A"]) * (1.0 / num_tokens),
             "load_NE": load_NE,
             "dropped_E": dropped_E,
             "cosine_T": plan["cosine_T"],
         }
+        if choices > 1:
+            stats["unrouted"] = dispatch.unrouted_share(y_TD)
         return y_TD, stats
+
+    def _unit(self, weight_A: Tensor) -> Tensor:
+        """Weights that are 1 for each token's experts together."""
+        choices = self.router.choices
+        if choices == 1:
+            return ops.ones_like(weight_A)
+        weight_TK = ops.reshape(weight_A, (-1, choices))
+        return ops.reshape(weight_TK / ops.ReduceSum(keep_dims=True)(weight_TK, 1), (-1,))
 
 
 def expert_weights(config: Config, layer: int, experts: Optional[range] = None) -> Tuple[np.ndarray, np.ndarray]:

@@ -32,16 +32,20 @@ def starting_factors(capacity: CapacityConfig) -> CapacityConfig:
     return capacity.model_copy(update={key: capacity.factor for key in ("local_factor", "remote_factor") if getattr(capacity, key) == "auto"})
 
 
-def next_factors(wanted: CapacityConfig, now: CapacityConfig, load_LNE: np.ndarray, topology: Topology) -> CapacityConfig:
+def next_factors(
+    wanted: CapacityConfig, now: CapacityConfig, load_LNE: np.ndarray, topology: Topology, num_tokens: int | None = None
+) -> CapacityConfig:
     """The factors after a step.
 
     Args:
         wanted: the configuration, in which a factor is `auto` or a number that stays.
         now: the factors of the step, numbers.
-        load_LNE: tokens by source node and expert before drops.
+        load_LNE: tokens (their assignments, where a token may have several experts) by source node and expert before drops.
         topology: a node's tokens are shared evenly by its ranks.
+        num_tokens: of the step, of which the factors are; None: a layer's load, where a token has one expert.
     """
-    base = load_LNE.sum() / load_LNE.shape[0] / topology.num_places / topology.num_experts
+    tokens = load_LNE.sum() / load_LNE.shape[0] if num_tokens is None else num_tokens
+    base = tokens / topology.num_places / topology.num_experts
     local_LNE = np.broadcast_to(topology.local_NE, load_LNE.shape)
     factors: Dict[str, Any] = {}
     for key, chosen_LNE in (("local_factor", local_LNE), ("remote_factor", ~local_LNE)):

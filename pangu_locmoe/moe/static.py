@@ -11,8 +11,9 @@ On HCCL the exchange is one AlltoAllV with constant counts; on CPU processes the
 With `parallel.overlap_chunks` the slots travel in chunks: all are sent off first, and each is computed and sent back as it
 arrives, so that a device that exchanges and computes at the same time has the exchange of one under the computation of another.
 
-Letters: T tokens of this rank, D hidden, E experts, R ranks of the expert-parallel group, P slots of this rank (places of
-the world in shared_PX), G local experts, C slots of all sources for one expert.
+Letters: T tokens of this rank, A their assignments (moe/plan.py; most routers: A = T), D hidden, E experts, R ranks of the
+expert-parallel group, P slots of this rank (places of the world in shared_PX), G local experts, C slots of all sources for one
+expert.
 """
 
 from __future__ import annotations
@@ -150,15 +151,18 @@ class StaticMoELayer(ShardedMoELayer):
         follow from moe.capacity.local_factor and remote_factor.
         """
         places = self.trained if training else self._for_evaluation(x_TD.shape[0], capacity)
-        rows_PD, token_of_slot_P, slot_of_token_T, weight_T, cosine_T, load_E, mean_probs_E, z_loss = self.route(
+        rows_PD, in_slot_P, slot_of_A, weight_A, cosine_T, load_E, mean_probs_E, z_loss = self.route(
             x_TD, tokens_T, domains_T, noise[0], noise[1], places.slots_E, places.start_E, places.slots, places.chunks, training
         )
         stats = self._share(load_E, mean_probs_E, x_TD.shape[0], training)
         y_PD = self._through_experts(places, rows_PD)
-        y_TD = self.combine(y_PD, ops.cast(weight_T, y_PD.dtype), token_of_slot_P, slot_of_token_T)
+        y_AD = self.combine(y_PD, ops.cast(weight_A, y_PD.dtype), in_slot_P, slot_of_A)
+        y_TD = dispatch.sum_choices(y_AD, self.router.choices)
         stats["z_loss"], stats["cosine_T"] = z_loss, cosine_T
         stats["dropped_E"] = ops.relu(load_E - ops.cast(places.slots_E * places.chunks, ms.float32))
-        stats["weight"] = ops.reduce_sum(weight_T) * (1.0 / x_TD.shape[0])
+        stats["weight"] = ops.reduce_sum(weight_A) * (1.0 / x_TD.shape[0])
+        if self.router.choices > 1:
+            stats["unrouted"] = dispatch.unrouted_share(y_TD)
         return y_TD, stats
 
     def _through_experts(self, places: SlotExchange, rows_PD: Tensor) -> Tensor:
@@ -187,23 +191,23 @@ class StaticMoELayer(ShardedMoELayer):
     ) -> Tuple[Tensor, ...]:
         """Route, and put the tokens into their slots: the part before the exchange. `slots_E`, `start_E` and `slots` are a chunk's."""
         plan = self.router(ops.cast(x_TD, ms.float32), tokens_T, domains_T, (row_keys_T, column_keys_D), training)
-        rank_T = dispatch.rank_within_expert(plan["one_hot_TE"], plan["affinity_T"] if self.by_affinity else None)
-        expert_T = plan["expert_T"]
-        width_T = ops.gather(slots_E, expert_T, 0)
-        kept_T = ops.cast(ops.less(rank_T, width_T * chunks), ms.int32)
-        place_T = rank_T
-        if chunks > 1:  # the best tokens are in the first chunk
-            chunk_T = ops.floor_div(rank_T, ops.maximum(width_T, 1))
-            place_T = rank_T + chunk_T * (slots - width_T)
-        slot_of_token_T = (ops.gather(start_E, expert_T, 0) + place_T + 1) * kept_T
-        token_of_slot_P = dispatch.token_of_slot(slot_of_token_T, slots * chunks)
+        rank_A = dispatch.rank_within_expert(plan["one_hot_AE"], plan["affinity_A"] if self.by_affinity else None)
+        expert_A = plan["expert_A"]
+        width_A = ops.gather(slots_E, expert_A, 0)
+        kept_A = ops.cast(ops.less(rank_A, width_A * chunks), ms.int32)
+        place_A = rank_A
+        if chunks > 1:  # the best tokens are in the first chunk; what was not proposed has rank -1
+            chunk_A = ops.floor_div(ops.maximum(rank_A, 0), ops.maximum(width_A, 1))
+            place_A = rank_A + chunk_A * (slots - width_A)
+        slot_of_A = (ops.gather(start_E, expert_A, 0) + place_A + 1) * kept_A
+        in_slot_P = dispatch.token_of_slot(slot_of_A, slots * chunks)
         return (
-            self.dispatch(x_TD, token_of_slot_P, slot_of_token_T),
-            token_of_slot_P,
-            slot_of_token_T,
-            plan["weight_T"],
+            self.dispatch(dispatch.repeat_rows(x_TD, self.router.choices), in_slot_P, slot_of_A),
+            in_slot_P,
+            slot_of_A,
+            plan["weight_A"],
             plan["cosine_T"],
-            ops.stop_gradient(ops.reduce_sum(plan["one_hot_TE"], 0)),
+            ops.stop_gradient(ops.reduce_sum(plan["one_hot_AE"], 0)),
             ops.reduce_sum(plan["probs_TE"], 0) * (1.0 / x_TD.shape[0]),
             plan["z_loss"],
         )
@@ -218,7 +222,8 @@ class StaticMoELayer(ShardedMoELayer):
         load_NE = ops.reduce_sum(ops.reshape(load_PE, (self.num_nodes, self.num_places // self.num_nodes, self.num_experts)), 1)
         balance, locality = ops.zeros((), ms.float32), ops.zeros((), ms.float32)
         if self.has_balance_loss:
-            share_E = ops.reduce_sum(load_NE, 0) * (1.0 / (num_tokens * self.num_places))
+            share_E = ops.reduce_sum(load_NE, 0)
+            share_E = share_E * (1.0 / (num_tokens * self.num_places)) if self.router.choices == 1 else share_E / ops.reduce_sum(share_E)
             balance = ops.reduce_sum(share_E * mean_probs_E) * float(self.num_experts)
         if self.has_locality_loss and training and self.locality_weight > 0:
             node_PE = shared_PX[self.first_neighbour : self.end_neighbour, self.num_experts :]

@@ -90,11 +90,13 @@ def _domain_figures(runs: list[Run]) -> list[Figure]:
 def routing_figures(runs: list[Run]) -> list[Figure]:
     """Balance and locality losses, max/mean load, dropped tokens, capacity."""
     added = "With its weight, as it is added: loss = cross-entropy + balance + locality + z-loss."
+    several = any(np.isfinite(run.column("unrouted_fraction")).any() for run in runs)  # experts for a token
     return [
         _metric(runs, "Load-balance loss", "balance_loss", "contribution to the loss", added),
         _metric(runs, "Locality loss", "locality_loss", "contribution to the loss", added),
         _metric(runs, "Busiest expert", "max_over_mean_load", "load, max / mean", caption="1 would be perfect balance."),
         _metric(runs, "Dropped tokens", "dropped_fraction", "% of routed tokens", scale=100, from_zero=True),
+        *([_metric(runs, "Tokens without an expert", "unrouted_fraction", "% of tokens", scale=100, from_zero=True)] if several else []),
         _metric(runs, "Expert capacity", "capacity", "tokens per expert", kind="line"),
     ]
 

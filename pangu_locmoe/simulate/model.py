@@ -40,7 +40,7 @@ def simulate(
         assumptions: None: the defaults.
 
     Raises:
-        ConfigError: no nodes, no routers, a router without a routing, or one that the trace cannot be given to.
+        ConfigError: no nodes, no routers, a router without a routing or with several experts for a token, or one that the trace cannot be given to.
         TopologyError: ranks, experts and groups do not divide each other.
         DataError: the trace cannot be used.
     """
@@ -71,6 +71,8 @@ def _traced(config: Config, nodes: Sequence[int], routers: Sequence[str], load: 
         if traced not in routers:
             raise ConfigError(f"the load trace is of router {traced!r} (moe.router), which is not among {', '.join(routers)}: name it")
     for router in routers:
+        if router == "locmoe_plus":  # by name: routers need MindSpore, and this does not
+            raise ConfigError(f"router = {router!r}: a token may have several of its experts, and the model of a step has one for each")
         if router != traced and router not in assumed.routing:
             nearest = difflib.get_close_matches(router, assumed.routing, n=1)
             raise ConfigError(f"router = {router!r}: must be one of {', '.join(assumed.routing)}" + (f"; did you mean {nearest[0]}?" if nearest else ""))

@@ -44,7 +44,8 @@ class BetweenSteps:
 
     def _follow_counts(self, step: int, result: StepResult) -> Iterator[Row]:
         before = self._stepper.factors
-        after = slot_factors.next_factors(self._config.moe.capacity, before, result.load_LNE, self._world.topology)
+        tokens = self._config.train.batch_size * self._config.model.seq_length
+        after = slot_factors.next_factors(self._config.moe.capacity, before, result.load_LNE, self._world.topology, tokens)
         if after != before:
             self._stepper.set_factors(after)
             yield {"step": step, "event": "slots", "local_factor": after.local_factor, "remote_factor": after.remote_factor}

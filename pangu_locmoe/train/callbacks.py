@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from typing import Any, Dict
 
-import numpy as np
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
@@ -17,7 +16,6 @@ from tqdm import tqdm
 from pangu_locmoe.config import Config
 from pangu_locmoe.files import write_atomic
 from pangu_locmoe.load.trace import Trace, TraceWriter
-from pangu_locmoe.moe.capacity import bound_capacity, capacity_bounds, cosine_statistic, factor_capacity
 from pangu_locmoe.parallel.timeline import chrome_trace
 from pangu_locmoe.parallel.topology import Topology
 from pangu_locmoe.train.metrics import MetricsFile
@@ -147,35 +145,3 @@ class ShowProgress(Callback):
 
     def close(self) -> None:
         self._bar.close()
-
-
-class MeasureCapacity:
-    """The `bound` policy: measure delta over the step after the warm-up, set each layer's capacity, once."""
-
-    def __init__(self, config: Config, num_tokens: int) -> None:
-        """`num_tokens`: those that share the experts of a layer, in one micro-batch."""
-        self._config, self._num_tokens = config, num_tokens
-
-    def __call__(self, step: int, result: StepResult) -> tuple[tuple[int, ...], Row] | None:
-        """The capacities from now on and an event row at the end of the warm-up; None at every other step."""
-        model, moe = self._config.model, self._config.moe
-        if moe.capacity.policy != "bound" or step != moe.capacity.warmup_steps or not len(result.cosine_LT):
-            return None
-        num_tokens = self._num_tokens
-        upper = min(num_tokens, factor_capacity(moe.capacity.factor, num_tokens, moe.num_experts))
-        layers, capacities = [], []
-        for index, cosines_T in enumerate(result.cosine_LT):
-            delta = cosine_statistic(np.clip(cosines_T, -1, 1), moe.capacity.statistic)
-            bounds = capacity_bounds(model.hidden_size, moe.num_experts, delta)
-            capacities.append(bound_capacity(bounds, upper))
-            layers.append(
-                {
-                    "layer": model.num_layers - 1 - model.num_moe_layers + index,
-                    "delta": delta,
-                    "exact": bounds.exact,
-                    "erfc": bounds.erfc,
-                    "exponential": bounds.exponential,
-                    "capacity": capacities[-1],
-                }
-            )
-        return tuple(capacities), {"step": step, "event": "capacity", "layers": layers}

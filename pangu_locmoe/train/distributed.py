@@ -128,6 +128,8 @@ def world_result(
     sparse = "load_LNE" in stats[0]
     if sparse:
         parts["dropped"] = np.sum([s["dropped_LE"] for s in stats], axis=0)
+        if "unrouted_L" in stats[0]:
+            parts["unrouted"] = np.mean([s["unrouted_L"] for s in stats])
         parts["cosine"] = np.concatenate([s["cosine_LT"] for s in stats], axis=1)
     flat = np.concatenate([np.ravel(part) for part in parts.values()]).astype(np.float32)
     gathered = communicator.all_gather(Tensor(flat)).asnumpy()[:: topology.tensor_parallel]
@@ -144,5 +146,6 @@ def world_result(
         cosine_LT=np.concatenate(list(world["cosine"]), axis=1) if sparse else np.zeros((0, 0), np.float32),
         layer_sums=world["layer_sums"].sum(axis=0),
         skipped=skipped,
+        unrouted=float(world["unrouted"].mean()) if "unrouted" in world else None,
         traffic=traffic,
     )

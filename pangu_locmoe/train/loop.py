@@ -23,13 +23,13 @@ from pangu_locmoe.data.prepared import Prepared
 from pangu_locmoe.data.sampler import BatchSampler
 from pangu_locmoe.errors import CheckpointError, ConfigError, DivergenceError
 from pangu_locmoe.model.sigma import PanguSigma
-from pangu_locmoe.moe.capacity import initial_capacity
 from pangu_locmoe.moe.domains import allowed_experts
 from pangu_locmoe.parallel.hccl import HcclOperators
 from pangu_locmoe.parallel.topology import Topology
 from pangu_locmoe.parallel.world import World
 from pangu_locmoe.train import callbacks as jobs
 from pangu_locmoe.train.between_steps import BetweenSteps
+from pangu_locmoe.train.capacities import CapacityPolicy
 from pangu_locmoe.train.checkpoint import (
     check_tokenizer,
     damage,
@@ -73,12 +73,11 @@ class Trainer:
             check_tokenizer(folder, prepared.path / "tokenizer.json")
             load_weights(folder, self.model)
         num_tokens = config.micro_batch * config.model.seq_length * self.topology.expert_parallel // self.topology.num_places
-        capacity = initial_capacity(config.moe.capacity, num_tokens, config.moe.num_experts)
-        self.stepper = _stepper(self.model, config, (capacity,) * config.model.num_moe_layers, self.world)
+        self.capacity_policy = CapacityPolicy(config, num_tokens)
+        self.stepper = _stepper(self.model, config, self.capacity_policy.initial(), self.world)
         self.between = BetweenSteps(config, self.world, self.stepper) if isinstance(self.stepper, DistributedStepper) else None
         self.loader = BatchLoader(prepared, _sampler(config, prepared, self.topology), config.data.reset_at_document_end)
         self.evaluator = Evaluator(self.model, config, prepared, self.world)
-        self.measure_capacity = jobs.MeasureCapacity(config, num_tokens)
         self.step = 0
         self.best: Optional[Dict[str, float]] = None
         self.final: Dict[str, Any] = {}
@@ -160,10 +159,10 @@ class Trainer:
             row["loss_scale"] = self.stepper.loss_scale.value
         for callback in self._callbacks:
             callback.on_step(self.step, result, row)
-        measured = self.measure_capacity(self.step, result)
-        if measured is not None:
-            self.stepper.set_capacities(measured[0])
-            self._tell(measured[1])
+        changed = self.capacity_policy(self.step, result, self.stepper.capacities)
+        if changed is not None:
+            self.stepper.set_capacities(changed[0])
+            self._tell(changed[1])
         if self.between is not None:
             for event in self.between(self.step, result, self._trace):
                 self._tell(event)

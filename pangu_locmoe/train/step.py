@@ -23,6 +23,7 @@ from pangu_locmoe.parallel.exchange import Ledger
 from pangu_locmoe.parallel.timeline import Span
 from pangu_locmoe.train.optimizer import AdamW
 
+KEPT_STEPS = 6  # compiled ones, each for its capacities
 LOSSES = ("loss", "cross_entropy", "balance_loss", "locality_loss", "z_loss")
 
 
@@ -32,9 +33,10 @@ class StepResult:
 
     losses: loss, cross_entropy, balance_loss, locality_loss, z_loss; the router losses weighted, so that they add up.
     grad_norm: global norm before clipping.
-    load_LNE, dropped_LE: token counts, int64. cosine_LT: fp32. Empty without MoE layers.
+    load_LNE, dropped_LE: assignments of tokens to experts, int64. cosine_LT: fp32. Empty without MoE layers.
     layer_sums: one number for each layer, finite exactly where the layer's output was.
     skipped: fp16 overflow; no update was made.
+    unrouted: share of the tokens without any expert, where one may have several; else None.
     traffic: what all ranks exchanged; None in a single process.
     spans: what each rank did when, in the step of trace.timeline.
     """
@@ -46,6 +48,7 @@ class StepResult:
     cosine_LT: np.ndarray
     layer_sums: np.ndarray
     skipped: bool = False
+    unrouted: Optional[float] = None
     traffic: Optional[Ledger] = None
     spans: Optional[List[List[Span]]] = None
 
@@ -161,7 +164,7 @@ class Stepper:
     Args:
         model: what to train, in place.
         config: the run.
-        capacities: slots for each expert in each MoE layer; `set_capacities` compiles anew.
+        capacities: slots for each expert in each MoE layer; `set_capacities` compiles anew for those not met of late.
     """
 
     def __init__(self, model: PanguSigma, config: Config, capacities: Tuple[int, ...]) -> None:
@@ -179,20 +182,30 @@ class Stepper:
             self._buffers = ParameterTuple(
                 [Parameter(Tensor(np.zeros(p.shape, np.float32)), name=f"gradient.{p.name}", requires_grad=False) for p in self.parameters]
             )
-        self.set_capacities(capacities)
-
-    def set_capacities(self, capacities: Tuple[int, ...]) -> None:
-        """Use other capacities from the next step on."""
-        self.capacities = capacities
-        objective = Objective(self.model, self.config, capacities)
-        compiled = ms.jit if self.config.train.mode == "graph" else _as_is
-        if self._buffers is None:
-            self._fused = compiled(FusedStep(objective, self.optimizer))
-        else:
-            self._accumulate = compiled(Accumulate(objective, self.optimizer.parameters, self._buffers))
+            compiled = self._compiler()
             self._norm = compiled(BufferedNorm(self.optimizer, self._buffers))
             self._update = compiled(BufferedUpdate(self.optimizer, self._buffers, True))
             self._clear = compiled(BufferedUpdate(self.optimizer, self._buffers, False))
+        self._steps: Dict[Tuple[int, ...], Callable[..., Any]] = {}  # the latest used last
+        self.set_capacities(capacities)
+
+    def set_capacities(self, capacities: Tuple[int, ...]) -> None:
+        """Use other capacities from the next step on; the step of capacities that were used of late is used again."""
+        self.capacities = capacities
+        self._step = self._steps.pop(capacities) if capacities in self._steps else self._compile(capacities)
+        self._steps[capacities] = self._step
+        if len(self._steps) > KEPT_STEPS:
+            del self._steps[next(iter(self._steps))]
+
+    def _compile(self, capacities: Tuple[int, ...]) -> Callable[..., Any]:
+        """The step, or with buffers the part of it that fills them."""
+        objective = Objective(self.model, self.config, capacities)
+        if self._buffers is None:
+            return self._compiler()(FusedStep(objective, self.optimizer))
+        return self._compiler()(Accumulate(objective, self.optimizer.parameters, self._buffers))
+
+    def _compiler(self) -> Callable[[nn.Cell], Callable[..., Any]]:
+        return ms.jit if self.config.train.mode == "graph" else _as_is
 
     def __call__(self, batch: Batch, step: int, learning_rate: float) -> StepResult:
         """Train on one global batch. `step` counts from 1."""
@@ -201,7 +214,7 @@ class Stepper:
         rate, number = Tensor(learning_rate, ms.float32), Tensor(step, ms.int32)
         if self._buffers is None:
             inputs = batch_inputs(batch, keys_BS, columns, slice(None))
-            losses, stats, norm = self._fused(rate, number, *inputs, Tensor(1.0, ms.float32))
+            losses, stats, norm = self._step(rate, number, *inputs, Tensor(1.0, ms.float32))
             return _result([(losses, stats)], float(norm.asnumpy()))
         return self._accumulated(batch, keys_BS, columns, rate, number)
 
@@ -210,7 +223,7 @@ class Stepper:
         micro_batches = self.config.train.accumulation_steps
         outputs = []
         for part in _node_parts(len(batch.domains_B), self.config.parallel.emulated_nodes, micro_batches):
-            outputs.append(self._accumulate(*batch_inputs(batch, keys_BS, columns, part), Tensor(scale, ms.float32)))
+            outputs.append(self._step(*batch_inputs(batch, keys_BS, columns, part), Tensor(scale, ms.float32)))
         factor = 1.0 / (scale * micro_batches)
         norm = float(self._norm().asnumpy()) * factor
         # Without loss scaling a norm that is not finite is a divergence, which the loop reports.
@@ -255,4 +268,5 @@ def _result(outputs: list[tuple[Tensor, Dict[str, Tensor]]], norm: float, skippe
         cosine_LT=np.concatenate([s["cosine_LT"] for s in stats], axis=1) if sparse else np.zeros((0, 0), np.float32),
         layer_sums=np.sum([s["layer_sums"] for s in stats], axis=0),
         skipped=skipped,
+        unrouted=float(np.mean([s["unrouted_L"] for s in stats])) if "unrouted_L" in stats[0] else None,
     )

@@ -21,7 +21,6 @@ from mindspore import ops  # noqa: E402
 from numeric import close, integers, no_noise, tensor  # noqa: E402
 from small import small_config  # noqa: E402
 
-from pangu_locmoe.config import parse_config  # noqa: E402
 from pangu_locmoe.moe.capacity import factor_capacity  # noqa: E402
 from pangu_locmoe.moe.domains import allowed_experts  # noqa: E402
 from pangu_locmoe.moe.layer import MoELayer  # noqa: E402
@@ -33,17 +32,20 @@ from pangu_locmoe.parallel.topology import Topology  # noqa: E402
 
 TOKENS, HIDDEN, EXPERTS, FACTOR = 16, 16, 4, 1.25
 rank, size = communicator.rank, communicator.size
-config = small_config(
-    moe={"router": "switch", "balance_loss": 0.0, "capacity": {"local_factor": FACTOR, "remote_factor": FACTOR}},
-    parallel={"expert_parallel": 2, "sizes": "static"},
-    train={"batch_size": 2 * size},
-)
 random = np.random.default_rng(5)
 x_RTD, sens_RTD = random.standard_normal((2, size, TOKENS, HIDDEN))
 tokens_T, domains_T, keys = integers(random.integers(0, 300, TOKENS)), integers(np.repeat([0, 1], TOKENS // 2)), no_noise(TOKENS, HIDDEN)
 
 
-def context(topology: Topology) -> RouterContext:
+def config_of(router, overlap_chunks):
+    return small_config(
+        moe={"router": router, "balance_loss": 0.0, "locality_loss": 0.0, "capacity": {"local_factor": FACTOR, "remote_factor": FACTOR}},
+        parallel={"expert_parallel": 2, "sizes": "static", "overlap_chunks": overlap_chunks},
+        train={"batch_size": 2 * size},
+    )
+
+
+def context(config, topology: Topology) -> RouterContext:
     allowed_KE = allowed_experts(config)
     return RouterContext(0, allowed_KE, topology, np.ones((len(allowed_KE), 300), np.int64))
 
@@ -63,21 +65,18 @@ def outcome(layer, source):
 
 topology = Topology(size, size // 2, size, EXPERTS)
 exchange = Exchange(communicator, range(size), [r // (size // 2) for r in range(size)])
-shared = StaticMoELayer(config, context(topology), exchange, TensorGroup.alone())
-chunked = parse_config({**config.model_dump(), "parallel": {**config.parallel.model_dump(), "overlap_chunks": 5}})
-in_chunks = StaticMoELayer(chunked, context(topology), exchange, TensorGroup.alone())
-ordinary = MoELayer(config, context(Topology(1, 1, 1, EXPERTS)))
-alone = [outcome(ordinary, source) for source in range(size)]
 held = topology.experts_of_rank(rank)
-for layer in (shared, in_chunks):
+for router, chunks in (("switch", 1), ("switch", 5), ("locmoe_plus", 1), ("locmoe_plus", 5)):
+    config = config_of(router, chunks)
     exchange.ledger.take()
-    got = outcome(layer, rank)
-    messages = exchange.ledger.take().inter_node_messages
-    assert messages == (size // 2) * 4 * layer.chunks, messages
+    got = outcome(StaticMoELayer(config, context(config, topology), exchange, TensorGroup.alone()), rank)
+    assert exchange.ledger.take().inter_node_messages == (size // 2) * 4 * chunks
+    ordinary = MoELayer(config, context(config, Topology(1, 1, 1, EXPERTS)))
+    alone = [outcome(ordinary, source) for source in range(size)]
     for mine, wanted in zip(got[:3], alone[rank][:3]):
         close(mine, wanted, 2e-6)
     for mine, parts in zip(got[3:], zip(*[part[3:] for part in alone])):
         close(mine, sum(parts)[held.start : held.stop], 4e-6)
-assert sum(part[1].sum() for part in alone) > 0, "nothing was dropped"
+    assert sum(part[1].sum() for part in alone) > 0, "nothing was dropped"
 communicator.barrier()
 print("the same", flush=True)

@@ -71,6 +71,7 @@ class Case:
 
 
 DROPLESS, TIGHT = {"policy": "dropless"}, {"factor": 1.0}
+PLUS = {"router": "locmoe_plus", "token_choice": {"threshold": 0.4, "max_experts": 3}}
 CASES = {
     "hash": Case({"router": "hash", "capacity": TIGHT}),
     "hash by position": Case({"router": "hash", "levels": 2, "capacity": {"factor": 1.0, "drop_order": "position"}}, nodes=2),
@@ -85,6 +86,10 @@ CASES = {
     "locmoe, dropless": Case({"capacity": DROPLESS}),
     "locmoe, dropless, nodes": Case({"capacity": DROPLESS}, nodes=2),
     "locmoe, dropless, nodes, hierarchical": Case({"capacity": DROPLESS}, nodes=2, exchange="hierarchical"),
+    "locmoe_plus, nodes": Case({**PLUS, "capacity": TIGHT}, nodes=2),
+    "locmoe_plus, compiled": Case({**PLUS, "capacity": TIGHT}, {"num_layers": 4, "num_moe_layers": 2}, {"mode": "graph"}),
+    "locmoe_plus, dropless, nodes, hierarchical": Case({**PLUS, "capacity": DROPLESS}, nodes=2, exchange="hierarchical"),
+    "locmoe_plus, two levels, accumulation": Case({**PLUS, "levels": 2, "capacity": TIGHT}, train={"accumulation_steps": 3}, nodes=2, moves=True),
     "two levels": Case({"levels": 2, "capacity": TIGHT}, nodes=2),
     "two levels, dropless": Case({"levels": 2, "capacity": DROPLESS, "group_sizes": {"0": 6, "1": 3, "2": 2, "3": 1}}),
     "three nodes": Case({"capacity": TIGHT}, nodes=3),
@@ -110,7 +115,10 @@ CASES = {
 EVERYDAY = {
     2: ["two levels", "data parallel", "idle", "half precision"],
     3: ["three nodes"],
-    4: ["locmoe, nodes", "locmoe, nodes, hierarchical", "locmoe, nodes, moves", "tensor and expert parallel", "tensor and expert parallel, groupwise"],
+    4: [
+        "locmoe, nodes", "locmoe, nodes, hierarchical", "locmoe, nodes, moves", "locmoe_plus, nodes",
+        "tensor and expert parallel", "tensor and expert parallel, groupwise",
+    ],
 }
 GRADIENTS = ("locmoe, nodes", "data parallel", "idle")
 
@@ -170,6 +178,7 @@ def row(result: StepResult) -> dict[str, Any]:
         "load": result.load_LNE.tolist(),
         "dropped": result.dropped_LE.tolist(),
         "skipped": result.skipped,
+        "unrouted": result.unrouted,
         **traffic,
     }
 

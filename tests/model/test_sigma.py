@@ -131,7 +131,7 @@ def test_a_hash_model_of_one_expert_equals_the_dense_model():
 
 def test_the_trunks_initial_weights_do_not_depend_on_the_router():
     trunks = []
-    for router in ("hash", "switch", "locmoe"):
+    for router in ("hash", "switch", "locmoe", "locmoe_plus"):
         model = PanguSigma(small_config(moe={"router": router}))
         trunks.append({p.name: p.asnumpy() for p in model.get_parameters() if ".router." not in p.name})
     for name, value in trunks[0].items():
@@ -142,7 +142,7 @@ def test_the_trunks_initial_weights_do_not_depend_on_the_router():
 # what a token can see
 
 
-@pytest.mark.parametrize("router", ["hash", "switch", "locmoe"])
+@pytest.mark.parametrize("router", ["hash", "switch", "locmoe", "locmoe_plus"])
 def test_a_token_sees_only_earlier_tokens_of_its_own_document(router):
     model = PanguSigma(small_config(moe={"router": router}))
     before = logits(model).reshape(BATCH, LENGTH, VOCAB)

@@ -10,11 +10,13 @@ from small import small_config
 from pangu_locmoe.config import parse_config
 from pangu_locmoe.model.sigma import PanguSigma
 from pangu_locmoe.model.size import num_active_params, num_params
+from pangu_locmoe.moe.routers import ROUTERS
 
 CONFIGURATIONS = {
     "hash": {"moe": {"router": "hash"}},
     "switch": {"moe": {"router": "switch"}},
     "locmoe": {"moe": {"router": "locmoe"}},
+    "locmoe_plus": {"moe": {"router": "locmoe_plus"}},
     "two levels": {"moe": {"router": "hash", "levels": 2}},
     "domain embeddings": {"model": {"domain_embeddings": True}, "moe": {"router": "switch"}},
     "domain embeddings without domains": {"model": {"domain_embeddings": True}, "data": {"sources": []}},
@@ -30,8 +32,10 @@ def test_counts_equal_the_built_model(name):
     sizes = {parameter.name: math.prod(parameter.shape) for parameter in PanguSigma(config).trainable_params()}
     assert num_params(config) == sum(sizes.values())
     slots = max(1, len(config.domains)) if config.model.domain_embeddings else 1
+    experts = ROUTERS[config.moe.router].max_choices(config)  # of a token
     active = {
-        name: size // (config.moe.num_experts if ".experts." in name else slots if name == "word_table" else 1) for name, size in sizes.items()
+        name: size * experts // config.moe.num_experts if ".experts." in name else size // (slots if name == "word_table" else 1)
+        for name, size in sizes.items()
     }
     assert num_active_params(config) == sum(active.values())
 

@@ -45,7 +45,7 @@ def route(router, x_TD, tokens_T, domains_T, training=True, noise=None):
 
 
 def test_the_registry_has_the_papers_routers():
-    assert {"hash", "switch", "locmoe"} <= set(ROUTERS)
+    assert {"hash", "switch", "locmoe", "locmoe_plus"} <= set(ROUTERS)
     assert [name for name, router in ROUTERS.items() if not router.has_gate] == ["hash"]
 
 
@@ -65,11 +65,11 @@ def test_a_new_router_is_one_class():
 @pytest.mark.parametrize("moe", [{"levels": 1}, TWO_LEVELS], ids=["one level", "two levels"])
 def test_a_plan_is_consistent(router, moe):
     plan = route(make(small_config(moe={"router": router, **moe})), *inputs())
-    np.testing.assert_array_equal(plan["one_hot_TE"], np.eye(EXPERTS)[plan["expert_T"]])
-    assert plan["expert_T"].dtype == np.int32
-    for name in ("weight_T", "affinity_T", "cosine_T"):
+    np.testing.assert_array_equal(plan["one_hot_AE"], np.eye(EXPERTS)[plan["expert_A"]])
+    assert plan["expert_A"].dtype == np.int32
+    for name in ("weight_A", "affinity_A", "cosine_T"):
         assert (plan[name].shape, plan[name].dtype) == ((TOKENS,), np.float32)
-    np.testing.assert_array_equal(plan["affinity_T"], plan["weight_T"])
+    np.testing.assert_array_equal(plan["affinity_A"], plan["weight_A"])
     assert (np.abs(plan["cosine_T"]) <= 1 + 1e-6).all()
     for name in ("balance_loss", "locality_loss", "z_loss"):
         assert plan[name].shape == ()
@@ -88,14 +88,14 @@ def test_no_token_leaves_its_domains_group(router, monkeypatch):
     for seed in range(5):
         x_TD, tokens_T, domains_T = inputs(seed)
         plan = route(layer, 30 * x_TD, tokens_T, domains_T)
-        assert allowed_KE[domains_T, plan["expert_T"]].all()
-        used |= set(plan["expert_T"])
+        assert allowed_KE[domains_T, plan["expert_A"]].all()
+        used |= set(plan["expert_A"])
         if ROUTERS[router].has_gate:
             probs_TE = seen[-1]
             assert not probs_TE[~allowed_KE[domains_T]].any()
             close(probs_TE.sum(1), np.ones(TOKENS), 1e-6)
-            np.testing.assert_array_equal(plan["weight_T"], probs_TE.max(1))
-            assert (plan["weight_T"][domains_T == 1] == 1).all()  # the only expert of its group
+            np.testing.assert_array_equal(plan["weight_A"], probs_TE.max(1))
+            assert (plan["weight_A"][domains_T == 1] == 1).all()  # the only expert of its group
     assert used == set(range(EXPERTS))
     assert len(seen) == (5 if ROUTERS[router].has_gate else 0)
 
@@ -119,8 +119,8 @@ def test_locmoe_against_numpy(nodes):
     w_ED = grap_weights(HIDDEN, EXPERTS).astype(np.float64)
     logits_TE = (HIDDEN / EXPERTS) ** 0.5 * x_TD @ w_ED.T
     probs_TE, expert_T = softmax(logits_TE), logits_TE.argmax(1)
-    np.testing.assert_array_equal(plan["expert_T"], expert_T)
-    close(plan["weight_T"], probs_TE.max(1), 2e-6)
+    np.testing.assert_array_equal(plan["expert_A"], expert_T)
+    close(plan["weight_A"], probs_TE.max(1), 2e-6)
     # sqrt(d/n) times the gate is of norm 1: the logit is |x| times the cosine
     close(plan["cosine_T"], logits_TE.max(1) / np.linalg.norm(x_TD, axis=1), 2e-6)
     share_E = np.bincount(expert_T, minlength=EXPERTS) / TOKENS
@@ -137,7 +137,7 @@ def test_locmoe_against_numpy(nodes):
 def test_gate_scale_sharpens():
     x_TD, tokens_T, domains_T = inputs()
     plan = route(make(small_config(moe={"gate_scale": 8.0})), x_TD, tokens_T, domains_T)
-    close(plan["weight_T"], softmax(8 * x_TD.reshape(TOKENS, EXPERTS, -1).mean(-1)).max(1), 2e-6)
+    close(plan["weight_A"], softmax(8 * x_TD.reshape(TOKENS, EXPERTS, -1).mean(-1)).max(1), 2e-6)
     close(plan["cosine_T"], route(make(small_config()), x_TD, tokens_T, domains_T)["cosine_T"], 2e-6)
 
 
@@ -146,7 +146,7 @@ def test_a_cut_out_gate_pools_over_the_whole_models_blocks():
     x_TD, tokens_T, domains_T = inputs()
     plan = route(make(config), x_TD, tokens_T, domains_T)
     means_TE = x_TD.reshape(TOKENS, 8, 2).mean(-1)[:, 4:6]
-    close(plan["weight_T"], softmax(2**0.5 * means_TE).max(1), 2e-6)
+    close(plan["weight_A"], softmax(2**0.5 * means_TE).max(1), 2e-6)
     close(plan["cosine_T"], 2**0.5 * means_TE.max(1) / np.linalg.norm(x_TD, axis=1), 2e-6)
 
 
@@ -157,8 +157,8 @@ def test_switch_against_numpy():
     w_ED = router.w_ED.asnumpy().astype(np.float64)
     logits_TE = x_TD @ w_ED.T
     expert_T = logits_TE.argmax(1)
-    np.testing.assert_array_equal(plan["expert_T"], expert_T)
-    close(plan["weight_T"], softmax(logits_TE).max(1), 2e-6)
+    np.testing.assert_array_equal(plan["expert_A"], expert_T)
+    close(plan["weight_A"], softmax(logits_TE).max(1), 2e-6)
     close(plan["cosine_T"], logits_TE.max(1) / np.linalg.norm(x_TD, axis=1) / np.linalg.norm(w_ED[expert_T], axis=1), 2e-6)
     on_two_nodes = route(make(small_config(moe={"router": "switch"}, parallel={"emulated_nodes": 2})), x_TD, tokens_T, domains_T)
     assert on_two_nodes["locality_loss"] == 0  # LocMoE's, not Switch's
@@ -170,9 +170,9 @@ def test_jitter_is_for_training_only_and_within_its_range():
     x_TD, tokens_T, domains_T = inputs()
     plain, shaken = make(small_config(moe={"router": "switch"})), make(small_config(moe={"router": "switch", "jitter": 0.2}))
     noise = tuple(Tensor(key) for key in draw_keys(1, 1, TOKENS, HIDDEN))
-    wanted = route(plain, x_TD, tokens_T, domains_T)["weight_T"]
-    np.testing.assert_array_equal(route(shaken, x_TD, tokens_T, domains_T, training=False, noise=noise)["weight_T"], wanted)
-    assert (route(shaken, x_TD, tokens_T, domains_T, noise=noise)["weight_T"] != wanted).all()
+    wanted = route(plain, x_TD, tokens_T, domains_T)["weight_A"]
+    np.testing.assert_array_equal(route(shaken, x_TD, tokens_T, domains_T, training=False, noise=noise)["weight_A"], wanted)
+    assert (route(shaken, x_TD, tokens_T, domains_T, noise=noise)["weight_A"] != wanted).all()
     # against all-ones weights, the logits are the jittered features
     shaken.w_ED.set_data(tensor(np.eye(EXPERTS, HIDDEN)))
     factor = shaken.logits(tensor(np.ones((TOKENS, HIDDEN))), noise, True).asnumpy()
@@ -199,8 +199,8 @@ def test_hash_sends_a_token_where_the_table_says_with_weight_one():
     x_TD, tokens_T, domains_T = inputs()
     config = small_config(moe={"router": "hash", "levels": 2})
     plan = route(make(config), x_TD, tokens_T, domains_T)
-    np.testing.assert_array_equal(plan["expert_T"], table(config).reshape(2, 300)[domains_T, tokens_T])
-    assert (plan["weight_T"] == 1).all()
+    np.testing.assert_array_equal(plan["expert_A"], table(config).reshape(2, 300)[domains_T, tokens_T])
+    assert (plan["weight_A"] == 1).all()
     assert not any(plan[name].any() for name in ("cosine_T", "balance_loss", "locality_loss", "z_loss"))
 
 
@@ -215,7 +215,7 @@ def test_with_one_level_a_token_has_one_expert_in_all_domains():
     x_TD, tokens_T, _ = inputs()
     router = make(config)
     assert router.table.shape == (300,)
-    plans = [route(router, x_TD, tokens_T, np.full(TOKENS, domain))["expert_T"] for domain in (0, 1)]
+    plans = [route(router, x_TD, tokens_T, np.full(TOKENS, domain))["expert_A"] for domain in (0, 1)]
     np.testing.assert_array_equal(*plans)
 
 

@@ -268,7 +268,7 @@ def test_whose_the_trace_is():
 
 @pytest.mark.parametrize(
     "nodes, routers, message",
-    [([], ["hash"], "name at least one"), ([0], ["hash"], "nodes = 0: must be at least 1"), ([2], ["swich"], "router = 'swich'.*did you mean switch"), ([3], ["hash"], "places \\(6\\) must be divisible")],
+    [([], ["hash"], "name at least one"), ([0], ["hash"], "nodes = 0: must be at least 1"), ([2], ["swich"], "router = 'swich'.*did you mean switch"), ([2], ["locmoe_plus"], "may have several of its experts"), ([3], ["hash"], "places \\(6\\) must be divisible")],
 )
 def test_what_cannot_be_simulated(nodes, routers, message):
     with pytest.raises((ConfigError, TopologyError), match=message):

@@ -1,13 +1,13 @@
 """What a router is, the registry, and what all routers with a gate have in common.
 
-Letters: T tokens, D hidden, E experts, N source nodes, K domains, V vocabulary.
+Letters: T tokens, D hidden, E experts, A assignments (moe/plan.py), N source nodes, K domains, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Dict, Optional, Type
+from typing import Any, ClassVar, Dict, Optional, Tuple, Type
 
 import numpy as np
 from mindspore import Tensor, nn, ops
@@ -44,6 +44,7 @@ class Router(nn.Cell):
     has_gate: ClassVar[bool] = True
     has_balance_loss: ClassVar[bool] = True
     has_locality_loss: ClassVar[bool] = False
+    has_token_choice: ClassVar[bool] = False  # how many experts a token has follows moe.token_choice
 
     def __init_subclass__(cls, name: Optional[str] = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -53,12 +54,20 @@ class Router(nn.Cell):
     def __init__(self, config: Config, context: RouterContext) -> None:
         super().__init__(auto_prefix=True)
         self.num_experts = config.moe.num_experts
+        self.choices = self.max_choices(config)
+
+    @classmethod
+    def max_choices(cls, config: Config) -> int:
+        """The most experts a token can have: assignments per token in every plan."""
+        return 1
 
     @classmethod
     def broken_rules(cls, config: Config) -> Iterator[tuple[str, str]]:
         """Yield (key, rule) for every setting this router cannot work with."""
-        if not cls.has_gate and config.moe.capacity.policy == "bound":
+        if not cls.has_gate and config.moe.capacity.policy in ("bound", "dynamic"):
             yield "moe.capacity.policy", f"needs a router with a gate: {config.moe.router} has no angle between token and gate"
+        if not cls.has_token_choice and config.moe.token_choice is not None:
+            yield "moe.token_choice", f"is for locmoe_plus: a token of {config.moe.router} has one expert"
 
     @classmethod
     def num_params(cls, config: Config) -> int:
@@ -92,7 +101,7 @@ class Router(nn.Cell):
 
 
 class GatedRouter(Router):
-    """Token -> logits -> softmax inside the domain's group -> the likeliest expert, output scaled by its probability."""
+    """Token -> logits -> softmax inside the domain's group -> the likeliest expert (`choose`), output scaled by its probability."""
 
     def __init__(self, config: Config, context: RouterContext) -> None:
         super().__init__(config, context)
@@ -114,28 +123,38 @@ class GatedRouter(Router):
         """Cosine of the angle between each token and the gate of its expert, fp32 [T]."""
         raise NotImplementedError
 
+    def choose(self, logits_TE: Tensor, probs_TE: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+        """expert_A, one_hot_AE, weight_A and affinity_A of the plan: here the likeliest expert and its probability."""
+        expert_T, probability_T = ops.ArgMaxWithValue(-1)(probs_TE)
+        expert_T = ops.cast(expert_T, mstype.int32)
+        one_hot_TE = ops.stop_gradient(ops.cast(ops.equal(ops.expand_dims(expert_T, 1), self.experts_E), probs_TE.dtype))
+        return expert_T, one_hot_TE, probability_T, probability_T
+
     def construct(self, x_TD: Tensor, tokens_T: Tensor, domains_T: Tensor, noise: Noise, training: bool) -> RoutingPlan:
         logits_TE = self.logits(x_TD, noise, training)
         masked_TE = logits_TE
         if self.two_level:
             masked_TE = logits_TE + ops.gather(self.group_mask_KE, domains_T, 0)
         probs_TE = ops.softmax(masked_TE, -1)
-        expert_T, probability_T = ops.ArgMaxWithValue(-1)(probs_TE)
-        expert_T = ops.cast(expert_T, mstype.int32)
-        one_hot_TE = ops.stop_gradient(ops.cast(ops.equal(ops.expand_dims(expert_T, 1), self.experts_E), probs_TE.dtype))
+        expert_A, one_hot_AE, weight_A, affinity_A = self.choose(logits_TE, probs_TE)
+        # A token's first assignment is its best.
+        expert_T = expert_A[:: self.choices] if self.choices > 1 else expert_A
+        load_E = ops.reduce_sum(one_hot_AE, 0)
+        if self.choices > 1:
+            load_E = load_E * (probs_TE.shape[0] / ops.reduce_sum(load_E))  # f_i is a share of the assignments
         locality, z_loss = ops.zeros((), probs_TE.dtype), ops.zeros((), probs_TE.dtype)
         if self.has_locality and training:
             locality = losses.locality_loss(probs_TE, self.log_local_NE, self.has_experts_N)
         if self.has_z_loss:
             z_loss = losses.z_loss(masked_TE)
         return {
-            "expert_T": expert_T,
-            "one_hot_TE": one_hot_TE,
+            "expert_A": expert_A,
+            "one_hot_AE": one_hot_AE,
             "probs_TE": probs_TE,
-            "weight_T": probability_T,
-            "affinity_T": ops.stop_gradient(probability_T),
+            "weight_A": weight_A,
+            "affinity_A": ops.stop_gradient(affinity_A),
             "cosine_T": ops.stop_gradient(self.cosine(x_TD, logits_TE, expert_T)),
-            "balance_loss": losses.balance_loss(probs_TE, ops.reduce_sum(one_hot_TE, 0)),
+            "balance_loss": losses.balance_loss(probs_TE, load_E),
             "locality_loss": locality,
             "z_loss": z_loss,
         }

@@ -74,11 +74,11 @@ class HashRouter(Router, name="hash"):
         ones_T = ops.ones_like(x_TD[:, 0])
         zero = ops.zeros((), x_TD.dtype)
         return {
-            "expert_T": expert_T,
-            "one_hot_TE": one_hot_TE,
+            "expert_A": expert_T,
+            "one_hot_AE": one_hot_TE,
             "probs_TE": one_hot_TE,
-            "weight_T": ones_T,
-            "affinity_T": ones_T,
+            "weight_A": ones_T,
+            "affinity_A": ones_T,
             "cosine_T": ops.zeros_like(ones_T),
             "balance_loss": zero,
             "locality_loss": zero,

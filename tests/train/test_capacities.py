@@ -1,0 +1,182 @@
+"""Capacities that change on the way: the sizes of LocMoE+'s bound, from token choice to expert choice, compiled steps, resuming."""
+
+from __future__ import annotations
+
+import math
+import shutil
+
+import mindspore as ms
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from train import tiny
+
+from pangu_locmoe.data.prepared import prepare
+from pangu_locmoe.moe.capacity import DROPLESS, RATIO, capacity_bounds, dynamic_capacity, factor_capacity, transition_capacity
+from pangu_locmoe.train.capacities import CapacityPolicy
+from pangu_locmoe.train.checkpoint import read_arrays
+from pangu_locmoe.train.run import train
+from pangu_locmoe.train.step import KEPT_STEPS, StepResult
+
+HIDDEN, EXPERTS, TOKENS = 256, 8, 2048
+UPPER = factor_capacity(1.25, TOKENS, EXPERTS)
+SIZES = {math.ceil(UPPER / RATIO**k - 1e-9) for k in range(60)}
+
+
+def bound(delta: float) -> float:
+    return math.exp(HIDDEN * delta**2 / (2 - delta**2)) / EXPERTS
+
+
+@given(st.floats(-1, 1), st.integers(1, UPPER), st.floats(0, 1))
+def test_a_dynamic_capacity_is_the_next_size_above_the_bound(delta, now, hysteresis):
+    wanted = min(max(bound(max(delta, 0)), 1.0), UPPER)
+    got = dynamic_capacity(capacity_bounds(HIDDEN, EXPERTS, delta), UPPER, now, hysteresis)
+    if abs(wanted - now) <= hysteresis * now * (1 - 1e-9):
+        assert got == now
+    elif abs(wanted - now) > hysteresis * now * (1 + 1e-9):
+        assert got in SIZES and 1 <= got <= UPPER
+        assert wanted * (1 - 1e-6) <= got <= math.ceil(wanted * RATIO * (1 + 1e-6))
+
+
+def test_a_dynamic_capacity_in_numbers():
+    """d = 256, n = 8: delta .2 gives e^(256 * .04 / 1.96) / 8 = 23.2, delta .22 gives 71.5; delta .25 gives more than all 320."""
+    assert [round(bound(delta), 1) for delta in (0.2, 0.22)] == [23.2, 71.5]
+
+    def after(delta, now, hysteresis=0.2):
+        return dynamic_capacity(capacity_bounds(HIDDEN, EXPERTS, delta), 320, now, hysteresis)
+
+    assert (after(0.2, 320), after(0.22, 320), after(0.25, 100), after(0.01, 320)) == (28, 84, 320, 1)
+    # Off by less than a fifth of what it is: nothing changes; by more: it does, up or down.
+    assert (after(0.22, 68), after(0.22, 89), after(0.22, 50), after(0.22, 91)) == (68, 89, 84, 84)
+    assert (after(0.22, 68, 0.0), after(0.22, 84, 0.0)) == (84, 84)
+
+
+def test_capacity_shrinks_by_halves():
+    found = [transition_capacity(step, 8, TOKENS, UPPER) for step in range(10)]
+    assert found == [DROPLESS, DROPLESS, DROPLESS, 1024, 1024, 1024, 512, 512, 320, 320]
+    assert transition_capacity(0, 0, TOKENS, UPPER) == UPPER
+    assert [transition_capacity(step, 4, 100, 100) for step in range(5)] == [100] * 5
+
+
+def result_of(*deltas: float) -> StepResult:
+    """One cosine for each layer."""
+    empty = np.zeros((len(deltas), 1, 4), np.int64)
+    return StepResult({}, 0.0, empty, empty[:, 0], np.array(deltas)[:, None], np.zeros(1))
+
+
+def follow(config, deltas, steps):
+    """Capacities after each step, and the events."""
+    policy = CapacityPolicy(config, TOKENS)
+    now, found, events = policy.initial(), [], []
+    for step in range(1, steps + 1):
+        changed = policy(step, result_of(*deltas(step)), now)
+        if changed is not None:
+            now = changed[0]
+            events.append(changed[1])
+        found.append(now)
+    return policy.initial(), found, events
+
+
+def config_of(**moe):
+    sizes = {"hidden_size": HIDDEN, "num_layers": 4, "num_moe_layers": 2}
+    return tiny.tiny_config(model=sizes, moe={"num_experts": EXPERTS, **moe})
+
+
+def test_each_layers_capacity_follows_its_own_cosines():
+    config = config_of(capacity={"policy": "dynamic", "every": 2, "warmup_steps": 3, "statistic": "max"})
+    first, found, events = follow(config, lambda step: (0.2, 0.22 if step < 6 else 0.25), 6)
+    assert first == (320, 320)
+    assert found == [(320, 320)] * 3 + [(28, 84)] * 2 + [(28, 320)]
+    assert [event["step"] for event in events] == [4, 6]
+    assert [layer["layer"] for layer in events[0]["layers"]] == [1, 2]
+    for layer, delta in zip(events[0]["layers"], (0.2, 0.22)):
+        bounds = capacity_bounds(HIDDEN, EXPERTS, delta)
+        assert (layer["delta"], layer["exact"], layer["erfc"], layer["exponential"]) == (delta, bounds.exact, bounds.erfc, bounds.exponential)
+
+
+def test_token_choice_comes_first_then_the_bound():
+    choice = {"transition_steps": 6}
+    config = config_of(router="locmoe_plus", token_choice=choice, capacity={"policy": "dynamic", "every": 4, "warmup_steps": 1, "statistic": "max"})
+    first, found, events = follow(config, lambda step: (0.2, 0.2), 8)
+    assert first == (DROPLESS, DROPLESS)
+    assert [one for one, _ in found] == [DROPLESS, 1024, 1024, 512, 512, 320, 320, 28]
+    assert [event["event"] for event in events] == ["token_choice"] * 3 + ["capacity"]
+
+
+def test_the_bound_is_still_measured_once():
+    _, found, events = follow(config_of(capacity={"policy": "bound", "warmup_steps": 2}), lambda step: (0.01, 0.01), 5)
+    assert found == [(320, 320)] + [(1, 1)] * 4 and [event["step"] for event in events] == [2]
+
+
+@pytest.mark.parametrize("accumulation_steps", [1, 2])
+def test_a_compiled_step_is_used_again(accumulation_steps):
+    stepper = tiny.make_stepper(tiny.tiny_config(train={"accumulation_steps": accumulation_steps}))
+    used = {}
+    for capacity in (10, 20, 10, 30, 20):
+        stepper.set_capacities((capacity,))
+        assert stepper.capacities == (capacity,)
+        assert used.setdefault(capacity, stepper._step) is stepper._step
+    assert len(set(map(id, used.values()))) == 3
+    # Only the latest are kept.
+    for capacity in range(40, 40 + KEPT_STEPS - 1):
+        stepper.set_capacities((capacity,))
+    stepper.set_capacities((20,))
+    assert used[20] is stepper._step
+    stepper.set_capacities((10,))
+    assert used[10] is not stepper._step
+
+
+@pytest.mark.slow
+def test_going_back_to_a_size_compiles_nothing_and_changes_nothing():
+    """Steps with capacities 40, 20, 40 give what a stepper gives that knows each from the start."""
+    config = tiny.tiny_config(moe={"router": "locmoe_plus", "capacity": {"factor": 1.0}})
+
+    def run(forget):
+        stepper, batches = tiny.make_stepper(config), tiny.batches(config, prepare(config, False))
+        results = []
+        for number, capacity in enumerate((40, 20, 40), 1):
+            if forget:
+                stepper._steps.clear()
+            stepper.set_capacities((capacity,))
+            results.append(stepper(next(batches), number, 0.003))
+        return tiny.losses(results), [result.dropped_LE.tolist() for result in results]
+
+    (one, dropped), (other, again) = run(False), run(True)
+    np.testing.assert_array_equal(one, other)
+    assert dropped == again and dropped[1] != dropped[0]
+
+
+def test_a_resumed_run_has_the_same_capacities_and_numbers(tmp_path):
+    """From a checkpoint in the middle of the transition, through the measurements after it."""
+    ms.runtime.launch_blocking()  # small operators are many times faster so
+    config = tiny.tiny_config(
+        moe={
+            "router": "locmoe_plus",
+            "token_choice": {"threshold": 0.6, "max_experts": 2, "transition_steps": 5},
+            "capacity": {"policy": "dynamic", "every": 3, "warmup_steps": 1, "statistic": 0.1, "hysteresis": 0.0},
+        },
+        parallel={"emulated_nodes": 2},
+        train={"steps": 8, "mode": "pynative", "learning_rate": 0.003},
+        evaluation={"every": 8, "sequences": 1},
+        checkpoint={"every": 4, "keep": 5},
+    )
+    assert train(config, tmp_path / "whole", progress=False) is None
+    rows = tiny.rows(tmp_path / "whole")
+    capacities = [row["capacity"] for row in rows if "loss" in row]
+    assert capacities[:6] == [None, None, None, 128, 128, 80] and capacities[-1] < 80
+    routed = [row["experts_per_token"] for row in rows if "loss" in row]
+    assert all(1 < number <= 2 for number in routed)
+    trace = tiny.trace(tmp_path / "whole")
+    np.testing.assert_allclose(trace["load"].sum((1, 2)) / 256, routed)
+    unrouted = [row["unrouted_fraction"] for row in rows if "loss" in row]
+    assert unrouted[:3] == [0, 0, 0] and max(unrouted) > 0
+    run_dir, last = tmp_path / "resumed", "step-00000008"
+    shutil.copytree(tmp_path / "whole", run_dir)
+    shutil.rmtree(run_dir / "checkpoints" / last)
+    assert train(config, run_dir, resume=True, progress=False) is None
+    assert tiny.rows(run_dir) == rows
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        wanted = read_arrays(tmp_path / "whole" / "checkpoints" / last / file)
+        for name, array in read_arrays(run_dir / "checkpoints" / last / file).items():
+            np.testing.assert_array_equal(array, wanted[name], err_msg=name)
