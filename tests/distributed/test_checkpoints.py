@@ -16,6 +16,8 @@ from pangu_locmoe.errors import CheckpointError
 from pangu_locmoe.model.sigma import PanguSigma
 from pangu_locmoe.train import checkpoint as checkpoints
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture(scope="module")
 def folder():
