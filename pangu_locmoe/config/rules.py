@@ -28,14 +28,20 @@ def _broken_model_rules(config: Config) -> Iterator[tuple[str, str]]:
 
 def _broken_moe_rules(config: Config) -> Iterator[tuple[str, str]]:
     # Imported here because routers are registered where their code is, and that imports MindSpore.
-    from pangu_locmoe.moe.routers import ROUTERS
+    from pangu_locmoe.moe.routers import ROUTERS, outside
 
     model, moe, domains = config.model, config.moe, config.domains
+    if ":" in moe.router and moe.router not in ROUTERS:
+        try:
+            outside.register(moe.router)
+        except ValueError as error:
+            yield "moe.router", str(error)
+            return
     if moe.router in ROUTERS:
         yield from ROUTERS[moe.router].broken_rules(config)
     else:
         nearest = difflib.get_close_matches(moe.router, ROUTERS, n=1)
-        yield "moe.router", f"must be one of {', '.join(ROUTERS)}" + (f"; did you mean {nearest[0]}?" if nearest else "")
+        yield "moe.router", f"must be one of {', '.join(ROUTERS)}, or module:Class" + (f"; did you mean {nearest[0]}?" if nearest else "")
     statistic = moe.capacity.statistic
     if isinstance(statistic, float) and not 0 <= statistic <= 1:
         yield "moe.capacity.statistic", "must be min, median, mean, max or a quantile between 0 and 1"
