@@ -292,6 +292,8 @@ def test_doubtful_settings_are_said():
     iid = parse_config({"moe": {"router": "locmoe", "locality_loss": 0.1}, "parallel": {"emulated_nodes": 2}})
     assert ["can only cost" in line for line in doubtful_settings(iid)] == [True]
     assert not list(doubtful_settings(parse_config({"moe": {"router": "hash"}})))
+    tight = parse_config({"moe": {"router": "hash", "capacity": {"factor": 0.75}}})
+    assert ["at least 25% of the tokens are dropped" in line for line in doubtful_settings(tight)] == [True]
 
 
 @pytest.mark.parametrize(("local", "said"), [(1.25, ["38% of them find no slot; 2 would hold all"]), (2.0, [])])

@@ -136,6 +136,8 @@ def doubtful_settings(config: Config) -> Iterator[str]:
             f"moe.locality_loss = {moe.locality_loss} with data.sharding: iid: all nodes read the same mixture, so no routing can be "
             "local for all of them, and the loss can only cost"
         )
+    if moe.capacity.factor < 1 and moe.capacity.policy != "dropless" and config.parallel.sizes == "counts" and config.model.num_moe_layers:
+        yield f"moe.capacity.factor = {moe.capacity.factor}: at least {1 - moe.capacity.factor:.0%} of the tokens are dropped, however even the load is"
     parallel, local = config.parallel, moe.capacity.local_factor
     if parallel.sizes == "static" and parallel.ranks_per_node is not None and isinstance(local, float):
         nodes = max(1, parallel.expert_parallel // parallel.ranks_per_node)  # over which a layer's experts are spread

@@ -119,7 +119,7 @@ def claims(measured: List[Measured]) -> List[Claim]:
     gated = {router: results for router, results in curves.items() if any(result["delta"] for result in results.get(USUAL, results[max(results)]))}
     steps = measured[0]["result"]["validation"][-1][0]
     how = f"{CONFIG}, {steps} steps, evaluated without drops"
-    seeds = f"{len({row['case']['seed'] for row in measured})} seeds"
+    seeds = verdict.count(len({row["case"]["seed"] for row in measured}), "seed")
     return [
         _knees(curves, seeds, how),
         _times(curves, seeds, how),

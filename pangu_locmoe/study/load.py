@@ -48,8 +48,8 @@ def state_claims(measured: List[Measured]) -> List[Claim]:
     how = f"scripts/record_traces.sh, {next(iter(results.values()))['steps']} steps, the rule of docs/load.md"
     unused = {name: list(result["unused"].values()) for name, result in results.items()}
     return [
-        Claim("Load is transient first and stable later", "yes", f"stable from, by layer: {told}", f"{len(results)} traces", how, *verdict.all_of(settled, "every layer of every trace becomes stable")),
-        Claim("Deeper layers settle earlier", "(our question)", f"first layer's step less the last's: {', '.join(map(str, deeper))}", f"{len(deeper)} traces", how, *verdict.positive([float(d) for d in deeper], "the last layer settles before the first")),
+        Claim("Load is transient first and stable later", "yes", f"stable from, by layer: {told}", verdict.count(len(results), "trace"), how, *verdict.all_of(settled, "every layer of every trace becomes stable")),
+        Claim("Deeper layers settle earlier", "(our question)", f"first layer's step less the last's: {', '.join(map(str, deeper))}", verdict.count(len(deeper), "trace"), how, *verdict.positive([float(d) for d in deeper], "the last layer settles before the first")),
         _unused(unused, how),
     ]  # fmt: skip
 
@@ -60,7 +60,7 @@ def _unused(unused: Dict[str, List[float]], how: str) -> Claim:
     more = [values[1] - locmoe[name.partition("-")[2]] for name, values in unused.items() if name.startswith("switch-") and name.partition("-")[2] in locmoe]
     return Claim(
         "Switch leaves 40% of its experts nearly unused, LocMoE is even: over a long run", "about 40%; even",
-        f"under {tokens.HARDLY:.0%} of an even share, steps {EARLY[0]} to {EARLY[1]}, and {LATE[0]} to {LATE[1]}: {told}", f"{len(unused)} traces", how, *verdict.at_least(more, 0.3, ".0%"),
+        f"under {tokens.HARDLY:.0%} of an even share, steps {EARLY[0]} to {EARLY[1]}, and {LATE[0]} to {LATE[1]}: {told}", verdict.count(len(unused), "trace"), how, *verdict.at_least(more, 0.3, ".0%"),
     )  # fmt: skip
 
 
@@ -88,9 +88,9 @@ def forecast_claims(measured: List[Measured]) -> List[Claim]:
         rows = [row for row in measured if row["case"]["horizon"] == horizon and "missing" not in row["result"]]
         stable = _by_method([row for row in rows if row["result"]["state"] == "stable"])
         transient = _by_method([row for row in rows if row["result"]["state"] == "transient"])
-        told = "; ".join(f"{state} {method} {verdict.spread(found[method], '.1%')}" for state, found in (("stable", stable), ("transient", transient)) for method in ORDER if method in found)
+        told = "; ".join(f"{state} {method} {verdict.spread(found[method], '.1%')}" for state, found in (("stable", stable), ("transient", transient)) for method in ORDER if method in found) or "–"
         how = f"recorded traces, origin {origin}, WAPE of the mean over the horizon"
-        names = f"{len({row['case']['trace'] for row in rows})} traces"
+        names = verdict.count(len({row["case"]["trace"] for row in rows}), "trace")
         if horizon == 1000:
             missing = [method for method in ORDER if method not in stable]
             reached = [max(stable[method]) <= PAPER[method] for method in ORDER if method in stable]

@@ -20,7 +20,7 @@ ALL: List[Union[Experiment, Recorded]] = [
 HEAD = """# The papers' claims, measured here
 
 Made by `bash scripts/reproduce.sh{flag}`; do not edit. One row for each claim of LocMoE (arXiv 2401.13920), expert-load prediction
-(2404.16914) and LocMoE+ (2406.00023). A verdict is computed from the raw numbers in this folder{where} by the rule of its number
+(2404.16914) and LocMoE+ (2406.00023). A verdict is computed from the raw numbers in {where} by the rule of its number
 below; it is about this code on small models and CPUs, not about the papers' systems.
 """
 QUICK = "\n**Quick settings**: far fewer steps, seeds and sizes than the full run. Verdicts show that everything works, and no more.\n"
@@ -59,7 +59,7 @@ def write_page(file: Path, raw: Path, committed: Path, quick: bool) -> None:
         if found and picture.exists():
             pictures.append(f"![{one.caption}]({_relative(picture, file.parent)})\n\n{one.caption}.")
     count = Counter(row[-2] for row in rows)
-    head = HEAD.format(flag=" --quick" if quick else "", where="" if quick else "'s `results/*.json`")
+    head = HEAD.format(flag=" --quick" if quick else "", where="this folder" if quick else "`docs/results/*.json`")
     parts = [head, QUICK if quick else "", _count(count), "\n".join(f"- {note}" for note in notes), _table(rows), "## Rules\n", "\n".join(f"{i}. {rule}" for i, rule in enumerate(rules, 1)), *(["\n## Pictures\n"] if pictures else []), "\n\n".join(pictures)]
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(file, ("\n".join(part for part in parts if part).rstrip() + "\n").encode("utf-8"))

@@ -56,7 +56,7 @@ def comparison_claims(folder: Path) -> List[Claim]:
         return [1 - ours[seed][key] / other[seed][key] for seed in seeds]
 
     def claim(text: str, paper: str, values: List[float], target: float) -> Claim:
-        return Claim(text, paper, f"{verdict.spread([-value for value in values], '+.1%')}", f"{len(seeds)} seeds", how, *verdict.at_least(values, target))
+        return Claim(text, paper, f"{verdict.spread([-value for value in values], '+.1%')}", verdict.count(len(seeds), "seed"), how, *verdict.at_least(values, target))
 
     return [
         claim("Time per epoch against hash", "-12.68%", less(base, "step_seconds"), 0.1268),
@@ -71,7 +71,7 @@ def _even(ours: Dict[int, Row], switch: Dict[int, Row], seeds: List[int], how: s
     told = [f"{name} {verdict.spread([rows[seed]['max_over_mean_load'] for seed in seeds], '.2f')}" for name, rows in (("locmoe", ours), ("switch", switch))]
     conditions = [max(ours[seed]["max_over_mean_load"] for seed in seeds) <= 1.25, all(ours[s]["max_over_mean_load"] < switch[s]["max_over_mean_load"] for s in seeds)]
     rule = "locmoe's fullest expert is at most 1.25 times the mean, and below switch's, in every seed"
-    return Claim("LocMoE's load is even", "even", f"fullest expert over mean, second half: {', '.join(told)}", f"{len(seeds)} seeds", how, *verdict.all_of(conditions, rule))
+    return Claim("LocMoE's load is even", "even", f"fullest expert over mean, second half: {', '.join(told)}", verdict.count(len(seeds), "seed"), how, *verdict.all_of(conditions, rule))
 
 
 def _early(curves: Dict[str, Any], seeds: List[int], how: str) -> Claim:
@@ -79,7 +79,7 @@ def _early(curves: Dict[str, Any], seeds: List[int], how: str) -> Claim:
     step = curves[f"hash-1-domain-seed{seeds[0]}"]["validation"][0][0]
     between = [min(h, s) < own < max(h, s) for h, s, own in zip(*early)]
     told = "; ".join(f"{name} {verdict.spread(values, '.0f')}" for name, values in zip(("hash", "switch", "locmoe"), early))
-    return Claim(f"Early perplexity is between hash's and switch's (step {step})", "between", told, f"{len(seeds)} seeds", how, *verdict.all_of(between, "it is between in every seed"))
+    return Claim(f"Early perplexity is between hash's and switch's (step {step})", "between", told, verdict.count(len(seeds), "seed"), how, *verdict.all_of(between, "it is between in every seed"))
 
 
 def _by_seed(rows: List[Row], router: str) -> Dict[int, Row]:
@@ -99,7 +99,7 @@ def placement_claims(folder: Path) -> List[Claim]:
     rule = verdict.positive([min(a, b) for a, b in zip(step, moved)], "step and bytes both fall")
     return [
         Claim(
-            "In the stable state, placing experts by forecast pays (2404.16914)", "suggested, no figure", ours, f"{len(seeds)} seed{'s' * (len(seeds) > 1)}",
+            "In the stable state, placing experts by forecast pays (2404.16914)", "suggested, no figure", ours, verdict.count(len(seeds), "seed"),
             f"scripts/measure_placement.sh: {found['machine']}; a run that starts badly placed", *rule,
         )
     ]  # fmt: skip

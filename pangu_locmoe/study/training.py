@@ -100,8 +100,8 @@ def _perplexity(base: Dict[int, Any], switch: Dict[int, Any], locmoe: Dict[int, 
         return "; ".join(f"{name} {verdict.spread(value, '.1f')}" for name, value in zip(("hash", "switch", "locmoe"), values))
 
     return [
-        Claim(f"Early perplexity is between hash's and switch's (step {first})", "between", told(early), f"{len(seeds)} seeds", how, *verdict.all_of(between, "it is between in every seed")),
-        Claim("Late perplexity is the same", "the same", told(late), f"{len(seeds)} seeds", how, *verdict.at_most(apart, 0.02, 0.05)),
+        Claim(f"Early perplexity is between hash's and switch's (step {first})", "between", told(early), verdict.count(len(seeds), "seed"), how, *verdict.all_of(between, "it is between in every seed")),
+        Claim("Late perplexity is the same", "the same", told(late), verdict.count(len(seeds), "seed"), how, *verdict.at_most(apart, 0.02, 0.05)),
     ]
 
 
@@ -117,7 +117,7 @@ def _unused(switch: Dict[int, Any], locmoe: Dict[int, Any], seeds: List[int], ho
     )
     more = [one - other for one, other in zip(last_switch, last_locmoe)]
     claim = "Switch leaves 40% of its experts nearly unused, LocMoE is even"
-    return Claim(claim, "about 40%; even", f"under {tokens.HARDLY:.0%} of an even share, {ours}", f"{len(seeds)} seeds", how, *verdict.at_least(more, 0.3, ".0%"))
+    return Claim(claim, "about 40%; even", f"under {tokens.HARDLY:.0%} of an even share, {ours}", verdict.count(len(seeds), "seed"), how, *verdict.at_least(more, 0.3, ".0%"))
 
 
 def _alike(locmoe: Dict[int, Any], switch: Dict[int, Any], seeds: List[int], how: str) -> List[Claim]:
@@ -126,11 +126,11 @@ def _alike(locmoe: Dict[int, Any], switch: Dict[int, Any], seeds: List[int], how
     ours = f"{verdict.spread([w for w, _ in pairs], '.2f')} inside an expert, {verdict.spread([a for _, a in pairs], '.2f')} between experts"
     return [
         Claim(
-            "Tokens of an expert are alike, tokens of different experts are not", "alike", f"mean cosine {ours}", f"{len(seeds)} seeds x {len(pairs) // len(seeds)} layers",
+            "Tokens of an expert are alike, tokens of different experts are not", "alike", f"mean cosine {ours}", f"{verdict.count(len(seeds), 'seed')} x {len(pairs) // len(seeds)} layers",
             f"{how}, on validation text", *verdict.positive(gaps, "the mean cosine is higher inside than between experts"),
         ),
         Claim(
-            "A learned gate's vectors are not orthogonal, GrAP's are", "GrAP's are", f"mean absolute cosine of two of switch's {verdict.spread(dense, '.2f')}; GrAP's 0", f"{len(seeds)} seeds",
+            "A learned gate's vectors are not orthogonal, GrAP's are", "GrAP's are", f"mean absolute cosine of two of switch's {verdict.spread(dense, '.2f')}; GrAP's 0", verdict.count(len(seeds), "seed"),
             how, *verdict.positive([value - 0.01 for value in dense], "switch's is above 0.01"),
         ),
     ]  # fmt: skip

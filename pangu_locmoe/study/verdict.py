@@ -61,3 +61,8 @@ def spread(values: Sequence[float], form: str = ".3f") -> str:
         return "–"
     mean = f"{statistics.mean(values):{form}}"
     return mean if len(values) == 1 else f"{mean} [{min(values):{form}}, {max(values):{form}}]"
+
+
+def count(number: int, name: str) -> str:
+    """1 seed, 3 seeds."""
+    return f"{number} {name}{'s' * (number != 1)}"
