@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from pathlib import Path
@@ -36,6 +37,7 @@ def write_page(file: Path, raw: Path, committed: Path, quick: bool) -> None:
         quick: whether these are quick results.
     """
     rows, rules, notes, pictures = [], [], [], []
+    machines = set()
     for one in ALL:
         if isinstance(one, Recorded):
             found = one.claims(committed) if all((committed / name).exists() for name in one.files) else []
@@ -43,6 +45,8 @@ def write_page(file: Path, raw: Path, committed: Path, quick: bool) -> None:
             picture = committed / f"{one.name}.svg"
         else:
             measured = read_measured(raw / f"{one.name}.json")
+            if measured:
+                machines.add(json.loads((raw / f"{one.name}.json").read_text(encoding="utf-8"))["machine"])
             found = one.claims(measured) if measured else []
             when = max((row["date"] for row in measured), default="")
             picture = raw / f"{one.name}.svg"
@@ -58,6 +62,8 @@ def write_page(file: Path, raw: Path, committed: Path, quick: bool) -> None:
             rows.append(_row(claim, when, len(rules)))
         if found and picture.exists():
             pictures.append(f"![{one.caption}]({_relative(picture, file.parent)})\n\n{one.caption}.")
+    if machines:
+        notes.append(f"Measured on {'; '.join(sorted(machines))}, where a row names no other machine.")
     count = Counter(row[-2] for row in rows)
     head = HEAD.format(flag=" --quick" if quick else "", where="this folder" if quick else "`docs/results/*.json`")
     parts = [head, QUICK if quick else "", _count(count), "\n".join(f"- {note}" for note in notes), _table(rows), "## Rules\n", "\n".join(f"{i}. {rule}" for i, rule in enumerate(rules, 1)), *(["\n## Pictures\n"] if pictures else []), "\n\n".join(pictures)]
