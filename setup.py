@@ -36,7 +36,7 @@ setup(
         "setuptools",
     ],
     extras_require={
-        "test": ["pytest>=8", "hypothesis>=6.100", "mpmath>=1.3", "ruff>=0.6", "mypy>=1.10", "types-PyYAML", "types-tqdm"],
+        "test": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "mpmath>=1.3", "ruff>=0.6", "mypy>=1.10", "types-PyYAML", "types-tqdm"],
         # ARIMA for `load forecast`: 600 MB installed, and everything else works without it.
         # Newer releases of pyarrow, which statsforecast brings, are for NumPy 2.
         "forecast": ["statsforecast>=2.0,<3", "pyarrow<21"],

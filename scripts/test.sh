@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs the test extra and runs ruff, mypy and pytest.
+# Installs the test extra and runs ruff, mypy and pytest: one process for each core, then the tests that start jobs of their own.
 set -euo pipefail
 
 usage() {
@@ -38,4 +38,12 @@ done
 use_venv test
 ruff check .
 mypy
-pytest -m "$marks" "$only"
+
+# One thread for each process; a file stays in one process, for its tests share what they have compiled.
+export OMP_NUM_THREADS=1
+# pytest's exit code 5 is "no tests": --only may name some of one kind alone.
+some() {
+    pytest "$@" "$only" || [ $? = 5 ]
+}
+some -m "($marks) and not alone" --numprocesses auto --maxprocesses 4 --dist loadfile
+some -m "($marks) and alone"

@@ -52,7 +52,9 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no such choice": ({"train": {"precision": "fp8"}}, ["train.precision = 'fp8'", "'fp32', 'fp16' or 'bf16'"]),
     "three levels": ({"moe": {"levels": 3}}, ["moe.levels = 3", "less than or equal to 2"]),
     "nameless domain": ({"data": {"sources": [{"path": "a", "domain": ""}]}}, ["data.sources.0.domain = ''", "at least 1 character"]),
-    "factor below one": ({"moe": {"capacity": {"factor": 0.5}}}, ["moe.capacity.factor = 0.5", "greater than or equal to 1"]),
+    "factor of nothing": ({"moe": {"capacity": {"factor": 0.0}}}, ["moe.capacity.factor = 0.0", "greater than 0"]),
+    "a module that is not there": ({"moe": {"router": "no_such_module:Mine"}}, ["moe.router = 'no_such_module:Mine'", "no_such_module cannot be imported"]),
+    "a class that is no router": ({"moe": {"router": "json:JSONDecoder"}}, ["moe.router = 'json:JSONDecoder'", "json/__init__.py) has no subclass of Router named 'JSONDecoder'"]),
     "quantile above one": ({"moe": {"capacity": {"statistic": 1.5}}}, ["moe.capacity.statistic = 1.5", "a quantile between 0 and 1"]),
     # combinations
     "heads": ({"model": {"hidden_size": 100, "num_heads": 3}, "moe": {"router": "hash"}}, ["model.hidden_size = 100", "divisible by model.num_heads (3)"]),
@@ -294,6 +296,8 @@ def test_doubtful_settings_are_said():
     iid = parse_config({"moe": {"router": "locmoe", "locality_loss": 0.1}, "parallel": {"emulated_nodes": 2}})
     assert ["can only cost" in line for line in doubtful_settings(iid)] == [True]
     assert not list(doubtful_settings(parse_config({"moe": {"router": "hash"}})))
+    tight = parse_config({"moe": {"router": "hash", "capacity": {"factor": 0.75}}})
+    assert ["at least 25% of the tokens are dropped" in line for line in doubtful_settings(tight)] == [True]
 
 
 @pytest.mark.parametrize(("local", "said"), [(1.25, ["38% of them find no slot; 2 would hold all"]), (2.0, [])])

@@ -19,6 +19,8 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import links  # noqa: E402
 
+pytestmark = pytest.mark.alone
+
 needs_root = pytest.mark.skipif(
     os.geteuid() != 0 or not shutil.which("ip") or not shutil.which("tc"), reason="network namespaces need root and iproute2"
 )

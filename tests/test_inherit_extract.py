@@ -46,6 +46,11 @@ def dense():
     return folder, config
 
 
+@functools.cache
+def dense_loss():
+    return evaluate_checkpoint(dense()[0], 4)["validation_loss"]
+
+
 def sparse_config(router, **moe):
     return tiny.tiny_config(model={**SIZES, "num_moe_layers": 2}, moe={"router": router, **moe}, train={"seed": 7})
 
@@ -108,7 +113,7 @@ def test_the_mean_is_that_of_the_routers_probabilities(inherited, router):
 @pytest.mark.parametrize("router", ["switch", "locmoe", "locmoe_plus"])
 def test_with_a_gate_the_loss_is_near_the_dense_ones(inherited, router):
     """Much nearer than without the division, which leaves the experts' part of the sum at a half or a third."""
-    config, wanted = sparse_config(router), evaluate_checkpoint(dense()[0], 4)["validation_loss"]
+    config, wanted = sparse_config(router), dense_loss()
     row = evaluate_checkpoint(inherited(router)[0], 4)
     assert row["validation_loss"] == pytest.approx(wanted, abs=0.05)
     dense_model, dense_config = restore_model(dense()[0])

@@ -27,7 +27,7 @@ class ModelConfig(Section):
 
 class CapacityConfig(Section):
     policy: Literal["factor", "bound", "dynamic", "dropless"] = Field("factor", description="factor: ceil(factor*tokens/experts); bound: LocMoE's lower bound, measured once after warm-up; dynamic: LocMoE+'s, measured again and again; dropless: never drop")
-    factor: float = Field(1.25, ge=1.0, description="capacity factor c_f; for `bound` and `dynamic`, the upper clamp")
+    factor: float = Field(1.25, gt=0, description="capacity factor c_f; below 1 tokens are dropped even when all experts are equally loaded; for `bound` and `dynamic`, the upper clamp")
     statistic: Union[Literal["min", "median", "mean", "max"], float] = Field("median", description="bound, dynamic: which statistic (or quantile in [0, 1]) of the cosines between tokens and their gate is delta")
     warmup_steps: int = Field(100, ge=1, description="bound, dynamic: steps before delta is first measured; routing swings wildly in the first 50")
     every: Optional[int] = Field(None, ge=1, description="dynamic: steps between measurements; null: 100")
@@ -49,7 +49,7 @@ class CutFromConfig(Section):
 
 
 class MoEConfig(Section):
-    router: str = Field("locmoe", description="hash | switch | locmoe | locmoe_plus, or the name of a registered router")
+    router: str = Field("locmoe", description="hash | switch | locmoe | locmoe_plus, or module:Class of your own, found in the working directory or on the Python path")
     num_experts: int = Field(8, ge=1, description="E, experts in each sparse layer")
     levels: int = Field(2, ge=1, le=2, description="2: a token may only go to its domain's expert group; 1: one group of all experts")
     group_sizes: Optional[Dict[str, int]] = Field(None, description="experts of each domain's group (levels: 2); null: equal shares")

@@ -28,14 +28,20 @@ def _broken_model_rules(config: Config) -> Iterator[tuple[str, str]]:
 
 def _broken_moe_rules(config: Config) -> Iterator[tuple[str, str]]:
     # Imported here because routers are registered where their code is, and that imports MindSpore.
-    from pangu_locmoe.moe.routers import ROUTERS
+    from pangu_locmoe.moe.routers import ROUTERS, outside
 
     model, moe, domains = config.model, config.moe, config.domains
+    if ":" in moe.router and moe.router not in ROUTERS:
+        try:
+            outside.register(moe.router)
+        except ValueError as error:
+            yield "moe.router", str(error)
+            return
     if moe.router in ROUTERS:
         yield from ROUTERS[moe.router].broken_rules(config)
     else:
         nearest = difflib.get_close_matches(moe.router, ROUTERS, n=1)
-        yield "moe.router", f"must be one of {', '.join(ROUTERS)}" + (f"; did you mean {nearest[0]}?" if nearest else "")
+        yield "moe.router", f"must be one of {', '.join(ROUTERS)}, or module:Class" + (f"; did you mean {nearest[0]}?" if nearest else "")
     statistic = moe.capacity.statistic
     if isinstance(statistic, float) and not 0 <= statistic <= 1:
         yield "moe.capacity.statistic", "must be min, median, mean, max or a quantile between 0 and 1"
@@ -145,6 +151,8 @@ def doubtful_settings(config: Config) -> Iterator[str]:
             f"moe.locality_loss = {moe.locality_loss} with data.sharding: iid: all nodes read the same mixture, so no routing can be "
             "local for all of them, and the loss can only cost"
         )
+    if moe.capacity.factor < 1 and moe.capacity.policy != "dropless" and config.parallel.sizes == "counts" and config.model.num_moe_layers:
+        yield f"moe.capacity.factor = {moe.capacity.factor}: at least {1 - moe.capacity.factor:.0%} of the tokens are dropped, however even the load is"
     parallel, local = config.parallel, moe.capacity.local_factor
     if parallel.sizes == "static" and parallel.ranks_per_node is not None and isinstance(local, float):
         nodes = max(1, parallel.expert_parallel // parallel.ranks_per_node)  # over which a layer's experts are spread

@@ -9,7 +9,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, Dict, List, NoReturn, Optional, Tuple
+from typing import Any, Dict, List, NoReturn, Optional, Sequence, Tuple
 
 import mindspore as ms
 import numpy as np
@@ -59,10 +59,12 @@ class Trainer:
         run_dir: where everything is written.
         init_from: a checkpoint whose weights the run starts from (an inherited model, for example); None: random weights.
         world: this process's place in the job; None: a single process.
+        callbacks: of the caller, told last of every step and row.
     """
 
     def __init__(
-        self, config: Config, prepared: Prepared, run_dir: Path, init_from: Optional[Path] = None, world: Optional[World] = None
+        self, config: Config, prepared: Prepared, run_dir: Path, init_from: Optional[Path] = None, world: Optional[World] = None,
+        callbacks: Sequence[jobs.Callback] = (),
     ) -> None:
         self.config, self.prepared, self.run_dir = config, prepared, run_dir
         self.world = world or World.of(config)
@@ -81,6 +83,7 @@ class Trainer:
         self.step = 0
         self.best: Optional[Dict[str, float]] = None
         self.final: Dict[str, Any] = {}
+        self._added = list(callbacks)
         self._callbacks: List[jobs.Callback] = []
         self._trace: Optional[jobs.WriteTrace] = None  # rank 0's
         self._signal: Optional[int] = None
@@ -217,7 +220,7 @@ class Trainer:
 
     def _make_callbacks(self, progress: bool) -> List[jobs.Callback]:
         if not self.world.is_first:
-            return []
+            return self._added
         every, last = self.config.train.log_every, self.step
         self._trace = jobs.WriteTrace(self.run_dir / "load.npz", self.config, last)
         made: List[jobs.Callback] = [
@@ -226,7 +229,7 @@ class Trainer:
             self._trace,
             jobs.WriteTimeline(self.run_dir / "timeline.json", self.topology),
         ]
-        return [*made, jobs.ShowProgress(self.config, last)] if progress else made
+        return [*made, *([jobs.ShowProgress(self.config, last)] if progress else []), *self._added]
 
     def _on_signal(self, number: int, frame: Optional[FrameType]) -> None:
         self._signal = number

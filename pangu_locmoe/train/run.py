@@ -90,7 +90,7 @@ def _say_nothing(text: str) -> None:
 
 def default_run_dir(name: str, router: str, resume: bool) -> Path:
     """runs/NAME-ROUTER, with a number where that is taken; to resume, the newest of them."""
-    stem = f"{name}-{router}"
+    stem = f"{name}-{router.rpartition(':')[2]}"
     taken = [path for path in _candidates(stem) if path.exists()]
     if resume and taken:
         return taken[-1]

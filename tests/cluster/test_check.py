@@ -35,7 +35,13 @@ def values(ranks: int, router: str = "locmoe", **changed):
 
 
 @pytest.mark.parametrize(
-    "ranks, rank, router, precision", [(8, 3, "hash", "fp32"), (64, 63, "switch", "fp16"), (128, 17, "locmoe_plus", "bf16"), (256, 200, "locmoe", "fp32")]
+    "ranks, rank, router, precision",
+    [
+        (8, 3, "hash", "fp32"),
+        (64, 63, "switch", "fp16"),
+        (128, 17, "locmoe_plus", "bf16"),
+        pytest.param(256, 200, "locmoe", "fp32", marks=pytest.mark.slow),
+    ],
 )
 def test_the_step_of_a_job(ranks, rank, router, precision):
     given = values(ranks, router)

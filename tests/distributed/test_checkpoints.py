@@ -17,6 +17,8 @@ from pangu_locmoe.model.sigma import PanguSigma
 from pangu_locmoe.train import checkpoint as checkpoints
 from pangu_locmoe.train import shards
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture(scope="module")
 def folder():

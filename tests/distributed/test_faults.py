@@ -16,6 +16,8 @@ import pytest
 from distributed import jobs
 from train import tiny
 
+pytestmark = pytest.mark.alone
+
 RANKS = 4
 LAUNCH = jobs.ROOT / "pangu_locmoe" / "launch.py"
 

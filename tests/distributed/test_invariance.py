@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from distributed import cases, runs
 
+pytestmark = pytest.mark.alone
+
 EVERYDAY = [(ranks, name) for ranks, names in cases.EVERYDAY.items() for name in names]
 REST = [(ranks, name) for ranks in (2, 3, 4) for name in cases.possible(ranks) if name not in cases.EVERYDAY[ranks]]
 PAIRS = [(4, "locmoe, nodes")]

@@ -17,6 +17,8 @@ from train import tiny
 
 from pangu_locmoe.train.checkpoint import latest_whole_checkpoint, read_state
 
+pytestmark = pytest.mark.alone
+
 WORKER = Path(__file__).with_name("placement_worker.py")
 STEPS, EVERY = 30, 10
 

@@ -82,9 +82,9 @@ def test_a_run_killed_several_times_equals_an_undisturbed_one(config_file, tmp_p
 def test_a_terminated_run_is_saved_and_exits_well(config_file, tmp_path, capsys):
     run_dir, log = tmp_path / "run", tmp_path / "log"
     process = start(config_file, run_dir, log)
-    wait_for_step(process, run_dir, 11)
+    wait_for_step(process, run_dir, 1)  # 39 steps and their evaluations are left, however busy the machine is
     process.terminate()
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=300) == 0
     said = log.read_text()
     stopped = re.search(r"stopped by SIGTERM after step (\d+), state saved; continue with --resume auto --run-dir", said)
     assert stopped and "Traceback" not in said

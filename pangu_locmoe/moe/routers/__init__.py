@@ -1,4 +1,7 @@
-"""The routers and their registry. A router is one class in one file of this folder; putting the file here registers it."""
+"""The routers and their registry. A router is one class in one file of this folder; putting the file here registers it.
+
+Routers from elsewhere are registered by outside.py when a configuration names one.
+"""
 
 from __future__ import annotations
 
