@@ -37,6 +37,8 @@ class DistributedStepper(Stepper):
         exchange: the model's; its ledger is read after each step.
     """
 
+    _accumulates = False
+
     def __init__(self, model: PanguSigma, config: Config, capacities: Tuple[int, ...], topology: Topology, exchange: Exchange) -> None:
         self.topology, self.exchange = topology, exchange
         self.communicator = exchange.communicator

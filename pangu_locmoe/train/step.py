@@ -9,7 +9,7 @@ Letters: B batch, S sequence, T = B*S tokens, L MoE layers, N source nodes, E ex
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, ClassVar, Dict, List, Optional, Tuple
 
 import mindspore as ms
 import numpy as np
@@ -167,6 +167,8 @@ class Stepper:
         capacities: slots for each expert in each MoE layer; `set_capacities` compiles anew for those not met of late.
     """
 
+    _accumulates: ClassVar[bool] = True  # gradients in buffers between compiled parts, where a step has several of them
+
     def __init__(self, model: PanguSigma, config: Config, capacities: Tuple[int, ...]) -> None:
         self.config, self.model = config, model
         self.parameters = list(model.trainable_params())
@@ -178,13 +180,13 @@ class Stepper:
         )  # fmt: skip
         self.loss_scale = LossScale(train.loss_scale, train.loss_scale_window) if train.precision == "fp16" else None
         self._buffers: Optional[ParameterTuple] = None
-        if self.loss_scale is not None or train.accumulation_steps > 1:
+        if self._accumulates and (self.loss_scale is not None or train.accumulation_steps > 1):
             self._buffers = ParameterTuple(
                 [Parameter(Tensor(np.zeros(p.shape, np.float32)), name=f"gradient.{p.name}", requires_grad=False) for p in self.parameters]
             )
             compiled = self._compiler()
             self._norm = compiled(BufferedNorm(self.optimizer, self._buffers))
-            self._update = compiled(BufferedUpdate(self.optimizer, self._buffers, True))
+            self._apply = compiled(BufferedUpdate(self.optimizer, self._buffers, True))
             self._clear = compiled(BufferedUpdate(self.optimizer, self._buffers, False))
         self._steps: Dict[Tuple[int, ...], Callable[..., Any]] = {}  # the latest used last
         self.set_capacities(capacities)
@@ -228,7 +230,7 @@ class Stepper:
         norm = float(self._norm().asnumpy()) * factor
         # Without loss scaling a norm that is not finite is a divergence, which the loop reports.
         skipped = self.loss_scale is not None and not np.isfinite(norm)
-        update = self._clear if skipped else self._update
+        update = self._clear if skipped else self._apply
         update(Tensor(factor, ms.float32), Tensor(norm, ms.float32), rate, number)
         if self.loss_scale is not None:
             self.loss_scale.update(overflow=skipped)
