@@ -79,6 +79,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "tensor parallelism without nodes": ({"parallel": {"tensor_parallel": 2}}, ["parallel.tensor_parallel = 2", "needs parallel.ranks_per_node"]),
     "overlap": ({"parallel": {"overlap_chunks": 2}}, ["parallel.overlap_chunks = 2", "needs parallel.sizes: static"]),
     "group-wise exchange": ({"parallel": {"exchange": "groupwise"}}, ["parallel.exchange = 'groupwise'", "needs parallel.tensor_parallel > 1"]),
+    "overlap of slots that change": ({"parallel": {"overlap_chunks": 2, "sizes": "static", "expert_parallel": 2}, "moe": {"capacity": {"local_factor": "auto", "remote_factor": 1.0}}}, ["parallel.overlap_chunks = 2", "needs numbers for moe.capacity.local_factor"]),
     "placement in one process": ({"placement": {"policy": "locality"}}, ["placement.policy = 'locality'", "needs sparse layers and parallel.expert_parallel > 1"]),
     "placement of static slots": ({"placement": {"policy": "eplb"}, "parallel": {"sizes": "static", "expert_parallel": 2}, "moe": {"capacity": {"local_factor": "auto", "remote_factor": 1.0}}}, ["placement.policy = 'eplb'", "needs parallel.sizes: counts"]),
     "placement without a whole trace": ({"placement": {"policy": "eplb"}, "parallel": {"expert_parallel": 2}, "trace": {"max_rows": 5}}, ["trace.max_rows = 5", "must be null with a placement policy"]),

@@ -80,6 +80,8 @@ def _broken_parallel_rules(config: Config) -> Iterator[tuple[str, str]]:
         yield "parallel.tensor_parallel", "needs parallel.ranks_per_node, which is never guessed: ranks that share a matrix must be in one node"
     if parallel.tensor_parallel > 1 and parallel.sizes == "counts" and config.train.recompute:
         yield "train.recompute", "would repeat the sums over the tensor-parallel group outside of a compiled step: needs parallel.sizes: static"
+    if parallel.overlap_chunks > 1 and "auto" in (config.moe.capacity.local_factor, config.moe.capacity.remote_factor):
+        yield "parallel.overlap_chunks", "needs numbers for moe.capacity.local_factor and remote_factor: slots that follow the counts may not be divisible by it"
     if parallel.overlap_chunks > 1 and parallel.sizes == "counts":
         yield "parallel.overlap_chunks", "needs parallel.sizes: static: which tokens an expert keeps is known only when all have come"
     if parallel.exchange == "groupwise" and (parallel.tensor_parallel == 1 or parallel.expert_parallel == 1):
