@@ -72,6 +72,7 @@ def similarities(model: Any, config: Any, prepared: Any, sequences: int) -> List
                 _, normed_TD = block.attend(x_BSD, mask_BHSS, key, key, False)
                 plan = block.moe.router(ops.cast(normed_TD, mstype.float32), tokens_T, domains_T, (key, key), False)
                 x_LTD[layer].append(normed_TD.asnumpy())
-                expert_LT[layer].append(plan["expert_T"].asnumpy())
+                best_T = plan["expert_A"].asnumpy().reshape(len(normed_TD), -1)[:, 0]
+                expert_LT[layer].append(best_T)
             x_BSD, _ = block(x_BSD, mask_BHSS, tokens_T, domains_T, (key, key), DROPLESS, False)
     return [mean_cosines(np.concatenate(x), np.concatenate(expert)) for x, expert in zip(x_LTD, expert_LT)]
