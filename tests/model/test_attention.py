@@ -8,6 +8,7 @@ from small import small_config
 
 from pangu_locmoe.model.attention import Attention, attention_mask
 from pangu_locmoe.model.block import QueryLayer
+from pangu_locmoe.parallel.tensor import TensorGroup
 
 RANDOM = np.random.default_rng(19)
 BATCH, LENGTH, HIDDEN = 2, 8, 16
@@ -45,7 +46,7 @@ def test_a_token_sees_its_own_segment_up_to_itself():
 
 
 def test_attention():
-    cell = Attention(small_config().model, [1])
+    cell = Attention(small_config().model, [1], TensorGroup.alone())
     query_BSD, x_BSD = RANDOM.standard_normal((BATCH, LENGTH, HIDDEN)), RANDOM.standard_normal((BATCH, LENGTH, HIDDEN))
     close(cell(tensor(query_BSD), tensor(x_BSD), mask()), attend(cell, query_BSD, x_BSD))
 
@@ -53,7 +54,7 @@ def test_attention():
 def test_query_layer():
     """Q = table[position], K = V = LN1(H); x = H + attention; x + FFN(LN2(x))."""
     config = small_config()
-    layer = QueryLayer(config, 2)
+    layer = QueryLayer(config, 2, TensorGroup.alone())
     for norm in (layer.norm1, layer.norm2):
         norm.gamma.set_data(tensor(RANDOM.uniform(0.5, 1.5, HIDDEN)))
         norm.beta.set_data(tensor(RANDOM.standard_normal(HIDDEN)))

@@ -140,7 +140,7 @@ def test_what_cannot_be_written_leaves_the_old_one(config, model, folder, tokeni
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     if where == "weights":
-        monkeypatch.setattr(checkpoints, "save_file", full)
+        monkeypatch.setattr(shards, "save_file", full)
     elif where == "sync":
         monkeypatch.setattr(os, "fsync", full)
     else:

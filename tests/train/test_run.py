@@ -51,6 +51,8 @@ def test_a_training_row_for_each_step_with_every_field(training):
     assert [row["step"] for row in training] == list(range(1, 41))
     for row in training:
         assert set(row) == TRAINING_FIELDS
+        # Of locmoe_plus alone: here a token has one expert.
+        assert row.pop("experts_per_token") is row.pop("unrouted_fraction") is None
         assert all(isinstance(value, (int, float)) and math.isfinite(value) for value in row.values())
         assert row["learning_rate"] == pytest.approx(learning_rate(config.train, row["step"]))
         assert row["tokens_per_second"] == pytest.approx(8 * 32 / row["step_seconds"])
