@@ -110,7 +110,7 @@ def test_the_mean_is_that_of_the_routers_probabilities(inherited, router):
     np.testing.assert_allclose(np.mean(weights, axis=0)[0], scale.mean(), rtol=0.02)
 
 
-@pytest.mark.parametrize("router", ["switch", "locmoe", "locmoe_plus"])
+@pytest.mark.parametrize("router", ["switch", "locmoe", pytest.param("locmoe_plus", marks=pytest.mark.slow)])
 def test_with_a_gate_the_loss_is_near_the_dense_ones(inherited, router):
     """Much nearer than without the division, which leaves the experts' part of the sum at a half or a third."""
     config, wanted = sparse_config(router), dense_loss()
