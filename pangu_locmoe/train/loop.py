@@ -86,7 +86,8 @@ class Trainer:
         self._added = list(callbacks)
         self._callbacks: List[jobs.Callback] = []
         self._trace: Optional[jobs.WriteTrace] = None  # rank 0's
-        self._signal: Optional[int] = None
+        self._signal: Optional[int] = None  # this rank's
+        self._stopped_by: Optional[int] = None  # any rank's; all ranks agree
 
     def resume(self) -> bool:
         """Continue from the newest whole checkpoint; False where there is none at all, and the run starts at step 0.
@@ -127,9 +128,9 @@ class Trainer:
             self._callbacks = self._make_callbacks(progress)
             while self.step < self.config.train.steps and not self._stopping():
                 self._advance()
-            if self._signal is not None:
+            if self._stopped_by is not None:
                 self._save()
-                return signal.Signals(self._signal).name
+                return signal.Signals(self._stopped_by).name
             if not self.final:  # resumed after the last step
                 self.final = {"step": self.step, **self.evaluator()}
             return None
@@ -145,8 +146,9 @@ class Trainer:
     def _stopping(self) -> bool:
         """Whether any rank got a signal; all ranks agree."""
         signals = self.world.communicator.all_gather(Tensor([self._signal or 0], ms.int32)).asnumpy()
-        self._signal = int(signals.max()) or None
-        return self._signal is not None
+        # Apart from `_signal`, which a signal may set at any moment: one that comes during the gather is for the next step.
+        self._stopped_by = int(signals.max()) or None
+        return self._stopped_by is not None
 
     def _advance(self) -> None:
         config, started = self.config, time.perf_counter()

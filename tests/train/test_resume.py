@@ -15,8 +15,12 @@ from safetensors.numpy import save_file
 from train import tiny
 
 from pangu_locmoe.cli import main
+from pangu_locmoe.data.prepared import prepare
 from pangu_locmoe.errors import CheckpointError, ConfigError
+from pangu_locmoe.parallel.communicator import SingleProcess
+from pangu_locmoe.parallel.world import World
 from pangu_locmoe.train.checkpoint import latest_whole_checkpoint, read_arrays, remove_old
+from pangu_locmoe.train.loop import Trainer
 from pangu_locmoe.train.run import train
 
 
@@ -79,6 +83,19 @@ def test_a_run_killed_several_times_equals_an_undisturbed_one(config_file, tmp_p
     assert_undisturbed(run_dir)
 
 
+def test_a_signal_between_two_looks_is_not_lost(tmp_path):
+    """It comes while the ranks tell each other of the last ones."""
+    trainer = Trainer(tiny.reference_config(), prepare(tiny.reference_config(), False), tmp_path)
+
+    class Late(SingleProcess):
+        def all_gather(self, x):
+            trainer._on_signal(signal.SIGTERM, None)
+            return super().all_gather(x)
+
+    trainer.world = World(Late(), trainer.topology)
+    assert [trainer._stopping(), trainer._stopping()] == [False, True]
+
+
 def test_a_terminated_run_is_saved_and_exits_well(config_file, tmp_path, capsys):
     run_dir, log = tmp_path / "run", tmp_path / "log"
     process = start(config_file, run_dir, log)
@@ -87,7 +104,7 @@ def test_a_terminated_run_is_saved_and_exits_well(config_file, tmp_path, capsys)
     assert process.wait(timeout=300) == 0
     said = log.read_text()
     stopped = re.search(r"stopped by SIGTERM after step (\d+), state saved; continue with --resume auto --run-dir", said)
-    assert stopped and "Traceback" not in said
+    assert stopped and "Traceback" not in said, said[-1500:] + str(last_step(run_dir))
     assert latest_whole_checkpoint(run_dir).name == f"step-{int(stopped[1]):08d}"
     assert last_step(run_dir) == int(stopped[1]) < 40
     assert main(["train", str(config_file), "--run-dir", str(run_dir), "--resume", "auto", "--no-progress"]) == 0
