@@ -73,6 +73,7 @@ class DistributedMoELayer(ShardedMoELayer):
         plan = self.router(ops.cast(x_TD, ms.float32), tokens_T, domains_T, (row_keys_T, column_keys_D), training)
         # The sort is stable: within an expert, tokens keep the order of the batch.
         slot_A = ops.cast(ops.gather(slot_of_expert_E, plan["expert_A"], 0), ms.float32)
+        proposed_A = ops.ones_like(slot_A)
         if self.router.choices > 1:
             proposed_A = ops.reduce_sum(plan["one_hot_AE"], 1)
             slot_A = slot_A + float(self.num_experts) * (1.0 - proposed_A)

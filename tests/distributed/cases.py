@@ -80,6 +80,7 @@ CASES = {
     "switch, nodes": Case({"router": "switch", "capacity": TIGHT}, nodes=2),
     "switch, nodes, hierarchical": Case({"router": "switch", "capacity": TIGHT}, nodes=2, exchange="hierarchical"),
     "locmoe": Case({"capacity": TIGHT}, {"num_layers": 4, "num_moe_layers": 2}, {"mode": "graph"}),
+    "compiled": Case({"capacity": TIGHT}, train={"mode": "graph"}, steps=3),
     "locmoe, nodes": Case({"capacity": TIGHT}, nodes=2),
     "locmoe, nodes, hierarchical": Case({"capacity": TIGHT}, nodes=2, exchange="hierarchical"),
     "locmoe, nodes, moves": Case({"capacity": TIGHT}, nodes=2, moves=True),
@@ -116,7 +117,7 @@ EVERYDAY = {
     2: ["two levels", "data parallel", "idle", "half precision"],
     3: ["three nodes"],
     4: [
-        "locmoe, nodes", "locmoe, nodes, hierarchical", "locmoe, nodes, moves", "locmoe_plus, nodes",
+        "locmoe, nodes", "locmoe, nodes, hierarchical", "locmoe, nodes, moves", "locmoe_plus, nodes", "compiled",
         "tensor and expert parallel", "tensor and expert parallel, groupwise",
     ],
 }
