@@ -13,10 +13,11 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+from pangu_locmoe.pictures import ROUTERS
+
 Row = Dict[str, Any]
 Key = Tuple[str, int, str, str]  # router, levels, sharding, capacity
 
-COLOURS = {"hash": "#1f6fc4", "switch": "#d2601a", "locmoe": "#12876f"}
 TARGETS = {"hash": 0.1268, "switch": 0.2224}  # how much shorter LocMoE's step is in the paper
 
 
@@ -137,8 +138,8 @@ def _picture(rows: List[Row], curves: Dict[str, Any], path: Path) -> None:
 def _bars(axis: Any, rows: List[Row]) -> None:
     for place, ((router, levels, _, capacity), group) in enumerate(_groups(rows).items()):
         step, exchange = _mean(group, "step_seconds"), _mean(group, "exchange_seconds")
-        axis.bar(place, step - exchange, color=COLOURS[router], alpha=0.45)
-        axis.bar(place, exchange, bottom=step - exchange, color=COLOURS[router])
+        axis.bar(place, step - exchange, color=ROUTERS[router], alpha=0.45)
+        axis.bar(place, exchange, bottom=step - exchange, color=ROUTERS[router])
         axis.text(place, step, f"{step:.2f}", ha="center", va="bottom", fontsize=8)
         axis.plot([place] * len(group), [row["step_seconds"] for row in group], "k_", markersize=6)
         axis.text(place, -0.01, f"{router}\n{levels} level{'s' * (levels > 1)}\n{capacity * (capacity == 'bound')}", ha="center", va="top", fontsize=8, transform=axis.get_xaxis_transform())
@@ -158,7 +159,7 @@ def _curves(axis: Any, rows: List[Row], curves: Dict[str, Any], rate: Optional[s
             steps, losses = zip(*curve["validation"])
             scale = _seconds(rows, curve["local_fraction"], row) if rate else [float(step) for step in range(row["steps"] + 1)]
             label = f"{router}, {levels} level{'s' * (levels > 1)}" if row["seed"] == group[0]["seed"] else None
-            axis.plot([scale[step] for step in steps], losses, style, color=COLOURS[router], lw=1.2, alpha=0.8, label=label)
+            axis.plot([scale[step] for step in steps], losses, style, color=ROUTERS[router], lw=1.2, alpha=0.8, label=label)
     axis.set_xlabel(f"seconds at {rate}" if rate else "steps")
     axis.set_ylabel("validation loss")
     handles, labels = axis.get_legend_handles_labels()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -22,6 +21,8 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 import compare_report
+
+from pangu_locmoe.study.experiment import machine as this_machine
 
 Point = Tuple[float, float, float]
 """1 / (Mbit/s), seconds in the exchange, seconds in the rest of the step"""
@@ -282,20 +283,13 @@ def main() -> None:
     comparison = Comparison(options)
     comparison.run([float(share) / 100 for share in options.shares.split(",")], [CORE] if options.core else [CORE, MORE])
     comparison.write_rows()
-    machine = f"{cpu_name()}, {os.cpu_count()} cores"
+    machine = this_machine()
     compare_report.write(options.output, machine)
     if options.results is not None:
         options.results.mkdir(parents=True, exist_ok=True)
         for name in ("compare_routers.json", "compare_losses.json", "compare_routers.md", "compare_routers.svg"):
             shutil.copy(options.output / name, options.results)
     print((options.output / "compare_routers.md").read_text(encoding="utf-8"))
-
-
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return "unknown processor"
 
 
 if __name__ == "__main__":

@@ -26,6 +26,18 @@ class Probe(nn.Cell):
         return self.gradient(self.cell)(*arguments)
 
 
+class LayerObjective(nn.Cell):
+    """Something that every output of an MoE layer feeds: (x_TD, tokens_T, domains_T) -> a scalar."""
+
+    def __init__(self, layer: nn.Cell, capacity: int, sens_TD: np.ndarray) -> None:
+        super().__init__(auto_prefix=False)
+        self.layer, self.capacity, self.sens_TD, self.keys = layer, capacity, tensor(sens_TD), no_noise(*sens_TD.shape)
+
+    def construct(self, x_TD, tokens_T, domains_T):
+        y_TD, stats = self.layer(x_TD, tokens_T, domains_T, self.keys, self.capacity, True)
+        return ops.reduce_sum(y_TD * self.sens_TD) + stats["balance_loss"] + stats["locality_loss"] + stats["z_loss"]
+
+
 def tensor(array: Any) -> Tensor:
     return Tensor(np.asarray(array, np.float32))
 

@@ -140,10 +140,8 @@ def _reductions(topology: Topology, rank: int, weights: Sequence[Weight]) -> Ite
 
 
 def topology_groups(topology: Topology, rank: int) -> Dict[str, Tuple[int, ...]]:
-    """All groups that a rank can be in, by name."""
-    world = tuple(range(topology.num_ranks))
-    groups = (world, topology.expert_group(rank), topology.expert_replicas(rank), topology.tensor_group(rank), topology.same_part(rank))
-    return {group_name(ranks, topology.num_ranks): ranks for ranks in groups}
+    """All groups that a rank can be in, by HCCL's name."""
+    return {group_name(ranks, topology.num_ranks): ranks for ranks in topology.groups(rank).values()}
 
 
 def differences(planned: Sequence[Operation], compiled: Sequence[Operation]) -> List[str]:

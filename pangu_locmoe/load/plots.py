@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pangu_locmoe.files import write_atomic
 from pangu_locmoe.load.state import EXIT, States
 from pangu_locmoe.load.trace import Trace
+from pangu_locmoe.pictures import GRID, INK, SERIES, SOFT, save, style
 from pangu_locmoe.report.series import bin_rows, pick, thin
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# The report's light colours (report/style.py): a file of its own has no page to take them from.
-SERIES = ("#1f6fc4", "#d2601a", "#12876f", "#8a4bb0", "#b8860b", "#c2334d", "#4f6475", "#5a7d1a")
-INK, SOFT, RULE, GRID = "#1b1f24", "#5b6570", "#d9dde2", "#e9ecef"
 COLUMNS, WIDTH, HEIGHT = 2, 4.8, 3.1  # of panels; inches of one
 POINTS = 300  # of a line; more cannot be seen
 LINES = 200  # beyond, lines are drawn as pixels, or the file would be tens of megabytes
@@ -35,17 +31,13 @@ def plot_states(trace: Trace, states: States, path: Path) -> None:
     layers = trace.load_KLE.shape[1]
     columns = min(COLUMNS, layers)
     figure = Figure((WIDTH * columns, HEIGHT * -(-layers // columns)), layout="constrained")
-    style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "states", "font.size": 9, "text.color": INK, "axes.edgecolor": RULE}
-    style.update({"axes.labelcolor": SOFT, "xtick.color": SOFT, "ytick.color": SOFT, "font.family": "sans-serif"})
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(style("states")):
         panels = figure.subfigures(-(-layers // columns), columns, squeeze=False).flat
         for layer, panel in enumerate(list(panels)[:layers]):
             upper, lower = panel.subplots(2, 1, sharex=True, height_ratios=(2, 1))
             _shares(upper, trace, states, layer)
             _statistic(lower, states, layer)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", dpi=150, metadata={"Date": None})
-    write_atomic(path, buffer.getvalue())
+        save(figure, path, dpi=150)
 
 
 def _shares(axes: Axes, trace: Trace, states: States, layer: int) -> None:

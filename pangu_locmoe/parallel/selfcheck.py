@@ -60,15 +60,8 @@ def check_groups(topology: Topology, communicator: Communicator) -> None:
     if communicator.size == 1:
         return
     rank = communicator.rank
-    world = tuple(range(topology.num_ranks))
     checked: List[Tuple[int, ...]] = []
-    for name, ranks in (
-        ("the world", world),
-        ("its expert-parallel group", topology.expert_group(rank)),
-        ("the group that holds the same experts", topology.expert_replicas(rank)),
-        ("its tensor-parallel group", topology.tensor_group(rank)),
-        ("the group with the same part of the matrices", topology.same_part(rank)),
-    ):
+    for name, ranks in topology.groups(rank).items():
         if ranks in checked or len(ranks) == 1:
             continue
         checked.append(ranks)

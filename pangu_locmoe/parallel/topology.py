@@ -123,6 +123,16 @@ class Topology:
         block = self.expert_parallel * self.tensor_parallel
         return tuple(range(rank % block, self.num_ranks, block))
 
+    def groups(self, rank: int) -> dict[str, tuple[int, ...]]:
+        """Every group that a rank can be in, by what it is; several may have the same ranks."""
+        return {
+            "the world": tuple(range(self.num_ranks)),
+            "its expert-parallel group": self.expert_group(rank),
+            "the group that holds the same experts": self.expert_replicas(rank),
+            "its tensor-parallel group": self.tensor_group(rank),
+            "the group with the same part of the matrices": self.same_part(rank),
+        }
+
     def experts_of_rank(self, rank: int) -> range:
         """The contiguous block of experts a rank holds, or holds a part of."""
         first = self.place_of_rank(rank) % self.expert_parallel * self.experts_per_rank

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-_LIGHT = ("1f6fc4", "d2601a", "12876f", "8a4bb0", "b8860b", "c2334d", "4f6475", "5a7d1a")
+from pangu_locmoe.pictures import SERIES
+
+_LIGHT = tuple(colour.lstrip("#") for colour in SERIES)
 _DARK = ("5fa3ea", "f08a4b", "3fbf9f", "b98be0", "dcb13c", "f0708a", "9fb3c4", "9cc257")
 
 

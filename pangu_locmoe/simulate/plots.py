@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Sequence, Tuple
 
 import numpy as np
 
 from pangu_locmoe.config import Config
-from pangu_locmoe.files import write_atomic
+from pangu_locmoe.pictures import GRID, INK, SOFT, save, style
+from pangu_locmoe.pictures import ROUTERS as COLOUR_OF
 from pangu_locmoe.simulate.devices import Device
 from pangu_locmoe.simulate.model import Assumptions, simulate
 from pangu_locmoe.simulate.paper import PAPER_REDUCTIONS, changed, reductions
 from pangu_locmoe.simulate.routing import Routing
 
-COLOURS = {"hash": "#1f6fc4", "switch": "#d2601a", "locmoe": "#12876f"}
-INK, SOFT, RULE, GRID = "#1b1f24", "#5b6570", "#d9dde2", "#e9ecef"
 ROUTERS = ("hash", "switch", "locmoe")
 SCALE_NODES = (16, 32, 64, 128, 256, 512, 1024, 1248)  # 8 NPUs each; groups of 16 nodes
 
@@ -69,7 +67,7 @@ def plot_sensitivity(config: Config, device: Device, assumed: Assumptions, path:
         for panel, router in zip(axes, ("hash", "switch")):
             for place, (_, labels, values) in enumerate(reversed(found)):
                 low, high = values[router]
-                panel.barh(place, 100 * (high - low), left=100 * low, color=COLOURS[router], height=0.5)
+                panel.barh(place, 100 * (high - low), left=100 * low, color=COLOUR_OF[router], height=0.5)
                 for value, label, side in zip((low, high), labels, ("right", "left")):
                     panel.annotate(label, (100 * value, place), (-4 if side == "right" else 4, 0), textcoords="offset points", va="center", ha=side, color=SOFT, fontsize=8)
             panel.axvline(100 * base[router], color=INK, linewidth=1)
@@ -110,7 +108,7 @@ def plot_scale(config: Config, device: Device, assumed: Assumptions, path: Path)
         first = max(points[128][0] for points in curves.values())
         for name, points in curves.items():
             router, _, layout = name.partition(", ")
-            style: Mapping[str, Any] = {"color": COLOURS[router], "linestyle": styles[layout], "linewidth": 1.4, "label": name}
+            style: Mapping[str, Any] = {"color": COLOUR_OF[router], "linestyle": styles[layout], "linewidth": 1.4, "label": name}
             ranks = np.array(list(points))
             axes[0].plot(ranks, [100 * speed / first for speed, _ in points.values()], **style)
             axes[1].plot(ranks, [100 * share for _, share in points.values()], **style)
@@ -131,14 +129,10 @@ def _save(path: Path, salt: str, size: Tuple[float, float], draw: Callable[[Sequ
     import matplotlib
     from matplotlib.figure import Figure
 
-    style: Dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 9, "text.color": INK, "axes.edgecolor": RULE}
-    style.update({"axes.labelcolor": SOFT, "xtick.color": SOFT, "ytick.color": SOFT, "font.family": "sans-serif"})
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(style(salt)):
         figure = Figure(size, layout="constrained")
         draw(figure.subplots(1, 2, sharey=sharey))
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    write_atomic(path, buffer.getvalue())
+        save(figure, path)
 
 
 def _frame(axes: Any, grid: str) -> None:

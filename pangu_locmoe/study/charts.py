@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any, Dict, List, Sequence, Tuple
 
-from pangu_locmoe.files import write_atomic
-
-COLOURS = {"hash": "#1f6fc4", "switch": "#d2601a", "locmoe": "#12876f", "locmoe_plus": "#8a4bb0"}
-OTHER = "#4f6475"
-INK, SOFT, RULE, GRID = "#1b1f24", "#5b6570", "#d9dde2", "#e9ecef"
+from pangu_locmoe.pictures import GRID, OTHER, ROUTERS, SOFT, save, style
 
 
 class Lines:
@@ -20,24 +15,21 @@ class Lines:
         import matplotlib
         from matplotlib.figure import Figure
 
-        self._style: Dict[Any, Any] = {
-            "svg.fonttype": "none", "svg.hashsalt": "study", "font.size": 9, "text.color": INK, "axes.edgecolor": RULE, "axes.labelcolor": SOFT,
-            "xtick.color": SOFT, "ytick.color": SOFT, "font.family": "sans-serif", "axes.grid": True, "grid.color": GRID,
-        }  # fmt: skip
+        self._style: Dict[Any, Any] = {**style("study"), "axes.grid": True, "grid.color": GRID}
         self._matplotlib = matplotlib
         with matplotlib.rc_context(self._style):
             self._figure = Figure((4.6 * panels, 3.6), layout="constrained")
             self._axes: List[Any] = list(self._figure.subplots(1, panels, squeeze=False)[0])
 
-    def add(self, panel: int, name: str, x: Sequence[float], y: Sequence[float], style: str = "-", label: str = "") -> None:
+    def add(self, panel: int, name: str, x: Sequence[float], y: Sequence[float], dashes: str = "-", label: str = "") -> None:
         """A line of the router `name`; `label` where it should be called something else."""
         known = {line.get_label() for line in self._axes[panel].lines}
         text = label or name
-        self._axes[panel].plot(x, y, style, color=COLOURS.get(name, OTHER), linewidth=1.3, markersize=4, alpha=0.85, label=None if text in known else text)
+        self._axes[panel].plot(x, y, dashes, color=ROUTERS.get(name, OTHER), linewidth=1.3, markersize=4, alpha=0.85, label=None if text in known else text)
 
     def mark(self, panel: int, x: float, name: str, text: str) -> None:
         """A vertical line."""
-        self._axes[panel].axvline(x, color=COLOURS.get(name, OTHER), linewidth=1, linestyle=":")
+        self._axes[panel].axvline(x, color=ROUTERS.get(name, OTHER), linewidth=1, linestyle=":")
         self._axes[panel].text(x, 0.98, f" {text}", rotation=90, va="top", ha="left", fontsize=7, color=SOFT, transform=self._axes[panel].get_xaxis_transform())
 
     def save(self, path: Path, labels: List[Tuple[str, str]]) -> None:
@@ -49,6 +41,4 @@ class Lines:
                 axes.spines[["top", "right"]].set_visible(False)
                 if axes.get_legend_handles_labels()[1]:
                     axes.legend(fontsize=8, frameon=False)
-            buffer = io.BytesIO()
-            self._figure.savefig(buffer, format="svg", metadata={"Date": None})
-        write_atomic(path, buffer.getvalue())
+            save(self._figure, path)

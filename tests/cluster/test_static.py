@@ -6,7 +6,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor, nn, ops
-from numeric import close, integers, no_noise, tensor
+from numeric import LayerObjective, close, integers, no_noise, tensor
 from small import small_config
 
 from pangu_locmoe.config import CapacityConfig
@@ -39,16 +39,6 @@ def one_source(config):
     return StaticMoELayer(config, context, Exchange(SingleProcess(), [0], [0]), TensorGroup.alone()), MoELayer(config, context)
 
 
-class Objective(nn.Cell):
-    def __init__(self, layer: nn.Cell, capacity: int) -> None:
-        super().__init__(auto_prefix=False)
-        self.layer, self.capacity, self.sens_TD, self.keys = layer, capacity, tensor(SENS_TD), no_noise(TOKENS, HIDDEN)
-
-    def construct(self, x_TD, tokens_T, domains_T):
-        y_TD, stats = self.layer(x_TD, tokens_T, domains_T, self.keys, self.capacity, True)
-        return ops.reduce_sum(y_TD * self.sens_TD) + stats["balance_loss"] + stats["locality_loss"] + stats["z_loss"]
-
-
 @pytest.mark.parametrize("router", ["hash", "switch", "locmoe"])
 @pytest.mark.parametrize("factor", [0.5, 1.25, 4.0], ids=["drops", "some", "roomy"])
 @pytest.mark.parametrize("order", ["affinity", "position"])
@@ -63,7 +53,7 @@ def test_one_source_is_the_ordinary_layer(router, factor, order):
     for cell in (layer, ordinary):
         y_TD, stats = cell(tensor(X_TD), integers(TOKENS_T), integers(DOMAINS_T), no_noise(TOKENS, HIDDEN), capacity, True)
         weights = ms.ParameterTuple(cell.trainable_params())
-        value, (dx_TD, dweights) = ms.value_and_grad(Objective(cell, capacity), 0, weights)(
+        value, (dx_TD, dweights) = ms.value_and_grad(LayerObjective(cell, capacity, SENS_TD), 0, weights)(
             tensor(X_TD), integers(TOKENS_T), integers(DOMAINS_T)
         )
         results.append(([y_TD, value, dx_TD, *dweights], stats))
@@ -83,7 +73,7 @@ def test_recomputed_experts_have_the_same_gradients():
         if found:
             layer.experts.recompute()
         weights = ms.ParameterTuple(layer.trainable_params())
-        value, (dx_TD, dweights) = ms.value_and_grad(Objective(layer, DROPLESS), 0, weights)(tensor(X_TD), integers(TOKENS_T), integers(DOMAINS_T))
+        value, (dx_TD, dweights) = ms.value_and_grad(LayerObjective(layer, DROPLESS, SENS_TD), 0, weights)(tensor(X_TD), integers(TOKENS_T), integers(DOMAINS_T))
         found.append([value, dx_TD, *dweights])
     for mine, theirs in zip(*found):
         close(mine, theirs.asnumpy(), 1e-6)
@@ -94,7 +84,7 @@ def test_the_compiled_layer_equals_the_uncompiled_one(monkeypatch):
     monkeypatch.setattr(static, "_gather", lambda exchange: Row())
     layer, _ = one_source(with_factors(1.0, 1.0, router="switch", z_loss=0.1))
     weights = ms.ParameterTuple(layer.trainable_params())
-    function = ms.value_and_grad(Objective(layer, 8), 0, weights)
+    function = ms.value_and_grad(LayerObjective(layer, 8, SENS_TD), 0, weights)
     inputs = (tensor(X_TD), integers(TOKENS_T), integers(DOMAINS_T))
     for compiled, plain in zip(_flat(ms.jit(function)(*inputs)), _flat(function(*inputs))):
         close(compiled, plain.asnumpy(), 2e-6)

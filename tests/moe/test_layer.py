@@ -5,8 +5,8 @@ from __future__ import annotations
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Tensor, nn, ops
-from numeric import close, gelu, integers, no_noise, softmax, tensor
+from mindspore import Tensor, ops
+from numeric import LayerObjective, close, gelu, integers, no_noise, softmax, tensor
 from small import small_config
 
 from pangu_locmoe.model.block import FeedForward
@@ -34,23 +34,10 @@ def run(layer: MoELayer, capacity: int, x_TD=X_TD, training=True):
     return y_TD.asnumpy(), {name: value.asnumpy() for name, value in stats.items()}
 
 
-class Objective(nn.Cell):
-    """Something that every output feeds."""
-
-    def __init__(self, layer: MoELayer, capacity: int) -> None:
-        super().__init__(auto_prefix=False)
-        self.layer, self.capacity, self.sens_TD = layer, capacity, tensor(SENS_TD)
-        self.keys = no_noise(TOKENS, HIDDEN)
-
-    def construct(self, x_TD, tokens_T, domains_T):
-        y_TD, stats = self.layer(x_TD, tokens_T, domains_T, self.keys, self.capacity, True)
-        return ops.reduce_sum(y_TD * self.sens_TD) + stats["balance_loss"] + stats["locality_loss"] + stats["z_loss"]
-
-
 def gradients(layer: MoELayer, capacity: int, x_TD=X_TD, jit: bool = False):
     """The objective, its gradient by x, and by each weight by name."""
     weights = ms.ParameterTuple(layer.trainable_params())
-    function = ms.value_and_grad(Objective(layer, capacity), 0, weights)
+    function = ms.value_and_grad(LayerObjective(layer, capacity, SENS_TD), 0, weights)
     function = ms.jit(function) if jit else function
     value, (dx_TD, dweights) = function(tensor(x_TD), integers(TOKENS_T), integers(DOMAINS_T))
     return value.asnumpy(), dx_TD.asnumpy(), {weight.name.rpartition(".")[2]: d.asnumpy() for weight, d in zip(weights, dweights)}

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mindspore import Tensor, nn, ops
-from numeric import close, gelu, integers, no_noise, slope, softmax, tensor
+from mindspore import Tensor
+from numeric import LayerObjective, close, gelu, integers, no_noise, slope, softmax, tensor
 from small import small_config
 
 from pangu_locmoe.errors import ConfigError
@@ -91,22 +91,10 @@ def run(layer, capacity, x_TD=X_TD, training=True):
     return y_TD.asnumpy(), {name: value.asnumpy() for name, value in stats.items()}
 
 
-class Objective(nn.Cell):
-    """Something that every output feeds."""
-
-    def __init__(self, layer: nn.Cell, capacity: int) -> None:
-        super().__init__(auto_prefix=False)
-        self.layer, self.capacity, self.sens_TD, self.keys = layer, capacity, tensor(SENS_TD), no_noise(TOKENS, HIDDEN)
-
-    def construct(self, x_TD, tokens_T, domains_T):
-        y_TD, stats = self.layer(x_TD, tokens_T, domains_T, self.keys, self.capacity, True)
-        return ops.reduce_sum(y_TD * self.sens_TD) + stats["balance_loss"] + stats["locality_loss"] + stats["z_loss"]
-
-
 def gradients(layer, capacity, jit=False):
     """The objective, its gradient by x, and those by the experts' weights."""
     weights = ms.ParameterTuple(layer.trainable_params())
-    function = ms.value_and_grad(Objective(layer, capacity), 0, weights)
+    function = ms.value_and_grad(LayerObjective(layer, capacity, SENS_TD), 0, weights)
     value, (dx_TD, dweights) = (ms.jit(function) if jit else function)(tensor(X_TD), integers(TOKENS_T), integers(DOMAINS_T))
     return [array.asnumpy() for array in (value, dx_TD, *dweights)]
 
