@@ -28,9 +28,7 @@ def write(folder: Path, machine: str) -> None:
     text = [_head(rows, machine)]
     for rate in _rates(rows):
         at_rate = [row for row in rows if row["link_rate"] == rate]
-        share = at_rate[0]["hash_exchange_share"]
-        aim = f"{at_rate[0]['target_share']:.0%}" + (" beyond what it takes without any limit" if at_rate[0]["target_share_of"] == "links" else "")
-        text += [f"### Links of {rate}: the exchange is {share:.1%} of hash's step (aim: {aim})\n", _table(at_rate), *_verdicts(at_rate), ""]
+        text += [f"### {_title(at_rate[0])}\n", _table(at_rate), *_verdicts(at_rate), ""]
     (folder / "compare_routers.md").write_text("\n".join(text), encoding="utf-8")
     _picture(rows, curves, folder / "compare_routers.svg")
 
@@ -44,6 +42,15 @@ def _head(rows: List[Row], machine: str) -> str:
         "Means over seeds of each run's median, with the lowest and highest seed in brackets. "
         f"Losses on the cluster and in one process differ by {difference:.1e} at most; the ledger and the links' counters by {max(errors, default=0):.1%} at most.\n"
     )
+
+
+def _title(row: Row) -> str:
+    title, share, aim = f"Links of {row['link_rate']}", row["hash_exchange_share"], row["target_share"]
+    if share is not None:
+        title += f": the exchange is {share:.1%} of hash's step"
+    if aim is not None:
+        title += f" (aim: {aim:.0%}" + (" beyond what it takes without any limit)" if row["target_share_of"] == "links" else ")")
+    return title
 
 
 def _rates(rows: List[Row]) -> List[str]:
@@ -126,12 +133,22 @@ def _spread(values: List[float], form: str) -> str:
 
 
 def _picture(rows: List[Row], curves: Dict[str, Any], path: Path) -> None:
-    rates = _rates(rows)
-    figure, axes = pyplot.subplots(1, len(rates) + 2, figsize=(4.6 * (len(rates) + 2), 4.4), layout="constrained")
-    for axis, rate in zip(axes, rates):
-        _bars(axis, [row for row in rows if row["link_rate"] == rate and row["sharding"] == "domain"])
-    _curves(axes[-2], rows, curves, None)
-    _curves(axes[-1], rows, curves, rates[-1])
+    """Bars for each link rate and sharding at which several routers ran, and the curves of validation loss under domain sharding."""
+    panels: Dict[Tuple[str, str], List[Row]] = {}
+    for row in rows:
+        panels.setdefault((row["link_rate"], row["sharding"]), []).append(row)
+    panels = {key: group for key, group in panels.items() if len(_groups(group)) > 1}
+    compared = [rate for rate, sharding in panels if sharding == "domain"]
+    number = len(panels) + (2 if compared else 0)
+    if number == 0:
+        return
+    figure, axes = pyplot.subplots(1, number, figsize=(4.6 * number, 4.4), layout="constrained", squeeze=False)
+    for axis, group in zip(axes[0], panels.values()):
+        _bars(axis, group)
+    if compared:
+        at_rate = [row for row in rows if row["link_rate"] == compared[-1]]
+        _curves(axes[0][-2], at_rate, curves, None)
+        _curves(axes[0][-1], at_rate, curves, compared[-1])
     figure.savefig(path)
 
 
@@ -145,16 +162,16 @@ def _bars(axis: Any, rows: List[Row]) -> None:
         axis.text(place, -0.01, f"{router}\n{levels} level{'s' * (levels > 1)}\n{capacity * (capacity == 'bound')}", ha="center", va="top", fontsize=8, transform=axis.get_xaxis_transform())
     axis.set_xticks([])
     axis.set_ylabel("seconds a step; dark: exchange")
-    axis.set_title(f"{rows[0]['link_rate']}, exchange {rows[0]['hash_exchange_share']:.0%} of hash's step", fontsize=10)
+    axis.set_title(f"{rows[0]['link_rate']}, {rows[0]['sharding']} sharding", fontsize=10)
 
 
 def _curves(axis: Any, rows: List[Row], curves: Dict[str, Any], rate: Optional[str]) -> None:
-    """Validation loss over steps, or over seconds at a link rate."""
+    """Validation loss over steps, or over seconds at a link rate; `rows` are of one rate."""
     for (router, levels, sharding, capacity), group in _groups(rows).items():
         if sharding != "domain" or capacity != "factor" or (router != "hash" and levels == 2):
             continue
         style = "--" if levels == 2 else "-"
-        for row in [row for row in group if row["link_rate"] == (rate or row["link_rate"])]:
+        for row in group:
             curve = curves[f"{router}-{levels}-{sharding}-seed{row['seed']}"]
             steps, losses = zip(*curve["validation"])
             scale = _seconds(rows, curve["local_fraction"], row) if rate else [float(step) for step in range(row["steps"] + 1)]
@@ -169,8 +186,7 @@ def _curves(axis: Any, rows: List[Row], curves: Dict[str, Any], rate: Optional[s
 
 def _seconds(rows: List[Row], local: List[float], row: Row) -> List[float]:
     """Seconds up to each step: the timed step, with an exchange as long as the tokens that cross in each step make it."""
-    at_rate = [other for other in rows if other["link_rate"] == row["link_rate"]]
-    slope, start = statistics.linear_regression([1 - other["local_fraction"] for other in at_rate], [other["exchange_seconds"] for other in at_rate])
+    slope, start = statistics.linear_regression([1 - other["local_fraction"] for other in rows], [other["exchange_seconds"] for other in rows])
     rest, total = row["step_seconds"] - row["exchange_seconds"], [0.0]
     for fraction in local:
         total.append(total[-1] + rest + start + slope * (1 - fraction))

@@ -72,19 +72,26 @@ class Comparison:
         self.steps, self.timing_steps, self.seeds, self.sets = options.steps, options.timing_steps, options.seeds, options.set
         self.output.mkdir(parents=True, exist_ok=True)
         self.more_seeds = options.more_seeds
-        self.rates: Dict[float, str] = {}
+        self.rates: List[Tuple[Optional[float], str]] = []  # with the share of hash's step that each is for
         self.link_only = False  # whether the shares are of the links' part of the exchange
 
-    def run(self, shares: List[float], groups: List[List[Variant]]) -> None:
-        """Loss runs and timing runs of one group of variants after the other, all routers of a seed side by side."""
-        for group in groups:
-            seeds = range(1, (self.seeds if group is CORE else self.more_seeds) + 1)
+    def run(self, shares: List[float], rates: List[str], chosen: List[Variant]) -> None:
+        """Loss runs and timing runs of the core and then of the others, all routers of a seed side by side.
+
+        Args:
+            shares: find the link rates that give these.
+            rates: use these instead.
+            chosen: what to compare.
+        """
+        self.rates = [(None, rate) for rate in rates]
+        for group, number in ((CORE, self.seeds), (MORE, self.more_seeds)):
+            seeds, group = range(1, number + 1), [variant for variant in group if variant in chosen]
             for seed in seeds:
                 for variant in group:
                     self.loss_run(variant, seed)
             if not self.rates:
                 self.find_rates(shares)
-            for rate in self.rates.values():
+            for _, rate in self.rates:
                 for seed in seeds:
                     for variant in group:
                         self.timing_run(variant, seed, rate)
@@ -125,7 +132,7 @@ class Comparison:
         self.link_only = exchange / (exchange + other) >= min(shares)
         if self.link_only:
             say(f"without any limit the exchange takes {exchange / (exchange + other):.1%} of hash's step: shares are of what the links add")
-        self.rates = {share: self._calibrate(share, points) for share in shares}
+        self.rates = [(share, self._calibrate(share, points)) for share in shares]
 
     def _calibrate(self, target: float, points: Dict[str, Point]) -> str:
         """One rate, by at most four further measurements, which join `points`.
@@ -171,19 +178,13 @@ class Comparison:
     def write_rows(self) -> None:
         """compare_routers.json from all finished timing runs, and compare_losses.json from all loss runs."""
         rows = []
-        for share, rate in self.rates.items():
+        for share, rate in self.rates:
             for variant in [*CORE, *MORE]:
-                for seed in range(1, self.seeds + 1):
+                for seed in range(1, max(self.seeds, self.more_seeds) + 1):
                     timing = self.output / "timing" / rate / f"{variant.name}-seed{seed}"
                     if (timing / "links.json").exists() and (timing / "summary.json").exists():
                         rows.append({**self._row(variant, seed, rate, timing), "target_share": share, "target_share_of": "links" if self.link_only else "exchange"})
-        shares: Dict[str, List[float]] = {row["link_rate"]: [] for row in rows}
-        for row in rows:
-            if row["router"] == "hash" and row["levels"] == 1 and row["sharding"] == "domain":
-                shares[row["link_rate"]].append(row["exchange_seconds"] / row["step_seconds"])
-        for row in rows:
-            measured = shares[row["link_rate"]]
-            row["hash_exchange_share"] = statistics.mean(measured) if measured else None
+        add_shares(rows)
         (self.output / "compare_routers.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         curves = {}
         for run_dir in sorted((self.output / "loss").iterdir()):
@@ -236,6 +237,38 @@ class Comparison:
         }
 
 
+def add_shares(rows: List[Dict[str, Any]]) -> None:
+    """What the exchange takes of hash's step at each link rate, into every row of that rate."""
+    shares: Dict[str, List[float]] = {row["link_rate"]: [] for row in rows}
+    for row in rows:
+        if row["router"] == "hash" and row["levels"] == 1 and row["sharding"] == "domain":
+            shares[row["link_rate"]].append(row["exchange_seconds"] / row["step_seconds"])
+    for row in rows:
+        measured = shares[row["link_rate"]]
+        row["hash_exchange_share"] = statistics.mean(measured) if measured else None
+
+
+def publish(new: Path, results: Path) -> None:
+    """Add rows and curves to those in `results`, of which the same runs are replaced, and draw them all."""
+    results.mkdir(parents=True, exist_ok=True)
+    rows = {_key(row): row for folder in (results, new) for row in _read(folder / "compare_routers.json", [])}
+    curves = {**_read(results / "compare_losses.json", {}), **_read(new / "compare_losses.json", {})}
+    order = {(variant.router, variant.levels, variant.sharding, variant.capacity): place for place, variant in enumerate([*CORE, *MORE])}
+    together = sorted(rows.values(), key=lambda row: (-float(row["link_rate"].removesuffix("mbit")), order[_key(row)[:4]], row["seed"]))
+    add_shares(together)
+    (results / "compare_routers.json").write_text(json.dumps(together, indent=1) + "\n", encoding="utf-8")
+    (results / "compare_losses.json").write_text(json.dumps(curves) + "\n", encoding="utf-8")
+    compare_report.write(results, this_machine())
+
+
+def _key(row: Dict[str, Any]) -> Tuple[Any, ...]:
+    return row["router"], row["levels"], row["sharding"], row["capacity"], row["link_rate"], row["seed"]
+
+
+def _read(file: Path, otherwise: Any) -> Any:
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else otherwise
+
+
 def training_rows(run_dir: Path) -> List[Dict[str, Any]]:
     lines = (json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return [line for line in lines if "step_seconds" in line]
@@ -276,19 +309,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--timing-steps", type=int, required=True)
     parser.add_argument("--shares", required=True, help="percent, with commas")
+    parser.add_argument("--rates", default="", help="link rates with commas, instead of shares")
     parser.add_argument("--core", action="store_true", help="only the core variants")
-    parser.add_argument("--results", type=Path, help="where the rows, the table and the picture are copied")
+    parser.add_argument("--only", action="append", default=[], choices=[variant.name for variant in [*CORE, *MORE]])
+    parser.add_argument("--results", type=Path, help="where rows, table and picture are added to what is there")
     parser.add_argument("--set", action="append", default=[])
     options = parser.parse_args()
+    chosen = [variant for variant in (CORE if options.core else [*CORE, *MORE]) if not options.only or variant.name in options.only]
     comparison = Comparison(options)
-    comparison.run([float(share) / 100 for share in options.shares.split(",")], [CORE] if options.core else [CORE, MORE])
+    comparison.run([float(share) / 100 for share in options.shares.split(",")], [rate for rate in options.rates.split(",") if rate], chosen)
     comparison.write_rows()
-    machine = this_machine()
-    compare_report.write(options.output, machine)
+    compare_report.write(options.output, this_machine())
     if options.results is not None:
-        options.results.mkdir(parents=True, exist_ok=True)
-        for name in ("compare_routers.json", "compare_losses.json", "compare_routers.md", "compare_routers.svg"):
-            shutil.copy(options.output / name, options.results)
+        publish(options.output, options.results)
     print((options.output / "compare_routers.md").read_text(encoding="utf-8"))
 
 

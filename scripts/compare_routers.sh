@@ -5,7 +5,7 @@ set -euo pipefail
 usage() {
     cat <<'TEXT'
 usage: bash scripts/compare_routers.sh [--quick] [--output DIR] [--seeds N] [--more-seeds N] [--steps N] [--timing-steps N] [--shares A,B]
-                                       [--core] [--results DIR] [--config CONFIG] [--set KEY=VALUE]...
+                                       [--rates A,B] [--core] [--only NAME]... [--results DIR] [--config CONFIG] [--set KEY=VALUE]...
 
 Trains every router on the same text, seeds and steps, finds the link rates at which the exchange takes 18% and 29% of
 hash's step, and times the last steps of every run on 2 nodes with 2 processes each. Prints a table; rows, table and picture
@@ -18,8 +18,10 @@ are in DIR. Needs root and iproute2, takes hours, and wants the machine to itsel
   --steps N          training steps (120)
   --timing-steps N   the last steps, which are made again on the cluster (16)
   --shares A,B       percent of hash's step that the exchange takes (18,29)
+  --rates A,B        link rates such as 90mbit,200mbit, instead of shares
   --core             only the four main variants: hash, switch and locmoe with one level, hash with two; domain sharding
-  --results DIR      also copy rows, table and picture there, for example docs/results
+  --only NAME        only this variant: router-levels-sharding, such as locmoe-2-domain, or with -bound; repeatable
+  --results DIR      add rows, table and picture to what is there, for example docs/results
   --config CONFIG    model and training (configs/compare.yaml)
   --set KEY=VALUE    change one value of it; repeatable
   --help             this text
@@ -32,7 +34,7 @@ fail() {
 }
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-config=configs/compare.yaml output='' seeds=3 more_seeds='' steps=120 timing_steps=16 shares=18,29
+config=configs/compare.yaml output='' seeds=3 more_seeds='' steps=120 timing_steps=16 shares=18,29 rates=''
 more=()
 while [ $# -gt 0 ]; do
     case $1 in
@@ -42,7 +44,7 @@ while [ $# -gt 0 ]; do
             more+=(--core --set train.warmup_steps=10)
             ;;
         --core) more+=(--core) ;;
-        --output | --seeds | --more-seeds | --steps | --timing-steps | --shares | --results | --config | --set)
+        --output | --seeds | --more-seeds | --steps | --timing-steps | --shares | --rates | --only | --results | --config | --set)
             [ $# -ge 2 ] && [ -n "$2" ] || fail "$1 needs a value"
             case $1 in
                 --output) output=$2 ;;
@@ -51,6 +53,7 @@ while [ $# -gt 0 ]; do
                 --steps) steps=$2 ;;
                 --timing-steps) timing_steps=$2 ;;
                 --shares) shares=$2 ;;
+                --rates) rates=$2 ;;
                 --config) config=$2 ;;
                 *) more+=("$1" "$2") ;;
             esac
@@ -65,6 +68,7 @@ for flag in seeds more_seeds steps timing_steps; do
     [[ ${!flag} =~ ^[1-9][0-9]*$ ]] || fail "--${flag//_/-} must be a whole number of at least 1, not ${!flag}"
 done
 [[ $shares =~ ^[0-9]+(,[0-9]+)*$ ]] || fail "--shares must be percentages such as 18,29, not $shares"
+[[ $rates =~ ^([0-9]+mbit(,[0-9]+mbit)*)?$ ]] || fail "--rates must be rates such as 90mbit,200mbit, not $rates"
 [ "$timing_steps" -ge 6 ] || fail "--timing-steps must be at least 6: the first 4 only warm up"
 [ "$steps" -ge $((2 * timing_steps)) ] || fail "--steps must be at least twice --timing-steps"
 [ -f "$config" ] || fail "$config: no such configuration"
@@ -80,4 +84,4 @@ if [ ! -e data/corpus ] && grep -q data/corpus "$config" configs/cpu_base.yaml; 
 fi
 python -m pangu_locmoe prepare "$config" >/dev/null
 exec python scripts/compare_routers.py "$config" --output "${output:-runs/compare}" --seeds "$seeds" --more-seeds "$more_seeds" --steps "$steps" \
-    --timing-steps "$timing_steps" --shares "$shares" ${more[@]+"${more[@]}"}
+    --timing-steps "$timing_steps" --shares "$shares" --rates "$rates" ${more[@]+"${more[@]}"}
