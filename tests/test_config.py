@@ -77,6 +77,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "heads over ranks": ({"parallel": {"tensor_parallel": 3, "ranks_per_node": 3}, "model": {"ffn_size": 1023, "vocab_size": 300}}, ["model.num_heads = 4", "divisible by parallel.tensor_parallel (3)"]),
     "vocabulary over ranks": ({"parallel": {"tensor_parallel": 2, "ranks_per_node": 2}, "model": {"vocab_size": 8191}}, ["model.vocab_size = 8191", "divisible by parallel.tensor_parallel (2)"]),
     "tensor parallelism without nodes": ({"parallel": {"tensor_parallel": 2}}, ["parallel.tensor_parallel = 2", "needs parallel.ranks_per_node"]),
+    "nothing to offload": ({"model": {"num_moe_layers": 0}, "train": {"offload_expert_optimizer": True}}, ["train.offload_expert_optimizer = True", "needs sparse layers"]),
     "overlap": ({"parallel": {"overlap_chunks": 2}}, ["parallel.overlap_chunks = 2", "needs parallel.sizes: static"]),
     "group-wise exchange": ({"parallel": {"exchange": "groupwise"}}, ["parallel.exchange = 'groupwise'", "needs parallel.tensor_parallel > 1"]),
     "overlap of slots that change": ({"parallel": {"overlap_chunks": 2, "sizes": "static", "expert_parallel": 2}, "moe": {"capacity": {"local_factor": "auto", "remote_factor": 1.0}}}, ["parallel.overlap_chunks = 2", "needs numbers for moe.capacity.local_factor"]),

@@ -14,22 +14,26 @@ from typing import Any, Dict, List, Tuple
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor
+from mindspore import Parameter, Tensor, nn
 from mindspore.common.initializer import Zero
 from mindspore.nn.utils import no_init_parameters
 from mindspore.ops.operations import comm_ops
 
+from pangu_locmoe.cluster import reduction
 from pangu_locmoe.cluster.graph import communication
-from pangu_locmoe.cluster.step import RECURSION_LIMIT, GraphStep
+from pangu_locmoe.cluster.step import RECURSION_LIMIT, GraphParts
 from pangu_locmoe.config import Config, parse_config
 from pangu_locmoe.model import attention, block, fused, sigma
 from pangu_locmoe.moe import sharded
 from pangu_locmoe.parallel import tensor as slices
-from pangu_locmoe.parallel.gradients import kind
+from pangu_locmoe.parallel.gradients import kind, pieces
 from pangu_locmoe.parallel.hccl import HcclOperators
 from pangu_locmoe.parallel.world import World
-from pangu_locmoe.train import optimizer
-from pangu_locmoe.train.step import Objective, is_decayed
+from pangu_locmoe.train import buffers, optimizer
+from pangu_locmoe.train.buffers import has_buffers
+from pangu_locmoe.train.step import Objective
+
+_NUMBER = Tensor(1.0, ms.float32)
 
 
 def compile_step(config: Config, num_ranks: int, rank: int) -> Dict[str, Any]:
@@ -42,15 +46,18 @@ def compile_step(config: Config, num_ranks: int, rank: int) -> Dict[str, Any]:
     comm_ops.get_group_size = lambda group: len(communicator.groups[group])
     comm_ops.get_rank = lambda group: communicator.groups[group].index(rank)
     world = World.of(config, communicator)
-    train = config.train
     with no_init_parameters():
         model = sigma.PanguSigma(config, None, world.topology, world.exchange, world.tensor)
         parameters = list(model.trainable_params())
-        decayed = [is_decayed(parameter) for parameter in parameters]
-        adam = optimizer.AdamW(parameters, decayed, train.beta1, train.beta2, train.epsilon, train.weight_decay, train.clip_norm)
+        own = pieces(parameters, world.topology, rank) if config.parallel.shard_optimizer else None
+        adam = optimizer.AdamW.of(parameters, config.train, own)
+        parts = GraphParts(config, adam, world.topology, communicator)
     capacities = (1,) * config.model.num_moe_layers  # not used with static sizes, but for not being dropless
-    step = GraphStep(Objective(model, config, capacities), adam, world.topology, communicator)
-    text = _front_end(step, _inputs(config, world.topology.num_places))
+    texts = [_front_end(parts.step(Objective(model, config, capacities)), _inputs(config, world.topology.num_places))]
+    if parts.buffers is not None:
+        norm, apply, _ = parts.after()
+        texts += [_front_end(norm, (_NUMBER,)), _front_end(apply, (_NUMBER, Tensor(1, ms.int32), _NUMBER))]
+    text = "\n".join(texts)
     return {
         "operations": [operation.to_dict() for operation in communication(text)],
         "flash_attention": [text.count(f"= PrimFunc_{name}(") for name in ("FlashAttentionScore", "FlashAttentionScoreGrad")],
@@ -59,14 +66,15 @@ def compile_step(config: Config, num_ranks: int, rank: int) -> Dict[str, Any]:
     }
 
 
-def _front_end(step: GraphStep, inputs: Tuple[Tensor, ...]) -> str:
+def _front_end(cell: nn.Cell, inputs: Tuple[Tensor, ...]) -> str:
     from mindspore._c_expression import dump_func_graph
     from mindspore.graph.api import _frontend_compile
 
-    return str(dump_func_graph(_frontend_compile(step)(*inputs).func_graph))
+    return str(dump_func_graph(_frontend_compile(cell)(*inputs).func_graph))
 
 
 def _inputs(config: Config, num_places: int) -> Tuple[Tensor, ...]:
+    """Of the step, or with buffers, where only the objective's are needed, of a micro-batch."""
     batch, length = config.micro_batch // num_places, config.model.seq_length
 
     def integers(*shape: int) -> Tensor:
@@ -74,7 +82,8 @@ def _inputs(config: Config, num_places: int) -> Tuple[Tensor, ...]:
 
     rows = [integers(batch, length) for _ in range(4)]
     keys = (integers(batch), integers(batch * length), integers(config.model.hidden_size))
-    return (Tensor(0.001, ms.float32), Tensor(1, ms.int32), Tensor(1.0, ms.float32), *rows, *keys)
+    inputs = (*rows, *keys, _NUMBER)
+    return inputs if has_buffers(config.train) else (_NUMBER, Tensor(1, ms.int32), *inputs)
 
 
 def _without_values() -> None:
@@ -92,15 +101,16 @@ def _without_values() -> None:
         hidden, inner = config.model.hidden_size, config.model.ffn_size
         return [np.broadcast_to(np.float32(0), (len(held), *shape)) for shape in ((hidden, inner), (inner, hidden))]
 
-    def moment(parameter: Parameter, prefix: str) -> Parameter:
-        return Parameter(Tensor(shape=parameter.shape, dtype=ms.float32, init=Zero()), name=prefix + parameter.name, requires_grad=False)
+    def zeros(shape: Tuple[int, ...], name: str) -> Parameter:
+        return Parameter(Tensor(shape=shape, dtype=ms.float32, init=Zero()), name=name, requires_grad=False)
 
     for module in (attention, block, sigma):
         module.normal = shape_only  # type: ignore[attr-defined]
     for module in (block, sigma, slices):
         module.Tensor = tensor  # type: ignore[attr-defined,assignment]
     sharded.expert_weights = expert_weights  # type: ignore[attr-defined,assignment]
-    optimizer._zeros = moment
+    for module in (optimizer, buffers, reduction):
+        module.zeros = zeros  # type: ignore[attr-defined]
 
 
 def main(arguments: List[str]) -> int:

@@ -15,10 +15,11 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Dict, List, Sequence
 
-from pangu_locmoe.cluster.plan import ITEM_BYTES, Weight, buffer_megabytes
+from pangu_locmoe.cluster.plan import ITEM_BYTES, Weight, buffer_megabytes, weight_piece
 from pangu_locmoe.config import Config
 from pangu_locmoe.moe.static import group_slots
 from pangu_locmoe.parallel.topology import Topology
+from pangu_locmoe.train.buffers import has_buffers
 
 _FP32 = 4
 _FLASH_ROWS = 2 * 8 * _FP32  # softmax's maximum and sum of each query and head, eight of each, for flash attention's gradient
@@ -28,11 +29,13 @@ _FLASH_ROWS = 2 * 8 * _FP32  # softmax's maximum and sum of each query and head,
 class Memory:
     """Bytes on one device.
 
-    weights, gradients, moments: fp32.
+    weights, gradients, moments: fp32. With parallel.shard_optimizer the weights' pieces count as weights and moments are divided;
+    with accumulation or fp16 there are the buffers of the gradients, too.
     copies: the matrices in the precision of the products, which the backward pass needs again. Estimated.
     activations: what the backward pass needs, by part of the model. Estimated.
     workspace: intermediate results of the largest operator or, with recomputation, of a block. Estimated.
     buffers: HCCL's, for sending and receiving in each group.
+    on_host: fp32 moments that the host has instead (train.offload_expert_optimizer); not in the total.
     """
 
     weights: int
@@ -42,6 +45,7 @@ class Memory:
     activations: Dict[str, int]
     workspace: int
     buffers: int
+    on_host: int = 0
 
     @property
     def total(self) -> int:
@@ -53,7 +57,7 @@ class Memory:
         state = f"weights {self.weights / 1e9:.2f}, gradients {self.gradients / 1e9:.2f}, Adam's moments {self.moments / 1e9:.2f}"
         kept = f"weights in {precision} {self.copies / 1e9:.2f}, activations {sum(self.activations.values()) / 1e9:.2f}"
         return [
-            f"memory of this rank, GB: {state}; HCCL's buffers {self.buffers / 1e9:.2f}",
+            f"memory of this rank, GB: {state}; HCCL's buffers {self.buffers / 1e9:.2f}" + (f"; on the host {self.on_host / 1e9:.2f}" if self.on_host else ""),
             f"estimated, GB: {kept} ({parts}), workspace {self.workspace / 1e9:.2f}; all together {self.total / 1e9:.2f}",
         ]
 
@@ -72,15 +76,21 @@ def estimate(config: Config, topology: Topology, rank: int, weights: Sequence[We
         num_groups: HCCL groups it is in.
     """
     numbers = sum(math.prod(weight.shape) for weight in weights)
+    divided = [(math.prod(weight.shape), weight_piece(weight, config, topology, rank)) for weight in weights]
+    pieces = sum(size // piece.count for size, piece in divided if piece is not None)
+    moments = [2 * _FP32 * (size if piece is None else size // piece.count) for size, piece in divided]
+    host = sum(size for size, weight in zip(moments, weights) if weight.kind == "expert") if config.train.offload_expert_optimizer else 0
+    buffers = numbers + pieces if has_buffers(config.train) else 0
     sizes = _Sizes(config, topology, rank)
     return Memory(
-        weights=_FP32 * numbers,
-        gradients=_FP32 * numbers,
-        moments=2 * _FP32 * numbers,
+        weights=_FP32 * (numbers + pieces),
+        gradients=_FP32 * (numbers + buffers),
+        moments=sum(moments) - host,
         copies=_copies(config, weights),
         activations=sizes.activations(),
         workspace=sizes.workspace(),
         buffers=num_groups * 2 * 2**20 * buffer_megabytes(config, topology.num_ranks),
+        on_host=host,
     )
 
 

@@ -9,11 +9,13 @@ import dataclasses
 import math
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Dict, Iterator, List, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from pangu_locmoe.config import Config
 from pangu_locmoe.moe.static import group_slots
+from pangu_locmoe.parallel.gradients import piece
 from pangu_locmoe.parallel.hccl import group_name
+from pangu_locmoe.parallel.tensor import Piece
 from pangu_locmoe.parallel.topology import Topology
 
 ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -25,7 +27,7 @@ Shape = Tuple[int, ...]
 class Operation:
     """One communication operator of the step's graph.
 
-    kind: AlltoAllV, AllReduce or AllGather.
+    kind: AlltoAllV, AllReduce, AllGather or ReduceScatter.
     group: its name. direction: forward, backward or update; empty where it is not known.
     dtype: as the graph writes it. shape, result: of this rank's operand and result.
     sent: rows to each rank of the group (AlltoAllV), else empty.
@@ -66,7 +68,7 @@ def plan(config: Config, topology: Topology, rank: int, weights: Sequence[Weight
         *exchanges(config, topology, rank),
         *_tensor_sums(config, topology, rank),
         *_statistics(config, topology),
-        *_reductions(topology, rank, weights),
+        *_reductions(config, topology, rank, weights),
     ]
 
 
@@ -126,15 +128,33 @@ def _statistics(config: Config, topology: Topology) -> Iterator[Operation]:
     yield from [gather] * config.model.num_moe_layers
 
 
-def _reductions(topology: Topology, rank: int, weights: Sequence[Weight]) -> Iterator[Operation]:
-    """Gradients, and the experts' and slices' part of their norm."""
-    size = topology.num_ranks
-    holders = {"whole": tuple(range(size)), "slice": topology.same_part(rank), "expert": topology.expert_replicas(rank)}
+def weight_holders(weight: Weight, topology: Topology, rank: int) -> Tuple[int, ...]:
+    """As `gradients.holders`."""
+    holders = {"whole": tuple(range(topology.num_ranks)), "slice": topology.same_part(rank), "expert": topology.expert_replicas(rank)}
+    return holders[weight.kind]
+
+
+def weight_piece(weight: Weight, config: Config, topology: Topology, rank: int) -> Optional[Piece]:
+    """The rank's piece of it with parallel.shard_optimizer; None: its moments are not divided."""
+    return piece(weight.shape, weight.kind, weight_holders(weight, topology, rank), rank) if config.parallel.shard_optimizer else None
+
+
+def _reductions(config: Config, topology: Topology, rank: int, weights: Sequence[Weight]) -> Iterator[Operation]:
+    """Gradients, the experts', slices' and pieces' part of their norm, and weights from their pieces."""
+    size, pieces = topology.num_ranks, False
     for weight in weights:
-        ranks = holders[weight.kind]
-        if len(ranks) > 1:
-            yield Operation("AllReduce", group_name(ranks, size), "update", "Float32", weight.shape, weight.shape)
-    for group in (topology.expert_group(rank), topology.tensor_group(rank)):
+        ranks, own = weight_holders(weight, topology, rank), weight_piece(weight, config, topology, rank)
+        name, first = group_name(ranks, size), list(weight.shape)
+        if own is not None:
+            pieces = True
+            first[0], first[own.cut.axis] = first[own.cut.axis], first[0]
+            whole, part = tuple(first), (first[0] // own.count, *first[1:])
+            yield Operation("ReduceScatter", name, "update", "Float32", whole, part)
+            yield Operation("AllGather", name, "update", "Float32", part, whole)
+        elif len(ranks) > 1:
+            yield Operation("AllReduce", name, "update", "Float32", weight.shape, weight.shape)
+    world = tuple(range(size)) if pieces else ()
+    for group in (topology.expert_group(rank), topology.tensor_group(rank), world):
         if len(group) > 1:
             yield Operation("AllReduce", group_name(group, size), "update", "Float32", (1,), (1,))
 

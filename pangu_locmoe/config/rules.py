@@ -13,6 +13,7 @@ def broken_rules(config: Config) -> Iterator[tuple[str, str]]:
     yield from _broken_model_rules(config)
     yield from _broken_moe_rules(config)
     yield from _broken_parallel_rules(config)
+    yield from _broken_memory_rules(config)
     yield from _broken_placement_rules(config)
     yield from _broken_data_rules(config)
     yield from _broken_train_rules(config)
@@ -104,6 +105,11 @@ def _broken_parallel_rules(config: Config) -> Iterator[tuple[str, str]]:
         yield "parallel.emulated_nodes", f"must divide train.batch_size / train.accumulation_steps ({config.micro_batch}): every node reads as many sequences"
     if config.moe.num_experts % nodes:
         yield "parallel.emulated_nodes", f"must divide moe.num_experts ({config.moe.num_experts}): every node holds as many experts"
+
+
+def _broken_memory_rules(config: Config) -> Iterator[tuple[str, str]]:
+    if config.train.offload_expert_optimizer and config.model.num_moe_layers == 0:
+        yield "train.offload_expert_optimizer", "has nothing to offload: needs sparse layers (model.num_moe_layers)"
 
 
 def _broken_placement_rules(config: Config) -> Iterator[tuple[str, str]]:

@@ -44,6 +44,22 @@ class Communicator(ABC):
             rows from ranks[0], then from ranks[1], ..., [sum(received), D].
         """
 
+    def reduce_scatter(self, rows_MX: Tensor, ranks: Sequence[int]) -> Tensor:
+        """This rank's equal share of the rows of `all_reduce`; M must be divisible by the number of ranks. No gradient.
+
+        Unless there is an operator for it: the whole sum, of which a share is taken.
+        """
+        share, place = rows_MX.shape[0] // len(ranks), list(ranks).index(self.rank)
+        return self.all_reduce(rows_MX, ranks)[place * share : (place + 1) * share]
+
+    def gather_rows(self, rows_MX: Tensor, ranks: Sequence[int]) -> Tensor:
+        """The rows of ranks[0], then of ranks[1], ...; all have as many. No gradient.
+
+        Unless there is an operator for it: every rank sends its rows to every other.
+        """
+        counts = [rows_MX.shape[0]] * len(ranks)
+        return self.all_to_all(ops.concat([rows_MX] * len(ranks), 0), counts, counts, ranks)
+
     @abstractmethod
     def barrier(self) -> None:
         """Wait until every rank is here."""

@@ -2,16 +2,20 @@
 
 Every rank's loss is the mean over its place's tokens, and the loss of the job the mean over places. An expert's gradient on
 one rank already sums what the tokens of its whole expert-parallel group contribute.
+
+With parallel.shard_optimizer the ranks that hold the same of a parameter divide the work on it (ZeRO stage 1, Rajbhandari et al.
+2020): each gets a piece of the averaged gradient, keeps the moments of that piece, updates it, and the pieces are gathered. A piece
+is a block of the first axis that can be divided, and a parameter with none stays whole: nothing is padded or flattened.
 """
 
 from __future__ import annotations
 
-from typing import List, Sequence, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 from mindspore import Parameter, Tensor, ops
 
 from pangu_locmoe.parallel.communicator import Communicator
-from pangu_locmoe.parallel.tensor import cut_of
+from pangu_locmoe.parallel.tensor import Cut, Piece, cut_of
 from pangu_locmoe.parallel.topology import Topology
 
 
@@ -46,23 +50,66 @@ def share(parameter: Parameter, topology: Topology) -> float:
     return 1.0 / (topology.num_ranks if kind(parameter) == "whole" else topology.num_places)
 
 
+def piece(shape: Sequence[int], kind: str, ranks: Sequence[int], rank: int) -> Optional[Piece]:
+    """What this rank keeps the moments of, where `ranks` hold the same of a parameter and divide it; None: of all of it.
+
+    Experts are never divided between ranks, each of them is: they may move to other ranks.
+    """
+    if len(ranks) == 1:
+        return None
+    axes = range(1 if kind == "expert" else 0, len(shape))
+    axis = next((axis for axis in axes if shape[axis] % len(ranks) == 0), None)
+    return None if axis is None else Piece(Cut(axis), list(ranks).index(rank), len(ranks))
+
+
+def pieces(parameters: Sequence[Parameter], topology: Topology, rank: int) -> List[Optional[Piece]]:
+    """This rank's piece of each parameter."""
+    return [piece(parameter.shape, kind(parameter), holders(parameter, topology, rank), rank) for parameter in parameters]
+
+
+def with_axis_first(x: Tensor, axis: int) -> Tensor:
+    """`x` with `axis` and the first axis exchanged; doing it twice does nothing."""
+    return x if axis == 0 else ops.swapaxes(x, 0, axis)
+
+
 def reduce_gradients(
-    gradients: Sequence[Tensor], parameters: Sequence[Parameter], topology: Topology, communicator: Communicator
+    gradients: Sequence[Tensor], parameters: Sequence[Parameter], pieces: Sequence[Optional[Piece]], topology: Topology, communicator: Communicator
 ) -> List[Tensor]:
-    """The gradients of the job's loss, for this rank's parameters."""
-    return [
-        communicator.all_reduce(gradient, holders(parameter, topology, communicator.rank)) * share(parameter, topology)
-        for gradient, parameter in zip(gradients, parameters)
-    ]
+    """The gradients of the job's loss, for this rank's parameters or its pieces of them."""
+    reduced = []
+    for gradient, parameter, own in zip(gradients, parameters, pieces):
+        ranks = holders(parameter, topology, communicator.rank)
+        if own is None:
+            total = communicator.all_reduce(gradient, ranks)
+        else:
+            axis = own.cut.axis
+            total = with_axis_first(communicator.reduce_scatter(with_axis_first(gradient, axis), ranks), axis)
+        reduced.append(total * share(parameter, topology))
+    return reduced
 
 
-def squared_norm(whole: Tensor, slices: Tensor, experts: Tensor, topology: Topology, communicator: Communicator) -> Tensor:
+def gather_pieces(updated: Sequence[Tensor], parameters: Sequence[Parameter], pieces: Sequence[Optional[Piece]], topology: Topology, communicator: Communicator) -> None:
+    """Put parameters together again, in place, from the pieces that the ranks have updated."""
+    for piece_, parameter, own in zip(updated, parameters, pieces):
+        if own is not None:
+            axis = own.cut.axis
+            rows = communicator.gather_rows(with_axis_first(piece_, axis), holders(parameter, topology, communicator.rank))
+            ops.assign(parameter, with_axis_first(rows, axis))
+
+
+def squared_norm(
+    whole: Tensor, slices: Tensor, experts: Tensor, pieces: Optional[Tensor], topology: Topology, communicator: Communicator
+) -> Tensor:
     """Squared norm of the whole gradient.
 
     Args:
         whole: of the parameters that are whole on all ranks, fp32 scalar, equal on them.
         slices: of this rank's slices of dense parameters.
         experts: of this rank's experts, or its slices of them.
+        pieces: of this rank's pieces of what several ranks hold, which the others do not count; None: there are none.
     """
     experts = communicator.all_reduce(ops.reshape(experts, (1,)), topology.expert_group(communicator.rank))
-    return whole + communicator.all_reduce(ops.reshape(slices, (1,)) + experts, topology.tensor_group(communicator.rank))[0]
+    total = whole + communicator.all_reduce(ops.reshape(slices, (1,)) + experts, topology.tensor_group(communicator.rank))[0]
+    if pieces is None:
+        return total
+    return total + communicator.all_reduce(ops.reshape(pieces, (1,)), range(topology.num_ranks))[0]

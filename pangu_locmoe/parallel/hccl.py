@@ -65,6 +65,20 @@ class HcclOperators(Communicator):
         operator: Callable[[Tensor], Tensor] = self._operator(("sum", group), lambda: ops.AllReduce(ops.ReduceOp.SUM, group))
         return operator
 
+    def reduce_scatter(self, rows_MX: Tensor, ranks: Sequence[int]) -> Tensor:
+        if len(ranks) == 1:
+            return rows_MX
+        group = self.group(ranks)
+        scattered: Tensor = self._operator(("scatter", group), lambda: ops.ReduceScatter(ops.ReduceOp.SUM, group))(rows_MX)
+        return scattered
+
+    def gather_rows(self, rows_MX: Tensor, ranks: Sequence[int]) -> Tensor:
+        if len(ranks) == 1:
+            return rows_MX
+        group = self.group(ranks)
+        gathered: Tensor = self._operator(("gather", group), lambda: ops.AllGather(group))(rows_MX)
+        return gathered
+
     def all_gather(self, x: Tensor) -> Tensor:
         group = self.group(range(self.size))
         gathered = self._operator(("gather", group), lambda: ops.AllGather(group))(ops.reshape(x, (1, -1)))

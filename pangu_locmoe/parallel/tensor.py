@@ -41,6 +41,18 @@ class Cut:
         return np.concatenate(apart, axis=self.axis + 1).reshape(*shape[: self.axis], -1, *shape[self.axis + 1 :])
 
 
+@dataclass(frozen=True)
+class Piece:
+    """What one of `count` ranks has of an array that they divide: the slice at `place`."""
+
+    cut: Cut
+    place: int
+    count: int
+
+    def of(self, whole: np.ndarray) -> np.ndarray:
+        return self.cut.part(whole, self.place, self.count)
+
+
 class TensorGroup:
     """The ranks of one place, as the layers see them.
 
@@ -74,6 +86,11 @@ class TensorGroup:
 def cut_of(parameter: Parameter) -> Cut | None:
     """How a parameter is divided over its tensor-parallel group; None: it is whole on every rank."""
     return getattr(parameter, "cut", None)
+
+
+def piece_of(parameter: Parameter) -> Piece | None:
+    """Which piece of a parameter's moments this is; None: they are not divided over the ranks that hold the same parameter."""
+    return getattr(parameter, "piece", None)
 
 
 class _AsItIs(nn.Cell):

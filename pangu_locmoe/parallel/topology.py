@@ -67,6 +67,8 @@ class Topology:
                 value = getattr(parallel, key)
                 if value is not None and value > 1:
                     raise TopologyError(f"parallel.{key} = {value}: there is 1 process; start more with scripts/train_cpu_cluster.sh")
+            if parallel.shard_optimizer:
+                raise TopologyError("parallel.shard_optimizer = True: there is 1 process, which has nobody to divide the moments with; must be false")
             if config.data.sharding != "iid" and parallel.emulated_nodes == 1:
                 raise TopologyError(f"data.sharding = {config.data.sharding!r}: one process is one node; set parallel.emulated_nodes, or start more processes")
             return cls.emulated(parallel.emulated_nodes, num_experts)

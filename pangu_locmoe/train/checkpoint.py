@@ -1,8 +1,8 @@
 """Checkpoints: one folder each, whole or not there.
 
     model.safetensors       weights, experts by their global id: blocks.3.moe.experts.5.w_in
-    model-rankR.safetensors, optimizer-rankR.safetensors   the experts of rank R and its slices, where a job of several ranks wrote it;
-                            the header's `slices` say of what array a slice is which part
+    model-rankR.safetensors, optimizer-rankR.safetensors   the experts of rank R, its slices, and its pieces of moments, where a job of
+                            several ranks wrote it; the header's `slices` say of what array each is which part
     optimizer.safetensors   Adam's moments by weight: adam_m.NAME, adam_v.NAME (absent from inherited and extracted models)
     state.json              step, data position, loss scale, capacities, best validation loss
     config.yaml, tokenizer.json, prepared.json   what it takes to evaluate and to generate
@@ -23,8 +23,10 @@ from safetensors import SafetensorError, safe_open
 from pangu_locmoe.config import Config, load_config
 from pangu_locmoe.errors import CheckpointError
 from pangu_locmoe.parallel.gradients import kind
+from pangu_locmoe.parallel.tensor import piece_of
 from pangu_locmoe.parallel.topology import Topology
 from pangu_locmoe.parallel.world import World
+from pangu_locmoe.train.optimizer import AdamW
 from pangu_locmoe.train.shards import Held, Shards, contents, save_arrays, set_parameters
 
 
@@ -33,33 +35,36 @@ def save_checkpoint(
     config: Config,
     tokenizer_file: Optional[Path],
     model: nn.Cell,
-    optimizer: Optional[nn.Cell] = None,
+    optimizer: Optional[AdamW] = None,
     state: Optional[Mapping[str, Any]] = None,
     world: Optional[World] = None,
 ) -> None:
     """Write beside, fsync, rename. Raises CheckpointError when it cannot be written; an older one stays as it was.
 
-    In a job the ranks of the first `expert_parallel` places write their own experts and slices, and rank 0 everything else,
-    to a folder that all ranks see.
+    In a job the ranks of the first `expert_parallel` places write their own experts and slices, every rank its pieces of
+    moments, and rank 0 everything else, to a folder that all ranks see.
     """
     world = world or World.of(config)
     rank, topology = world.communicator.rank, world.topology
     shards = topology.expert_parallel * topology.tensor_parallel if world.exchange is not None else 1
+    arrays = {"model": list(model.get_parameters())}
+    files = {"model": shards}
+    if optimizer is not None:
+        arrays["optimizer"] = optimizer.state
+        files["optimizer"] = topology.num_ranks if any(optimizer.divided) else shards
     temporary = folder.parent / f".{folder.name}"
     try:
         if rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         world.communicator.barrier()
-        if rank < shards:
-            for name, cell in (("model", model), ("optimizer", optimizer)):
-                if cell is not None:
-                    own = [p for p in cell.get_parameters() if _writes(p, rank, topology)]
-                    file = temporary / shard_name(name, rank)
-                    save_arrays(own, Held.by(model), file)
-                    _sync(file)
+        for name, parameters in arrays.items():
+            if rank < files[name]:
+                file = temporary / shard_name(name, rank)
+                save_arrays([p for p in parameters if _writes(p, rank, topology)], Held.by(model), file)
+                _sync(file)
         if rank == 0:
-            contents = {"state.json": json.dumps({"step": 0, **(state or {}), "shards": shards}), "config.yaml": config.to_yaml()}
+            contents = {"state.json": json.dumps({"step": 0, **(state or {}), "shards": files}), "config.yaml": config.to_yaml()}
             if tokenizer_file is not None:
                 contents["tokenizer.json"] = tokenizer_file.read_text(encoding="utf-8")
             for name, text in contents.items():
@@ -96,9 +101,9 @@ def load_weights(folder: Path, model: nn.Cell) -> None:
     _load(folder, "model", model.get_parameters(), Held.by(model))
 
 
-def load_optimizer(folder: Path, optimizer: nn.Cell, held: Held) -> None:
+def load_optimizer(folder: Path, optimizer: AdamW, held: Held) -> None:
     """Load Adam's moments of the experts in `held`; as `load_weights`."""
-    _load(folder, "optimizer", optimizer.get_parameters(), held)
+    _load(folder, "optimizer", optimizer.state, held)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -171,14 +176,18 @@ def remove_old(run_dir: Path, step: int, keep: int, best_step: Optional[int]) ->
 
 
 def _writes(parameter: Parameter, rank: int, topology: Topology) -> bool:
-    """Whether this rank's file has it: every expert and every slice is in one file."""
+    """Whether this rank's file has it: every expert, every slice and every piece is in one file."""
+    if piece_of(parameter) is not None:
+        return True
+    if rank >= topology.expert_parallel * topology.tensor_parallel:
+        return False
     writer = {"whole": rank == 0, "slice": rank < topology.tensor_parallel, "expert": True}
     return writer[kind(parameter)]
 
 
 def _files(folder: Path, name: str) -> list[Path]:
     """The files of all ranks that wrote a checkpoint."""
-    return [folder / shard_name(name, rank) for rank in range(int(read_state(folder).get("shards", 1)))]
+    return [folder / shard_name(name, rank) for rank in range(int(read_state(folder).get("shards", {}).get(name, 1)))]
 
 
 def _load(folder: Path, name: str, parameters: Iterable[Parameter], held: Held) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import mindspore as ms
 import numpy as np
@@ -20,7 +20,8 @@ from pangu_locmoe.moe.slot_factors import starting_factors
 from pangu_locmoe.noise import draw_keys
 from pangu_locmoe.parallel.communicator import Communicator
 from pangu_locmoe.parallel.exchange import Exchange, Ledger
-from pangu_locmoe.parallel.gradients import KINDS, kind, reduce_gradients, squared_norm
+from pangu_locmoe.parallel.gradients import KINDS, gather_pieces, kind, pieces, reduce_gradients, squared_norm
+from pangu_locmoe.parallel.tensor import Piece
 from pangu_locmoe.parallel.timeline import Timeline, gather_spans
 from pangu_locmoe.parallel.topology import Topology
 from pangu_locmoe.train.step import LOSSES, Objective, Stepper, StepResult, batch_inputs
@@ -44,7 +45,10 @@ class DistributedStepper(Stepper):
         self.communicator = exchange.communicator
         self.factors = starting_factors(config.moe.capacity)
         super().__init__(model, config, capacities)
-        self._kinds = [kind(parameter) for parameter in self.parameters]
+        self._kinds = ["piece" if divided else kind(parameter) for parameter, divided in zip(self.parameters, self.optimizer.divided)]
+
+    def _pieces(self) -> Optional[List[Optional[Piece]]]:
+        return pieces(self.parameters, self.topology, self.communicator.rank) if self.config.parallel.shard_optimizer else None
 
     def set_capacities(self, capacities: Tuple[int, ...]) -> None:
         self.capacities = capacities
@@ -69,42 +73,48 @@ class DistributedStepper(Stepper):
         return replace(result, spans=gather_spans(timeline, self.communicator))
 
     def _advance(self, batch: Batch, step: int, learning_rate: float) -> StepResult:
-        train = self.config.train
-        rows_T, columns_D = draw_keys(train.seed, step, batch.tokens_BS.size, self.config.model.hidden_size)
-        keys_BS, columns = rows_T.reshape(batch.tokens_BS.shape), Tensor(columns_D)
         scale = self.loss_scale.value if self.loss_scale else 1.0
         self.exchange.ledger.take()  # an evaluation since the last step is not this step's traffic
-        # As in one process, a micro-batch is an equal share of each node's run; a place has its part of its node's share.
-        node, place = divmod(self.topology.place_of_rank(self.communicator.rank), self.topology.places_per_node)
-        runs = np.arange(len(batch.domains_B)).reshape(self.topology.num_nodes, train.accumulation_steps, self.topology.places_per_node, -1)
-        places = runs[node, :, place]
         gradients: List[Tensor] = []
         reports = []
-        for part in places:
-            inputs = batch_inputs(batch, keys_BS, columns, part)
+        for inputs in self._micro_batches(batch, step):
             (_, losses, stats), new = self._gradient(*inputs, Tensor(scale, ms.float32))
             gradients = [total + more for total, more in zip(gradients, new)] if gradients else list(new)
             reports.append((losses, stats))
-        skipped, norm = self._update(gradients, 1.0 / (scale * train.accumulation_steps), learning_rate, step)
-        if self.loss_scale is not None:
-            self.loss_scale.update(overflow=skipped)
+        skipped, norm = self._update(gradients, 1.0 / (scale * self.config.train.accumulation_steps), learning_rate, step)
         traffic = gather_ledgers(self.exchange.ledger.take(), self.communicator)
         return world_result(reports, norm, skipped, traffic, self.topology, self.communicator)
 
+    def _micro_batches(self, batch: Batch, step: int) -> Iterator[Tuple[Tensor, ...]]:
+        """The objective's inputs, but for the loss scale, of this place's sequences.
+
+        As in one process, a micro-batch is an equal share of each node's run; a place has its part of its node's share.
+        """
+        train, topology = self.config.train, self.topology
+        rows_T, columns_D = draw_keys(train.seed, step, batch.tokens_BS.size, self.config.model.hidden_size)
+        keys_BS, columns = rows_T.reshape(batch.tokens_BS.shape), Tensor(columns_D)
+        node, place = divmod(topology.place_of_rank(self.communicator.rank), topology.places_per_node)
+        runs = np.arange(len(batch.domains_B)).reshape(topology.num_nodes, train.accumulation_steps, topology.places_per_node, -1)
+        return (batch_inputs(batch, keys_BS, columns, part) for part in runs[node, :, place])
+
     def _update(self, gradients: List[Tensor], factor: float, learning_rate: float, step: int) -> Tuple[bool, float]:
         began, started = time.time(), time.perf_counter()
-        reduced = reduce_gradients(gradients, self.parameters, self.topology, self.communicator)
+        reduced = reduce_gradients(gradients, self.parameters, self.optimizer.pieces, self.topology, self.communicator)
         self.exchange.ledger.reduce_seconds = time.perf_counter() - started
         if self.exchange.timeline is not None:
             self.exchange.timeline.add("reduction", began)
         reduced = [gradient * factor for gradient in reduced] if factor != 1.0 else reduced
-        parts = [tuple(gradient for gradient, one in zip(reduced, self._kinds) if one == each) for each in KINDS]
-        whole, slices, experts = map(self.optimizer.squared_norm, parts)
-        norm = ops.sqrt(squared_norm(whole, slices, experts, self.topology, self.communicator))
+        parts = [tuple(gradient for gradient, one in zip(reduced, self._kinds) if one == each) for each in (*KINDS, "piece")]
+        whole, slices, experts, shared = map(self.optimizer.squared_norm, parts)
+        own = shared if any(self.optimizer.divided) else None
+        norm = ops.sqrt(squared_norm(whole, slices, experts, own, self.topology, self.communicator))
         value = float(norm.asnumpy())
-        skipped = self.loss_scale is not None and not np.isfinite(value)
+        skipped = self._overflows(value)
         if not skipped:
             self.optimizer.update(tuple(reduced), Tensor(learning_rate, ms.float32), Tensor(step, ms.int32), norm)
+            started = time.perf_counter()
+            gather_pieces(self.optimizer.updated, self.parameters, self.optimizer.pieces, self.topology, self.communicator)
+            self.exchange.ledger.reduce_seconds += time.perf_counter() - started
         return skipped, value
 
 

@@ -27,7 +27,7 @@ from pangu_locmoe.train.evaluate import format_evaluation
 from pangu_locmoe.train.loop import Trainer
 
 # What may differ between a run and its resumption: where things are computed and what is written, not what is learned.
-_FREE_KEYS = ("parallel", "evaluation", "checkpoint", "trace", "placement", "sample", "train.fused", "train.log_every", "data.prepared_dir")
+_FREE_KEYS = ("parallel", "evaluation", "checkpoint", "trace", "placement", "sample", "train.fused", "train.offload_expert_optimizer", "train.log_every", "data.prepared_dir")
 
 
 def train(

@@ -1,6 +1,7 @@
 """The arrays of a checkpoint: which of them a process holds, under which names, and how the ranks' files make up the whole.
 
-Experts go by their global id. An array that tensor parallelism divides is a slice in each file; the file's header says of what.
+Experts go by their global id. An array that ranks divide (a matrix by tensor parallelism, a moment by sharding of the optimizer, or
+both) is a slice in each file; the file's header says of what.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import List, Optional
+from typing import Dict, List, Optional, Tuple
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from pangu_locmoe.errors import CheckpointError
-from pangu_locmoe.parallel.tensor import Cut, cut_of
+from pangu_locmoe.parallel.tensor import Cut, Piece, cut_of, piece_of
 
 _EXPERTS = ".experts."
 
@@ -50,10 +51,14 @@ class Held:
             return [parameter.name]
         return [parameter.name.replace(_EXPERTS, f"{_EXPERTS}{expert}.") for expert in self.experts[_layer(parameter.name)]]
 
-    def cut(self, parameter: Parameter) -> Optional[Cut]:
-        """How the arrays that a parameter holds are cut; those of experts lack its first axis."""
-        cut = cut_of(parameter)
-        return replace(cut, axis=cut.axis - 1) if cut is not None and _EXPERTS in parameter.name else cut
+    def slices(self, parameter: Parameter) -> List[Piece]:
+        """What a parameter has of the arrays it holds, those of experts without its first axis: a slice of each, or a piece of a slice."""
+        cut, piece = cut_of(parameter), piece_of(parameter)
+        found = [] if cut is None else [Piece(cut, self.place, self.size)]
+        found += [] if piece is None else [piece]
+        if _EXPERTS in parameter.name:
+            found = [replace(one, cut=replace(one.cut, axis=one.cut.axis - 1)) for one in found]
+        return found
 
     def elsewhere(self, name: str) -> bool:
         """Whether a checkpoint's array is of an expert that another rank holds."""
@@ -85,9 +90,9 @@ def set_parameters(parameters: Iterable[Parameter], arrays: Mapping[str, np.ndar
         missing = [name for name in names if name not in arrays]
         if missing:
             raise CheckpointError(f"{origin} is of another model: it has no {missing[0]}")
-        values, cut = [arrays[name] for name in names], held.cut(parameter)
-        if cut is not None:
-            values = [_part(value, cut, held, name, origin) for name, value in zip(names, values)]
+        values = [arrays[name] for name in names]
+        for piece in held.slices(parameter):
+            values = [_part(value, piece, name, origin) for name, value in zip(names, values)]
         value = np.stack(values) if _EXPERTS in parameter.name else values[0]
         if value.shape != parameter.shape:
             raise CheckpointError(f"{origin} is of another model: {names[0]} gives {parameter.name} the shape {list(value.shape)}, not {list(parameter.shape)}")
@@ -111,22 +116,27 @@ class Shards(Mapping[str, np.ndarray]):
     """
 
     def __init__(self, files: Iterable[Path], held: Optional[Held] = None) -> None:
-        self._files: dict[str, dict[int, Path]] = {}  # those with a slice of it, by place
-        self._cuts: dict[str, Cut] = {}
+        self._files: Dict[str, Dict[Tuple[int, ...], Path]] = {}  # those with a slice of it, by its places
+        self._cuts: Dict[str, List[Cut]] = {}
         for file in files:
             keys, slices = contents(file)
             for key in keys:
                 if held is not None and held.elsewhere(key):
                     continue
-                place = 0
-                if key in slices:
-                    axis, blocks, place = slices[key]
-                    self._cuts[key] = Cut(axis, blocks)
-                self._files.setdefault(key, {})[place] = file
+                own = slices.get(key, [])
+                self._cuts[key] = [Cut(axis, blocks) for axis, blocks, _ in own]
+                self._files.setdefault(key, {})[tuple(place for _, _, place in own)] = file
 
     def __getitem__(self, key: str) -> np.ndarray:
-        parts = [_read(file, key) for _, file in sorted(self._files[key].items())]
-        return self._cuts[key].whole(parts) if key in self._cuts else parts[0]
+        return self._whole(key, ())
+
+    def _whole(self, key: str, places: Tuple[int, ...]) -> np.ndarray:
+        """The array, or its slice at these places, from the files that have parts of it."""
+        files, level = self._files[key], len(places)
+        if places in files:
+            return _read(files[places], key)
+        next_places = sorted({own[level] for own in files if own[:level] == places})
+        return self._cuts[key][level].whole([self._whole(key, (*places, place)) for place in next_places])
 
     def __contains__(self, key: object) -> bool:
         return key in self._files  # Mapping's own would read the array
@@ -138,8 +148,11 @@ class Shards(Mapping[str, np.ndarray]):
         return len(self._files)
 
 
-def contents(file: Path) -> tuple[list[str], dict[str, list[int]]]:
-    """The names of a file's arrays, and of those that are slices axis, blocks and place. Raises CheckpointError."""
+def contents(file: Path) -> tuple[list[str], dict[str, list[list[int]]]]:
+    """The names of a file's arrays, and of those that are slices axis, blocks and place, or of slices of slices each of both.
+
+    Raises CheckpointError.
+    """
     try:
         with safe_open(file, framework="numpy") as archive:
             return list(archive.keys()), json.loads((archive.metadata() or {}).get("slices", "{}"))
@@ -147,16 +160,20 @@ def contents(file: Path) -> tuple[list[str], dict[str, list[int]]]:
         raise CheckpointError(f"{file} is missing or damaged: {error}") from None
 
 
-def _slices(parameters: Iterable[Parameter], held: Held) -> dict[str, list[int]]:
-    """For each array that is a slice: axis, blocks, and which place's it is."""
-    cuts = [(parameter, held.cut(parameter)) for parameter in parameters]
-    return {name: [cut.axis, cut.blocks, held.place] for parameter, cut in cuts if cut is not None for name in held.names(parameter)}
+def _slices(parameters: Iterable[Parameter], held: Held) -> dict[str, list[list[int]]]:
+    """For each array that is a slice: axis, blocks, and which place's it is; then the same of the piece that it is of this slice."""
+    found = {}
+    for parameter in parameters:
+        slices = [[piece.cut.axis, piece.cut.blocks, piece.place] for piece in held.slices(parameter)]
+        found.update({name: slices for name in held.names(parameter) if slices})
+    return found
 
 
-def _part(value: np.ndarray, cut: Cut, held: Held, name: str, origin: str) -> np.ndarray:
-    if value.ndim <= cut.axis or value.shape[cut.axis] % (cut.blocks * held.size):
+def _part(value: np.ndarray, piece: Piece, name: str, origin: str) -> np.ndarray:
+    cut = piece.cut
+    if value.ndim <= cut.axis or value.shape[cut.axis] % (cut.blocks * piece.count):
         raise CheckpointError(f"{origin} is of another model: {name} has the shape {list(value.shape)}")
-    return cut.part(value, held.place, held.size)
+    return piece.of(value)
 
 
 def _read(file: Path, key: str) -> np.ndarray:

@@ -13,14 +13,16 @@ from typing import Any, Callable, ClassVar, Dict, List, Optional, Tuple
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
+from mindspore import ParameterTuple, Tensor, nn, ops
 
 from pangu_locmoe.config import Config
 from pangu_locmoe.data.loader import Batch
 from pangu_locmoe.model.sigma import PanguSigma
 from pangu_locmoe.noise import draw_keys
 from pangu_locmoe.parallel.exchange import Ledger
+from pangu_locmoe.parallel.tensor import Piece
 from pangu_locmoe.parallel.timeline import Span
+from pangu_locmoe.train.buffers import Accumulate, BufferedNorm, BufferedUpdate, gradient_buffers, has_buffers
 from pangu_locmoe.train.optimizer import AdamW
 
 KEPT_STEPS = 6  # compiled ones, each for its capacities
@@ -113,51 +115,6 @@ class FusedStep(nn.Cell):
         return losses, stats, self.optimizer(gradients, learning_rate, step)
 
 
-class Accumulate(nn.Cell):
-    """Forward, backward, and add the gradients to buffers."""
-
-    def __init__(self, objective: Objective, parameters: ParameterTuple, buffers: ParameterTuple) -> None:
-        super().__init__(auto_prefix=False)
-        self.gradient = ms.value_and_grad(objective, None, parameters, has_aux=True)
-        self.buffers, self.count = buffers, len(buffers)
-
-    def construct(self, *inputs: Tensor) -> Tuple[Tensor, Dict[str, Tensor]]:
-        """`inputs` as for the objective. Returns the losses and the statistics."""
-        (_, losses, stats), gradients = self.gradient(*inputs)
-        for index in range(self.count):
-            ops.assign_add(self.buffers[index], gradients[index])
-        return losses, stats
-
-
-class BufferedNorm(nn.Cell):
-    """Global norm of the buffered gradients."""
-
-    def __init__(self, optimizer: AdamW, buffers: ParameterTuple) -> None:
-        super().__init__(auto_prefix=False)
-        self.optimizer, self.buffers = optimizer, buffers
-
-    def construct(self) -> Tensor:
-        return ops.sqrt(self.optimizer.squared_norm(self.buffers))
-
-
-class BufferedUpdate(nn.Cell):
-    """Update from the buffers and clear them, or only clear them."""
-
-    def __init__(self, optimizer: AdamW, buffers: ParameterTuple, apply: bool) -> None:
-        super().__init__(auto_prefix=False)
-        self.optimizer, self.buffers, self.apply_update = optimizer, buffers, apply
-
-    def construct(self, factor: Tensor, norm: Tensor, learning_rate: Tensor, step: Tensor) -> Tensor:
-        if self.apply_update:
-            gradients = []
-            for buffer in self.buffers:
-                gradients.append(buffer * factor)
-            self.optimizer.update(tuple(gradients), learning_rate, step, norm)
-        for buffer in self.buffers:
-            ops.assign(buffer, ops.zeros_like(buffer))
-        return norm
-
-
 class Stepper:
     """Runs optimizer steps; owns the optimizer's state and the loss scale.
 
@@ -173,17 +130,11 @@ class Stepper:
         self.config, self.model = config, model
         self.parameters = list(model.trainable_params())
         train = config.train
-        self.optimizer = AdamW(
-            self.parameters,
-            [is_decayed(parameter) for parameter in self.parameters],
-            train.beta1, train.beta2, train.epsilon, train.weight_decay, train.clip_norm,
-        )  # fmt: skip
+        self.optimizer = AdamW.of(self.parameters, train, self._pieces())
         self.loss_scale = LossScale(train.loss_scale, train.loss_scale_window) if train.precision == "fp16" else None
         self._buffers: Optional[ParameterTuple] = None
-        if self._accumulates and (self.loss_scale is not None or train.accumulation_steps > 1):
-            self._buffers = ParameterTuple(
-                [Parameter(Tensor(np.zeros(p.shape, np.float32)), name=f"gradient.{p.name}", requires_grad=False) for p in self.parameters]
-            )
+        if self._accumulates and has_buffers(train):
+            self._buffers = gradient_buffers(self.parameters)
             compiled = self._compiler()
             self._norm = compiled(BufferedNorm(self.optimizer, self._buffers))
             self._apply = compiled(BufferedUpdate(self.optimizer, self._buffers, True))
@@ -198,6 +149,10 @@ class Stepper:
         self._steps[capacities] = self._step
         if len(self._steps) > KEPT_STEPS:
             del self._steps[next(iter(self._steps))]
+
+    def _pieces(self) -> Optional[List[Optional[Piece]]]:
+        """What of each parameter this process updates; None: all of all."""
+        return None
 
     def _compile(self, capacities: Tuple[int, ...]) -> Callable[..., Any]:
         """The step, or with buffers the part of it that fills them."""
@@ -228,18 +183,21 @@ class Stepper:
             outputs.append(self._step(*batch_inputs(batch, keys_BS, columns, part), Tensor(scale, ms.float32)))
         factor = 1.0 / (scale * micro_batches)
         norm = float(self._norm().asnumpy()) * factor
-        # Without loss scaling a norm that is not finite is a divergence, which the loop reports.
-        skipped = self.loss_scale is not None and not np.isfinite(norm)
+        skipped = self._overflows(norm)
         update = self._clear if skipped else self._apply
         update(Tensor(factor, ms.float32), Tensor(norm, ms.float32), rate, number)
-        if self.loss_scale is not None:
-            self.loss_scale.update(overflow=skipped)
         return _result(outputs, norm, skipped)
 
+    def _overflows(self, norm: float) -> bool:
+        """Whether fp16 overflowed, so that this step makes no update; the loss scale follows.
 
-def is_decayed(parameter: Parameter) -> bool:
-    """Weight decay is for matrices: not for norms and not for embedding tables."""
-    return parameter.ndim > 1 and not parameter.name.endswith("_table")
+        Without loss scaling a norm that is not finite is a divergence, which the loop reports.
+        """
+        if self.loss_scale is None:
+            return False
+        overflow = not np.isfinite(norm)
+        self.loss_scale.update(overflow)
+        return overflow
 
 
 def _as_is(cell: nn.Cell) -> Callable[..., Any]:

@@ -115,6 +115,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "ascend"
         ("small", 8, "ascend_910a"),
         ("paper_38b_64", 64, "ascend_910b"),
         ("paper_38b", 128, "ascend_910b"),
+        ("paper_38b_910a", 128, "ascend_910a"),
         ("paper_38b_256", 256, "ascend_910b"),
         ("pangu_sigma", 1024, "ascend_910c"),
     ],

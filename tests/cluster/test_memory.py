@@ -9,12 +9,14 @@ from small import small_config
 
 from pangu_locmoe.cluster.memory import estimate
 from pangu_locmoe.cluster.plan import Weight
+from pangu_locmoe.cluster.reduction import reduced_buffers
 from pangu_locmoe.config.models import ParallelConfig
 from pangu_locmoe.model.sigma import PanguSigma
 from pangu_locmoe.parallel.exchange import Exchange
-from pangu_locmoe.parallel.gradients import kind
+from pangu_locmoe.parallel.gradients import kind, pieces
 from pangu_locmoe.parallel.hccl import HcclOperators
 from pangu_locmoe.parallel.topology import Topology
+from pangu_locmoe.train.buffers import gradient_buffers
 from pangu_locmoe.train.optimizer import AdamW
 
 WEIGHTS = [Weight("word_table", (300, 32), "whole"), Weight("position_table", (8, 32), "whole"), Weight("norm1.gamma", (32,), "whole")]
@@ -34,17 +36,26 @@ def memory(config, weights=WEIGHTS, groups: int = 1):
     return estimate(config, Topology.from_config(config, 2), 0, weights, groups)
 
 
-def test_weights_and_optimizer_are_those_of_the_built_model():
-    config = config_of(train={"precision": "fp32"})
+@pytest.mark.parametrize("shard", [False, True])
+@pytest.mark.parametrize("train", [{}, {"accumulation_steps": 2, "batch_size": 8}, {"offload_expert_optimizer": True}], ids=["plain", "buffers", "offloaded"])
+def test_weights_and_optimizer_are_those_of_the_built_model(shard, train):
+    config = config_of(train={"precision": "fp32", **train})
+    config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"shard_optimizer": shard})})
     topology = Topology.from_config(config, 2)
     exchange = Exchange(HcclOperators(1, 2, lambda name, ranks: None), [0, 1], [0, 0], False)
     model = PanguSigma(config, None, topology, exchange)
     parameters = model.trainable_params()
-    optimizer = AdamW(parameters, [True] * len(parameters))
-    found = memory(config, [Weight(p.name, tuple(p.shape), kind(p)) for p in parameters])
-    assert found.weights == found.gradients == sum(p.nbytes for p in parameters)
-    assert found.moments == sum(p.nbytes for p in (*optimizer.moment_m, *optimizer.moment_v))
-    assert found.copies == 0
+    optimizer = AdamW.of(parameters, config.train, pieces(parameters, topology, 1) if shard else None)
+    found = estimate(config, topology, 1, [Weight(p.name, tuple(p.shape), kind(p)) for p in parameters], 1)
+    size, own = sum(p.nbytes for p in parameters), sum(p.nbytes for p in optimizer.updated if p.name.startswith("piece."))
+    assert (own > 0) == shard and found.weights == size + own
+    held = [*gradient_buffers(parameters)]
+    held += [p for p in reduced_buffers(optimizer, gradient_buffers(parameters)) if p.name.startswith("reduced.")]
+    assert found.gradients == size + sum(p.nbytes for p in held) * ("accumulation_steps" in train)
+    state = [*zip(optimizer.state, 2 * optimizer.on_host)]
+    assert found.moments == sum(p.nbytes for p, on_host in state if not on_host)
+    assert found.on_host == sum(p.nbytes for p, on_host in state if on_host)
+    assert (found.on_host > 0) == ("offload_expert_optimizer" in train) and found.copies == 0
 
 
 def test_activations_by_hand():

@@ -13,7 +13,6 @@ from pangu_locmoe.cluster.graph import communication
 from pangu_locmoe.cluster.plan import Operation, Weight, buffer_megabytes, differences, node_bytes, plan
 from pangu_locmoe.cluster.step import planned_traffic, refuse_graph
 from pangu_locmoe.config import CapacityConfig, load_config
-from pangu_locmoe.errors import ConfigError
 from pangu_locmoe.moe.static import certain_drops, group_slots
 from pangu_locmoe.parallel.topology import Topology
 
@@ -141,6 +140,22 @@ def test_buffers_are_as_large_as_the_largest_message():
     assert buffer_megabytes(large, 8) == 320
 
 
+def test_pieces_of_gradients_are_scattered_and_of_weights_gathered():
+    """Eight ranks hold the words, whose 300 rows they cannot divide but their 16 features; two hold the same experts."""
+    found = Counter(operation for operation in plan(static_config(shard_optimizer=True), Topology(8, 2, 4, 8), 5, WEIGHTS) if operation.direction == "update")
+    world, replicas, group = "hccl_world_group", "ranks-1-to-5-by-4", "ranks-4-to-7-by-1"
+    assert found == Counter(
+        [
+            Operation("ReduceScatter", world, "update", "Float32", (16, 300), (2, 300)),
+            Operation("AllGather", world, "update", "Float32", (2, 300), (16, 300)),
+            Operation("ReduceScatter", replicas, "update", "Float32", (16, 2, 24), (8, 2, 24)),
+            Operation("AllGather", replicas, "update", "Float32", (8, 2, 24), (16, 2, 24)),
+            Operation("AllReduce", group, "update", "Float32", (1,), (1,)),
+            Operation("AllReduce", world, "update", "Float32", (1,), (1,)),
+        ]
+    )
+
+
 def test_traffic_of_one_graph_is_known_without_looking():
     ledger = planned_traffic(static_config(), Topology(8, 2, 4, 8))
     # Each of 8 ranks, 4 times: 8 rows of 32 bytes to its neighbour, 2 to each of 2 others.
@@ -148,11 +163,11 @@ def test_traffic_of_one_graph_is_known_without_looking():
     assert (ledger.intra_node_messages, ledger.inter_node_messages) == (8 * 4, 8 * 4 * 2)
 
 
-@pytest.mark.parametrize("train, message", [({"accumulation_steps": 2}, "must be 1"), ({"precision": "fp16"}, "use bf16 or fp32")])
-def test_what_one_graph_cannot_do(train, message):
-    refuse_graph(static_config())
-    with pytest.raises(ConfigError, match=message):
-        refuse_graph(small_config(train=train))
+def test_traffic_counts_every_micro_batch():
+    config, topology = static_config(), Topology(8, 2, 4, 8)
+    more = config.train.model_copy(update={"accumulation_steps": 2, "batch_size": 32})
+    one, two = planned_traffic(config, topology), planned_traffic(config.model_copy(update={"train": more}), topology)
+    assert vars(two) == {name: 2 * value for name, value in vars(one).items()}
 
 
 @pytest.mark.parametrize("name, ranks", [("small", 8), ("paper_38b_64", 64), ("paper_38b", 128), ("paper_38b_256", 256), ("pangu_sigma", 1024)])

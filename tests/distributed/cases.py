@@ -33,7 +33,7 @@ STEPS, RATE = 20, 5e-4
 class Case:
     """moe, model, train: what differs from `base`. nodes: of the job, and emulated by the single process.
 
-    expert_parallel: None is all places. tensor: ranks of a place. idle: all tokens go to expert 0. moves: experts change their ranks on the way.
+    expert_parallel: None is all places. tensor: ranks of a place. shard: the optimizer's moments. idle: all tokens go to expert 0. moves: experts change their ranks on the way.
     """
 
     moe: dict[str, Any] = field(default_factory=dict)
@@ -43,6 +43,7 @@ class Case:
     exchange: str = "flat"
     expert_parallel: Optional[int] = None
     tensor: int = 1
+    shard: bool = False
     idle: bool = False
     moves: bool = False
     steps: int = STEPS
@@ -55,6 +56,7 @@ class Case:
                 "ranks_per_node": ranks // self.nodes,
                 "expert_parallel": self.expert_parallel or ranks // self.tensor,
                 "tensor_parallel": self.tensor,
+                "shard_optimizer": self.shard,
             }
         return parse_config(
             {
@@ -108,6 +110,13 @@ CASES = {
     "tensor parallel": Case({"capacity": TIGHT}, {"num_layers": 4, "num_moe_layers": 2}, expert_parallel=1, tensor=2),
     "tensor and data parallel": Case({"router": "switch", "capacity": DROPLESS}, {"domain_embeddings": True}, expert_parallel=1, tensor=2),
     "tensor parallel by four": Case({"router": "hash", "capacity": TIGHT}, expert_parallel=1, tensor=4),
+    "sharded": Case({"capacity": DROPLESS}, expert_parallel=2, shard=True, moves=True, steps=6),
+    "sharded, tensor parallel": Case({"router": "switch", "capacity": DROPLESS}, {"domain_embeddings": True}, expert_parallel=1, tensor=2, shard=True),
+    "sharded, tensor and expert parallel": Case({"capacity": TIGHT}, {"dropout": 0.2}, nodes=2, tensor=2, exchange="groupwise", shard=True),
+    "sharded, accumulation": Case({"router": "switch", "capacity": DROPLESS}, train={"accumulation_steps": 3}, expert_parallel=1, shard=True),
+    "sharded, half precision": Case(
+        {"router": "switch", "capacity": DROPLESS}, train={"precision": "fp16", "loss_scale": 1024.0}, expert_parallel=1, shard=True, steps=3
+    ),
     "idle": Case({"router": "hash", "capacity": DROPLESS}, idle=True, steps=3),
     "idle, drops": Case({"router": "hash", "capacity": TIGHT}, nodes=2, idle=True, exchange="hierarchical", steps=3),
     "half precision": Case({"router": "switch", "capacity": TIGHT}, train={"precision": "fp16", "loss_scale": 1024.0}, steps=3),
@@ -118,7 +127,7 @@ EVERYDAY = {
     3: ["three nodes"],
     4: [
         "locmoe, nodes", "locmoe, nodes, hierarchical", "locmoe, nodes, moves", "locmoe_plus, nodes", "compiled",
-        "tensor and expert parallel", "tensor and expert parallel, groupwise",
+        "tensor and expert parallel", "tensor and expert parallel, groupwise", "sharded",
     ],
 }
 GRADIENTS = ("locmoe, nodes", "data parallel", "idle")

@@ -91,6 +91,8 @@ def test_from_config():
     with pytest.raises(TopologyError, match=r"parallel\.emulated_nodes = 2"):
         Topology.from_config(small_config(parallel={"emulated_nodes": 2}), num_ranks=2)
     assert Topology.from_config(small_config(), num_ranks=2).ranks_per_node == 2
+    with pytest.raises(TopologyError, match=r"parallel\.shard_optimizer = True: there is 1 process"):
+        Topology.from_config(small_config(parallel={"shard_optimizer": True}))
     with pytest.raises(TopologyError, match=r"parallel\.ranks_per_node = 2: there is 1 process"):
         Topology.from_config(small_config(parallel={"ranks_per_node": 2}))
 
