@@ -117,15 +117,18 @@ class _Sizes:
         held = topology.experts_of_rank(rank)
         self.rows = int(slots_RE[:, held.start : held.stop].sum())
         self.row_bytes = self.tokens * self.hidden * self.item  # one [T, D] in the precision of the products
+        self.own_tokens = self.tokens // (split if config.parallel.sequence_parallel else 1)  # of norms, dropout and residuals
 
     def activations(self) -> Dict[str, int]:
         """By part; the mask is made once for all layers."""
         model, again = self.config.model, self.config.train.recompute
         dense, sparse = model.num_layers - 1 - model.num_moe_layers, model.num_moe_layers
+        # The inputs of what is recomputed; where rows are divided they are gathered outside of it, and kept beside the rank's own.
+        kept = 2 * (self.row_bytes + (self.own_tokens * self.hidden * self.item if self.own_tokens < self.tokens else 0))
         return {
             "mask": self.sequences * self.length**2 * (1 if self.config.train.fused else _FP32 * self.heads),
-            "dense blocks": dense * (2 * self.row_bytes if again else self.dense_block()),
-            "sparse blocks": sparse * (2 * self.row_bytes + self.routing() + self.expert_rows() if again else self.sparse_block()),
+            "dense blocks": dense * (kept if again else self.dense_block()),
+            "sparse blocks": sparse * (kept + self.routing() + self.expert_rows() if again else self.sparse_block()),
             # Its queries are not its keys' operand: one [T, D] more than a block's.
             "query layer": self.dense_block() + self.row_bytes,
             "head": self.row_bytes + self.tokens * self.vocabulary * _FP32,
@@ -149,7 +152,7 @@ class _Sizes:
 
     def norm(self) -> int:
         """The centred rows in fp32, and one number for each."""
-        return self.tokens * (self.hidden + 1) * _FP32
+        return self.own_tokens * (self.hidden + 1) * _FP32
 
     def attention(self) -> int:
         """LN1 and attention: the projections' operands, Q, K, V, the probabilities, and the mixed values before and after transposing."""
@@ -172,4 +175,4 @@ class _Sizes:
 
     def dropout(self) -> int:
         """Two masks."""
-        return 2 * self.row_bytes if self.config.model.dropout else 0
+        return 2 * self.own_tokens * self.hidden * self.item if self.config.model.dropout else 0

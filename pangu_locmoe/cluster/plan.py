@@ -95,30 +95,46 @@ def exchanges(config: Config, topology: Topology, rank: int) -> Iterator[Operati
 def _tensor_sums(config: Config, topology: Topology, rank: int) -> Iterator[Operation]:
     """Over the ranks of a place: what leaves each pair of matrices, the gradient of what enters it, the embedding and the loss.
 
-    Recomputation repeats none of them: what leaves a layer is not needed again inside of it.
+    With sequence parallelism rows are gathered where they enter and scattered where they leave, and the other way round backward.
+    Recomputation repeats none of them: what leaves a layer is not needed again inside of it, and what enters is kept.
     """
     if topology.tensor_parallel == 1:
         return
     model, own = config.model, topology.tensor_group(rank)
-    sequences = config.micro_batch // topology.num_places
-    tokens, features = sequences * model.seq_length, model.hidden_size
+    tokens, features = config.micro_batch // topology.num_places * model.seq_length, model.hidden_size
     chunks = config.parallel.overlap_chunks
     slots_RE = group_slots(config.moe.capacity, topology, rank, tokens) // chunks
     held = topology.experts_of_rank(rank)
-    rows_TD, rows_BSD = (tokens, features), (sequences, model.seq_length, features)
+    whole, part = (tokens, features), (tokens // topology.tensor_parallel, features)
     rows_GCD = (len(held), int(slots_RE[:, held.start].sum()), features)
-    dense, rounded = model.num_layers - model.num_moe_layers, IR_NAMES[config.train.precision]
+    layers, sparse = model.num_layers, model.num_moe_layers
+    dense, rounded = layers - sparse, IR_NAMES[config.train.precision]
+    name = group_name(own, topology.num_ranks)
+
+    def operations(kind: str, direction: str, dtype: str, shape: Shape, result: Shape, times: int) -> List[Operation]:
+        return [Operation(kind, name, direction, dtype, shape, result)] * times
+
     for direction, dtype, shape, times in (
-        ("forward", "Float32", rows_TD, 1),  # the embedding
-        ("forward", rounded, rows_TD, model.num_layers + dense),  # attention and feed-forward networks
-        ("forward", rounded, rows_GCD, model.num_moe_layers * chunks),
+        ("forward", rounded, rows_GCD, sparse * chunks),
         ("forward", "Float32", (topology.tensor_parallel, tokens), 1),  # the loss: largest logits, then sums
         ("forward", "Float32", (2, tokens), 1),
-        ("backward", rounded, rows_BSD, model.num_layers + 2),  # attention; the query layer has two inputs; the head
-        ("backward", rounded, rows_TD, dense),
-        ("backward", rounded, rows_GCD, model.num_moe_layers * chunks),
+        ("backward", rounded, whole, 1),  # the query layer's queries
+        ("backward", rounded, rows_GCD, sparse * chunks),
     ):
-        yield from [Operation("AllReduce", group_name(own, topology.num_ranks), direction, dtype, shape, shape)] * times
+        yield from operations("AllReduce", direction, dtype, shape, shape, times)
+    leaving = (("Float32", 1), (rounded, layers + dense))  # the embedding; attention and feed-forward networks
+    entering = layers + dense + 1  # the same and the head
+    if not config.parallel.sequence_parallel:
+        for dtype, times in leaving:
+            yield from operations("AllReduce", "forward", dtype, whole, whole, times)
+        yield from operations("AllReduce", "backward", rounded, whole, whole, entering)
+        return
+    for dtype, times in leaving:
+        yield from operations("ReduceScatter", "forward", dtype, whole, part, times)
+        yield from operations("AllGather", "backward", dtype, part, whole, times)
+    yield from operations("AllGather", "forward", rounded, part, whole, entering + sparse)  # rows to be routed, too
+    yield from operations("ReduceScatter", "backward", rounded, whole, part, entering)
+    yield from operations("AllGather", "backward", rounded, part, whole, sparse)  # the gradient of what comes back from the experts
 
 
 def _statistics(config: Config, topology: Topology) -> Iterator[Operation]:

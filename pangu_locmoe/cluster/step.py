@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import mindspore as ms
 from mindspore import ParameterTuple, Tensor, nn, ops
@@ -112,18 +112,19 @@ class GraphStepper(DistributedStepper):
         rate, number = Tensor(learning_rate, ms.float32), Tensor(step, ms.int32)
         if self._parts.buffers is None:
             losses, stats, norm = self._step(rate, number, *inputs[0], Tensor(1.0, ms.float32))
-            return world_result([(losses, stats)], float(norm.asnumpy()), False, self._traffic(), self.topology, self.communicator)
+            return self._result([(losses, stats)], float(norm.asnumpy()), False)
         scale = self.loss_scale.value if self.loss_scale else 1.0
         reports = [self._step(*each, Tensor(scale, ms.float32)) for each in inputs]
         norm = self._norm(Tensor(1.0 / (scale * len(inputs)), ms.float32))
         value = float(norm.asnumpy())
         skipped = self._overflows(value)
         (self._clear if skipped else self._apply)(rate, number, norm)
-        return world_result(reports, value, skipped, self._traffic(), self.topology, self.communicator)
+        return self._result(reports, value, skipped)
 
-    def _traffic(self) -> Ledger:
+    def _result(self, reports: List[Tuple[Tensor, Dict[str, Tensor]]], norm: float, skipped: bool) -> StepResult:
         moe = self.config.moe.model_copy(update={"capacity": self.factors})
-        return planned_traffic(self.config.model_copy(update={"moe": moe}), self.topology)
+        traffic = planned_traffic(self.config.model_copy(update={"moe": moe}), self.topology)
+        return world_result(reports, norm, skipped, traffic, self.topology, self.communicator, self.config.parallel.sequence_parallel)
 
 
 def refuse_graph(config: Config) -> None:

@@ -77,6 +77,12 @@ def _broken_parallel_rules(config: Config) -> Iterator[tuple[str, str]]:
     for key in ("num_heads", "ffn_size", "vocab_size"):
         if getattr(config.model, key) % parallel.tensor_parallel:
             yield f"model.{key}", f"must be divisible by parallel.tensor_parallel ({parallel.tensor_parallel}), which divides it over ranks"
+    if parallel.sequence_parallel and parallel.tensor_parallel == 1:
+        yield "parallel.sequence_parallel", "needs parallel.tensor_parallel > 1: ranks that share matrices divide the tokens"
+    if parallel.sequence_parallel and config.model.seq_length % parallel.tensor_parallel:
+        yield "model.seq_length", f"must be divisible by parallel.tensor_parallel ({parallel.tensor_parallel}) with parallel.sequence_parallel"
+    if parallel.sequence_parallel and config.train.recompute and (config.train.precision == "fp16" or config.train.accumulation_steps > 1):
+        yield "train.recompute", "MindSpore's front end does not compile it with parallel.sequence_parallel in a step of several graphs (fp16, accumulation)"
     if parallel.tensor_parallel > 1 and parallel.ranks_per_node is None:
         yield "parallel.tensor_parallel", "needs parallel.ranks_per_node, which is never guessed: ranks that share a matrix must be in one node"
     if parallel.tensor_parallel > 1 and parallel.sizes == "counts" and config.train.recompute:

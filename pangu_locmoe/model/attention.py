@@ -1,6 +1,6 @@
 """Multi-head attention with an additive mask.
 
-Letters: B batch, S sequence, D hidden, H heads, K features of one head.
+Letters: B batch, S sequence, T = B*S tokens, D hidden, H heads, K features of one head.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def attention_mask(segments_BS: Tensor, causal_SS: Tensor, num_heads: int) -> Te
 
 
 class Attention(nn.Cell):
-    """softmax(Q K^T / sqrt(K) + mask) V, projected. Queries come from `query_BSD`, keys and values from `x_BSD`.
+    """softmax(Q K^T / sqrt(K) + mask) V, projected. Queries come from `query_TD`, keys and values from `x_TD`.
 
-    A tensor-parallel group divides the heads; its ranks' inputs have entered the group.
+    A tensor-parallel group divides the heads; its ranks' inputs have entered the group. Batch and length are the mask's.
     """
 
     def __init__(self, config: ModelConfig, seed: list[int], tensor: TensorGroup) -> None:
@@ -42,16 +42,14 @@ class Attention(nn.Cell):
         self.w_key_value = tensor.parameter(normal([*seed, 1], (hidden_size, 2 * hidden_size), config.init_std), "w_key_value", Cut(1, 2))
         out_std = config.init_std / np.sqrt(2 * config.num_layers)
         self.w_out = tensor.parameter(normal([*seed, 2], (hidden_size, hidden_size), float(out_std)), "w_out", Cut(0))
-        self.leave = tensor.leave
+        self.leave = tensor.leave_rows
         # The primitive: the gradient of ops.matmul transposes its operands, 3% of a step.
         self.matmul = ops.MatMul()
         self.attend = functional.Attention()
 
-    def construct(self, query_BSD: Tensor, x_BSD: Tensor, mask_BHSS: Tensor) -> Tensor:
-        batch, length, hidden_size = x_BSD.shape
+    def construct(self, query_TD: Tensor, x_TD: Tensor, mask_BHSS: Tensor) -> Tensor:
+        batch, length = mask_BHSS.shape[0], mask_BHSS.shape[2]
         heads = (batch, length, self.num_heads, self.head_size)
-        query_TD = ops.reshape(query_BSD, (batch * length, hidden_size))
-        x_TD = ops.reshape(x_BSD, (batch * length, hidden_size))
         # Scaling Q is one pass over [T, D] instead of one over [B, H, S, S].
         query_TD = self.matmul(query_TD, ops.cast(self.w_query, x_TD.dtype)) * (self.head_size**-0.5)
         key_TD, value_TD = ops.split(self.matmul(x_TD, ops.cast(self.w_key_value, x_TD.dtype)), self.num_heads * self.head_size, 1)
@@ -60,4 +58,4 @@ class Attention(nn.Cell):
         value_BHSK = ops.transpose(ops.reshape(value_TD, heads), (0, 2, 1, 3))
         mixed_BHSK = self.attend(query_BHSK, key_BHSK, value_BHSK, mask_BHSS)
         mixed_TD = ops.reshape(ops.transpose(mixed_BHSK, (0, 2, 1, 3)), (batch * length, -1))
-        return ops.reshape(self.leave(self.matmul(mixed_TD, ops.cast(self.w_out, x_TD.dtype))), (batch, length, hidden_size))
+        return self.leave(self.matmul(mixed_TD, ops.cast(self.w_out, x_TD.dtype)))

@@ -1,6 +1,6 @@
 """The two kinds of layers: the decoder block (dense or sparse) and PanGu-alpha's query layer on top.
 
-Letters: B batch, S sequence, T = B*S tokens, D hidden, F inner width.
+Letters: B batch, S sequence, T = B*S tokens, X of them on this rank (all without sequence parallelism), D hidden, F inner width.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from pangu_locmoe.parallel.tensor import Cut, TensorGroup
 
 
 class FeedForward(nn.Cell):
-    """y = GELU(x W_in) W_out, dense."""
+    """y = GELU(x W_in) W_out, dense. Its input has entered the tensor-parallel group."""
 
     def __init__(self, config: ModelConfig, seed: list[int], tensor: TensorGroup) -> None:
         super().__init__()
         out_std = config.init_std / np.sqrt(2 * config.num_layers)
         self.w_in = tensor.parameter(normal([*seed, 3], (config.hidden_size, config.ffn_size), config.init_std), "w_in", Cut(1))
         self.w_out = tensor.parameter(normal([*seed, 4], (config.ffn_size, config.hidden_size), float(out_std)), "w_out", Cut(0))
-        self.enter, self.leave = tensor.enter, tensor.leave
+        self.leave = tensor.leave_rows
         self.gelu, self.matmul = Gelu(), ops.MatMul()
 
     def construct(self, x_TD: Tensor) -> Tensor:
-        inner_TF = self.gelu(self.matmul(self.enter(x_TD), ops.cast(self.w_in, x_TD.dtype)))
+        inner_TF = self.gelu(self.matmul(x_TD, ops.cast(self.w_in, x_TD.dtype)))
         return self.leave(self.matmul(inner_TF, ops.cast(self.w_out, x_TD.dtype)))
 
 
@@ -47,12 +47,13 @@ class DecoderBlock(nn.Cell):
     ) -> None:
         super().__init__()
         seed = [config.train.seed, 0, index]
-        self.rate, self.site = config.model.dropout, 2 * index + 1
-        self.norm1 = LayerNorm(config.model.hidden_size)
+        self.site, self.dropout = 2 * index + 1, RowDropout(config.model.dropout, tensor)
+        self.norm1 = tensor.for_own_rows(LayerNorm(config.model.hidden_size))
         self.attention = Attention(config.model, seed, tensor)
-        self.enter = tensor.enter
-        self.norm2 = LayerNorm(config.model.hidden_size)
+        self.norm2 = tensor.for_own_rows(LayerNorm(config.model.hidden_size))
         self.sparse = context is not None
+        self.enter, self.own_rows = tensor.enter_rows, tensor.own_rows
+        self.enter2 = tensor.whole_rows if self.sparse else tensor.enter_rows
         if context is not None:
             if exchange is None:
                 self.moe = MoELayer(config, context)
@@ -68,25 +69,26 @@ class DecoderBlock(nn.Cell):
             part.recompute()
 
     def construct(
-        self, x_BSD: Tensor, mask_BHSS: Tensor, tokens_T: Tensor, domains_T: Tensor, noise: Noise, capacity: int, training: bool
+        self, x_XD: Tensor, mask_BHSS: Tensor, tokens_T: Tensor, domains_T: Tensor, noise: Noise, capacity: int, training: bool
     ) -> Tuple[Tensor, MoEStats]:
-        """Returns x_BSD and the MoE layer's statistics, an empty dict from a dense block."""
-        x_BSD, normed_TD = self.attend(x_BSD, mask_BHSS, noise[0], noise[1], training)
+        """Returns x_XD and the MoE layer's statistics, an empty dict from a dense block."""
+        x_XD, normed_TD = self.attend(x_XD, mask_BHSS, noise[0], noise[1], training)
         stats = {}
         if self.sparse:
             y_TD, stats = self.moe(normed_TD, tokens_T, domains_T, noise, capacity, training)
+            y_XD = self.own_rows(y_TD)
         else:
-            y_TD = self.ffn(normed_TD)
-        return x_BSD + dropout_sequence(ops.reshape(y_TD, x_BSD.shape), self.rate, noise, self.site + 1, training), stats
+            y_XD = self.ffn(normed_TD)
+        return x_XD + self.dropout(y_XD, noise[0], noise[1], self.site + 1, training), stats
 
     def attend(
-        self, x_BSD: Tensor, mask_BHSS: Tensor, row_keys_T: Tensor, column_keys_D: Tensor, training: bool
+        self, x_XD: Tensor, mask_BHSS: Tensor, row_keys_T: Tensor, column_keys_D: Tensor, training: bool
     ) -> Tuple[Tensor, Tensor]:
-        """The block's first half: x + Attn(LN1(x)) as x_BSD, and its LN2 as normed_TD."""
-        normed_BSD = self.enter(self.norm1(x_BSD))
-        attended_BSD = self.attention(normed_BSD, normed_BSD, mask_BHSS)
-        x_BSD = x_BSD + dropout_sequence(attended_BSD, self.rate, (row_keys_T, column_keys_D), self.site, training)
-        return x_BSD, ops.reshape(self.norm2(x_BSD), (-1, x_BSD.shape[2]))
+        """The block's first half: x + Attn(LN1(x)) as x_XD, and its LN2 as normed_TD."""
+        normed_TD = self.enter(self.norm1(x_XD))
+        attended_XD = self.attention(normed_TD, normed_TD, mask_BHSS)
+        x_XD = x_XD + self.dropout(attended_XD, row_keys_T, column_keys_D, self.site, training)
+        return x_XD, self.enter2(self.norm2(x_XD))
 
 
 class QueryLayer(nn.Cell):
@@ -99,24 +101,30 @@ class QueryLayer(nn.Cell):
     def __init__(self, config: Config, index: int, tensor: TensorGroup) -> None:
         super().__init__()
         model, seed = config.model, [config.train.seed, 0, index]
-        self.rate, self.site = model.dropout, 2 * index + 1
+        self.site, self.dropout = 2 * index + 1, RowDropout(model.dropout, tensor)
         self.query_table = Parameter(Tensor(normal([*seed, 5], (model.seq_length, model.hidden_size), model.init_std)), name="query_table")
-        self.norm1 = LayerNorm(model.hidden_size)
+        self.norm1 = tensor.for_own_rows(LayerNorm(model.hidden_size))
         self.attention = Attention(model, seed, tensor)
-        self.enter = tensor.enter
-        self.norm2 = LayerNorm(model.hidden_size)
+        self.norm2 = tensor.for_own_rows(LayerNorm(model.hidden_size))
+        self.enter, self.enter_rows = tensor.enter, tensor.enter_rows
         self.ffn = FeedForward(model, seed, tensor)
 
-    def construct(self, x_BSD: Tensor, mask_BHSS: Tensor, positions_BS: Tensor, noise: Noise, training: bool) -> Tensor:
-        query_BSD = ops.cast(ops.gather(self.query_table, positions_BS, 0), x_BSD.dtype)
-        attended_BSD = self.attention(self.enter(query_BSD), self.enter(self.norm1(x_BSD)), mask_BHSS)
-        x_BSD = x_BSD + dropout_sequence(attended_BSD, self.rate, noise, self.site, training)
-        y_TD = self.ffn(ops.reshape(self.norm2(x_BSD), (-1, x_BSD.shape[2])))
-        return x_BSD + dropout_sequence(ops.reshape(y_TD, x_BSD.shape), self.rate, noise, self.site + 1, training)
+    def construct(self, x_XD: Tensor, mask_BHSS: Tensor, positions_T: Tensor, noise: Noise, training: bool) -> Tensor:
+        query_TD = ops.cast(ops.gather(self.query_table, positions_T, 0), x_XD.dtype)
+        attended_XD = self.attention(self.enter(query_TD), self.enter_rows(self.norm1(x_XD)), mask_BHSS)
+        x_XD = x_XD + self.dropout(attended_XD, noise[0], noise[1], self.site, training)
+        y_XD = self.ffn(self.enter_rows(self.norm2(x_XD)))
+        return x_XD + self.dropout(y_XD, noise[0], noise[1], self.site + 1, training)
 
 
-def dropout_sequence(x_BSD: Tensor, rate: float, noise: Noise, site: int, training: bool) -> Tensor:
-    """Dropout on [B, S, D] while training; the identity otherwise and at rate 0."""
-    if not training or rate == 0:
-        return x_BSD
-    return ops.reshape(dropout(ops.reshape(x_BSD, (-1, x_BSD.shape[2])), rate, noise, site), x_BSD.shape)
+class RowDropout(nn.Cell):
+    """Dropout on this rank's rows while training; the identity otherwise and at rate 0."""
+
+    def __init__(self, rate: float, tensor: TensorGroup) -> None:
+        super().__init__()
+        self.rate, self.share = rate, tensor.share
+
+    def construct(self, x_XD: Tensor, row_keys_T: Tensor, column_keys_D: Tensor, site: int, training: bool) -> Tensor:
+        if not training or self.rate == 0:
+            return x_XD
+        return dropout(x_XD, self.rate, (self.share(row_keys_T), column_keys_D), site)

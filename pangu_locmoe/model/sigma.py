@@ -2,7 +2,7 @@
 
     word + position embedding -> dense blocks -> sparse blocks -> query layer -> head tied to the word embedding
 
-Letters: B batch, S sequence, T = B*S tokens, D hidden, V vocabulary, L MoE layers, N source nodes, E experts, K domains.
+Letters: B batch, S sequence, T = B*S tokens, X of them on this rank (all without sequence parallelism), D hidden, V vocabulary, L MoE layers, N source nodes, E experts, K domains.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from pangu_locmoe.config import Config
 from pangu_locmoe.model import fused
 from pangu_locmoe.model.attention import attention_mask
-from pangu_locmoe.model.block import DecoderBlock, QueryLayer, dropout_sequence
+from pangu_locmoe.model.block import DecoderBlock, QueryLayer, RowDropout
 from pangu_locmoe.model.init import normal
 from pangu_locmoe.model.vocabulary import Vocabulary
 from pangu_locmoe.moe.domains import allowed_experts
@@ -57,7 +57,8 @@ class PanguSigma(nn.Cell):
         if token_counts_KV is None:
             token_counts_KV = np.ones((num_domains, model.vocab_size), dtype=np.int64)
         self.tensor = tensor = tensor or TensorGroup.alone()
-        self.hidden_size, self.num_heads, self.rate = model.hidden_size, model.num_heads // tensor.size, model.dropout
+        self.hidden_size, self.num_heads = model.hidden_size, model.num_heads // tensor.size
+        self.dropout = RowDropout(model.dropout, tensor)
         self.dtype = DTYPES[config.train.precision]
         self.per_domain = model.domain_embeddings
         slots = num_domains if self.per_domain else 1
@@ -66,6 +67,7 @@ class PanguSigma(nn.Cell):
         self.word_table = tensor.parameter(words, "word_table", Cut(0, slots))
         self.vocabulary = Vocabulary(model.vocab_size, tensor)
         self.position_table = Parameter(Tensor(normal([seed, 5], (model.seq_length, model.hidden_size), model.init_std)), name="position_table")
+        self.position_table.has_partial_gradient = tensor.divides_rows
         num_dense = model.num_layers - 1 - model.num_moe_layers
         topology = topology or Topology.from_config(config)
         blocks = []
@@ -83,7 +85,7 @@ class PanguSigma(nn.Cell):
             for attention in (*(block.attention for block in blocks), self.query_layer.attention):
                 attention.attend = fused.FlashAttention()
         self.causal_SS = Tensor(np.tril(np.ones((model.seq_length, model.seq_length), dtype=np.float32)))
-        self.enter = tensor.enter
+        self.enter, self.share = tensor.enter_rows, tensor.share
         self.head = ops.MatMul(transpose_b=True)
         self.batch_head = ops.BatchMatMul(transpose_b=True)
 
@@ -113,16 +115,16 @@ class PanguSigma(nn.Cell):
             number for each layer, finite exactly where its output is).
         """
         # Keys come one by one here and below: a compiled part would take a tuple of tensors for a constant.
-        x_BSD, mask_BHSS, tokens_T, domains_T = self.embed(tokens_BS, positions_BS, segments_BS, domains_B, noise[0], noise[1], training)
+        x_XD, mask_BHSS, tokens_T, domains_T = self.embed(tokens_BS, positions_BS, segments_BS, domains_B, noise[0], noise[1], training)
         layer_stats = []
         layer_sums = []
         for index, block in enumerate(self.blocks):
             capacity = capacities[index - self.num_dense] if index >= self.num_dense else 0
-            x_BSD, stats = block(x_BSD, mask_BHSS, tokens_T, domains_T, noise, capacity, training)
-            layer_sums.append(_checksum(x_BSD))
+            x_XD, stats = block(x_XD, mask_BHSS, tokens_T, domains_T, noise, capacity, training)
+            layer_sums.append(_checksum(x_XD))
             if index >= self.num_dense:
                 layer_stats.append(stats)
-        logits_TV, last_sum = self.predict(x_BSD, mask_BHSS, positions_BS, domains_B, noise[0], noise[1], training)
+        logits_TV, last_sum = self.predict(x_XD, mask_BHSS, positions_BS, domains_B, noise[0], noise[1], training)
         layer_sums.append(last_sum)
         return logits_TV, _gather_stats(layer_stats, ops.stack(layer_sums))
 
@@ -136,21 +138,21 @@ class PanguSigma(nn.Cell):
         column_keys_D: Tensor,
         training: bool,
     ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What the blocks start from: x_BSD, mask_BHSS, tokens_T, domains_T."""
+        """What the blocks start from: x_XD, mask_BHSS, tokens_T, domains_T."""
         batch, length = tokens_BS.shape
         tokens_T = ops.reshape(tokens_BS, (batch * length,))
         domains_T = ops.reshape(ops.broadcast_to(ops.expand_dims(domains_B, 1), (batch, length)), (batch * length,))
         slot_T = domains_T if self.per_domain else ops.zeros_like(domains_T)
-        word_BSD = ops.reshape(self.vocabulary.embed(self.word_table, tokens_T, slot_T), (batch, length, self.hidden_size))
-        x_BSD = ops.cast(word_BSD + ops.gather(self.position_table, positions_BS, 0), self.dtype)
-        x_BSD = dropout_sequence(x_BSD, self.rate, (row_keys_T, column_keys_D), 0, training)
+        positions_X = self.share(ops.reshape(positions_BS, (batch * length,)))
+        x_XD = self.vocabulary.embed(self.word_table, tokens_T, slot_T) + ops.gather(self.position_table, positions_X, 0)
+        x_XD = self.dropout(ops.cast(x_XD, self.dtype), row_keys_T, column_keys_D, 0, training)
         causal_SS = self.causal_SS[:length, :length]
         mask = fused.discard_mask(segments_BS, causal_SS) if self.fused else attention_mask(segments_BS, causal_SS, self.num_heads)
-        return x_BSD, mask, tokens_T, domains_T
+        return x_XD, mask, tokens_T, domains_T
 
     def predict(
         self,
-        x_BSD: Tensor,
+        x_XD: Tensor,
         mask_BHSS: Tensor,
         positions_BS: Tensor,
         domains_B: Tensor,
@@ -159,15 +161,16 @@ class PanguSigma(nn.Cell):
         training: bool,
     ) -> Tuple[Tensor, Tensor]:
         """The query layer and the head: logits_TV in fp32, and the layer's sum."""
-        x_BSD = self.query_layer(x_BSD, mask_BHSS, positions_BS, (row_keys_T, column_keys_D), training)
-        batch, length, hidden_size = x_BSD.shape
-        table, entered_BSD, width = ops.cast(self.word_table, x_BSD.dtype), self.enter(x_BSD), self.vocabulary.width
+        batch, length = positions_BS.shape
+        x_XD = self.query_layer(x_XD, mask_BHSS, ops.reshape(positions_BS, (batch * length,)), (row_keys_T, column_keys_D), training)
+        table, entered_TD, width = ops.cast(self.word_table, x_XD.dtype), self.enter(x_XD), self.vocabulary.width
         if self.per_domain:
-            table_BVD = ops.gather(ops.reshape(table, (-1, width, hidden_size)), domains_B, 0)
-            logits = ops.reshape(self.batch_head(entered_BSD, table_BVD), (batch * length, width))
+            table_BVD = ops.gather(ops.reshape(table, (-1, width, self.hidden_size)), domains_B, 0)
+            logits = self.batch_head(ops.reshape(entered_TD, (batch, length, self.hidden_size)), table_BVD)
+            logits = ops.reshape(logits, (batch * length, width))
         else:
-            logits = self.head(ops.reshape(entered_BSD, (batch * length, hidden_size)), table)
-        return ops.cast(logits, ms.float32), _checksum(x_BSD)
+            logits = self.head(entered_TD, table)
+        return ops.cast(logits, ms.float32), _checksum(x_XD)
 
     @property
     def moe_layers(self) -> Dict[str, Any]:
@@ -186,8 +189,8 @@ class PanguSigma(nn.Cell):
                 block.ffn.construct = ms.jit(block.ffn.construct)
 
 
-def _checksum(x_BSD: Tensor) -> Tensor:
-    return ops.stop_gradient(ops.reduce_sum(ops.cast(x_BSD, ms.float32)))
+def _checksum(x_XD: Tensor) -> Tensor:
+    return ops.stop_gradient(ops.reduce_sum(ops.cast(x_XD, ms.float32)))
 
 
 def _gather_stats(layer_stats: list, layer_sums: Tensor) -> Dict[str, Tensor]:

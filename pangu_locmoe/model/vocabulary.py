@@ -26,7 +26,7 @@ class Vocabulary(nn.Cell):
     def __init__(self, vocab_size: int, tensor: TensorGroup) -> None:
         super().__init__()
         self.width, self.divided = vocab_size // tensor.size, tensor.size > 1
-        self.first, self.leave = self.width * tensor.place, tensor.leave
+        self.first, self.leave = self.width * tensor.place, tensor.leave_rows
         if self.divided:
             self.losses = _DividedLosses(self.width, tensor)
             self.sum = tensor.sum
@@ -35,7 +35,7 @@ class Vocabulary(nn.Cell):
     def embed(self, table_XD: Tensor, tokens_T: Tensor, domains_T: Tensor) -> Tensor:
         """Embeddings [T, D] from this rank's part of the table, whose domains have W rows each; int32 ids.
 
-        Each token is on one rank; the others add zero.
+        Each token is on one rank; the others add zero. With sequence parallelism, of this rank's tokens.
         """
         if not self.divided:
             return ops.gather(table_XD, domains_T * self.width + tokens_T, 0)

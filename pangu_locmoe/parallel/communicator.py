@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from functools import partial
 from typing import Callable, Sequence
 
-from mindspore import Tensor, ops
+from mindspore import Tensor, nn, ops
 
 
 class Communicator(ABC):
@@ -25,6 +25,20 @@ class Communicator(ABC):
     def summing(self, ranks: Sequence[int]) -> Callable[[Tensor], Tensor]:
         """`all_reduce` over a group as a function of the tensor alone; where graphs are compiled, an operator."""
         return partial(self.all_reduce, ranks=ranks)
+
+    def gathering(self, ranks: Sequence[int]) -> Callable[[Tensor], Tensor]:
+        """The rows of all ranks of a group from each one's, as `summing`: an operator where graphs are compiled. No gradient.
+
+        Unless there is an operator for it: the sum of arrays that are zero but for one rank's rows.
+        """
+        return _GatherBySum(self.summing(ranks), list(ranks).index(self.rank), len(ranks))
+
+    def scattering(self, ranks: Sequence[int]) -> Callable[[Tensor], Tensor]:
+        """This rank's equal share of the rows of the sum over a group, as `summing`. No gradient.
+
+        Unless there is an operator for it: the whole sum, of which a share is taken.
+        """
+        return _ScatterBySum(self.summing(ranks), list(ranks).index(self.rank), len(ranks))
 
     @abstractmethod
     def all_gather(self, x: Tensor) -> Tensor:
@@ -45,12 +59,8 @@ class Communicator(ABC):
         """
 
     def reduce_scatter(self, rows_MX: Tensor, ranks: Sequence[int]) -> Tensor:
-        """This rank's equal share of the rows of `all_reduce`; M must be divisible by the number of ranks. No gradient.
-
-        Unless there is an operator for it: the whole sum, of which a share is taken.
-        """
-        share, place = rows_MX.shape[0] // len(ranks), list(ranks).index(self.rank)
-        return self.all_reduce(rows_MX, ranks)[place * share : (place + 1) * share]
+        """This rank's equal share of the rows of `all_reduce`; M must be divisible by the number of ranks. No gradient."""
+        return rows_MX if len(ranks) == 1 else self.scattering(ranks)(rows_MX)
 
     def gather_rows(self, rows_MX: Tensor, ranks: Sequence[int]) -> Tensor:
         """The rows of ranks[0], then of ranks[1], ...; all have as many. No gradient.
@@ -63,6 +73,30 @@ class Communicator(ABC):
     @abstractmethod
     def barrier(self) -> None:
         """Wait until every rank is here."""
+
+
+class _GatherBySum(nn.Cell):
+    def __init__(self, total: Callable[[Tensor], Tensor], place: int, count: int) -> None:
+        super().__init__()
+        self.sum, self.place, self.count = total, place, count
+        self.zeros, self.concat = ops.ZerosLike(), ops.Concat(0)
+
+    def construct(self, rows_MX: Tensor) -> Tensor:
+        zeros_MX = self.zeros(rows_MX)
+        rows = []
+        for place in range(self.count):
+            rows.append(rows_MX if place == self.place else zeros_MX)
+        return self.sum(self.concat(rows))
+
+
+class _ScatterBySum(nn.Cell):
+    def __init__(self, total: Callable[[Tensor], Tensor], place: int, count: int) -> None:
+        super().__init__()
+        self.sum, self.place, self.count = total, place, count
+        self.split = ops.Split(0, count)
+
+    def construct(self, rows_MX: Tensor) -> Tensor:
+        return self.split(self.sum(rows_MX))[self.place]
 
 
 class SingleProcess(Communicator):

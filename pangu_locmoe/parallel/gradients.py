@@ -15,7 +15,7 @@ from typing import List, Optional, Sequence, Tuple
 from mindspore import Parameter, Tensor, ops
 
 from pangu_locmoe.parallel.communicator import Communicator
-from pangu_locmoe.parallel.tensor import Cut, Piece, cut_of
+from pangu_locmoe.parallel.tensor import Cut, Piece, cut_of, has_partial_gradient
 from pangu_locmoe.parallel.topology import Topology
 
 
@@ -47,7 +47,8 @@ def holders(parameter: Parameter, topology: Topology, rank: int) -> Tuple[int, .
 
 def share(parameter: Parameter, topology: Topology) -> float:
     """What the sum over `holders` is multiplied by: one over the places, or over the ranks where all of them add the same."""
-    return 1.0 / (topology.num_ranks if kind(parameter) == "whole" else topology.num_places)
+    alike = kind(parameter) == "whole" and not has_partial_gradient(parameter)
+    return 1.0 / (topology.num_ranks if alike else topology.num_places)
 
 
 def piece(shape: Sequence[int], kind: str, ranks: Sequence[int], rank: int) -> Optional[Piece]:

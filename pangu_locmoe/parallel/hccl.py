@@ -65,19 +65,18 @@ class HcclOperators(Communicator):
         operator: Callable[[Tensor], Tensor] = self._operator(("sum", group), lambda: ops.AllReduce(ops.ReduceOp.SUM, group))
         return operator
 
-    def reduce_scatter(self, rows_MX: Tensor, ranks: Sequence[int]) -> Tensor:
-        if len(ranks) == 1:
-            return rows_MX
+    def gathering(self, ranks: Sequence[int]) -> Callable[[Tensor], Tensor]:
         group = self.group(ranks)
-        scattered: Tensor = self._operator(("scatter", group), lambda: ops.ReduceScatter(ops.ReduceOp.SUM, group))(rows_MX)
-        return scattered
+        operator: Callable[[Tensor], Tensor] = self._operator(("gather", group), lambda: ops.AllGather(group))
+        return operator
+
+    def scattering(self, ranks: Sequence[int]) -> Callable[[Tensor], Tensor]:
+        group = self.group(ranks)
+        operator: Callable[[Tensor], Tensor] = self._operator(("scatter", group), lambda: ops.ReduceScatter(ops.ReduceOp.SUM, group))
+        return operator
 
     def gather_rows(self, rows_MX: Tensor, ranks: Sequence[int]) -> Tensor:
-        if len(ranks) == 1:
-            return rows_MX
-        group = self.group(ranks)
-        gathered: Tensor = self._operator(("gather", group), lambda: ops.AllGather(group))(rows_MX)
-        return gathered
+        return rows_MX if len(ranks) == 1 else self.gathering(ranks)(rows_MX)
 
     def all_gather(self, x: Tensor) -> Tensor:
         group = self.group(range(self.size))

@@ -4,6 +4,10 @@ A matrix product is cut in pairs (Megatron-LM): the first matrix by columns, the
 rank and its gradient is the sum over the ranks (`enter`); what comes out is a partial sum, added up over the ranks
 (`leave`). In between every rank works alone.
 
+With sequence parallelism (Korthikanti et al. 2022) a rank keeps only its share of the rows outside of these pairs: in the residual stream,
+the norms and dropout. Rows then enter by a gather, whose gradient is a reduce-scatter, and leave by a reduce-scatter, whose gradient is a
+gather: as many bytes as the sums they replace. Rows are tokens, in equal contiguous shares, because everything outside is per token.
+
 The slices of the vocabulary are in model/vocabulary.py.
 """
 
@@ -13,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Sequence, Tuple
 
 import numpy as np
-from mindspore import Parameter, Tensor, nn
+from mindspore import Parameter, Tensor, nn, ops
 
 from pangu_locmoe.parallel.communicator import Communicator, SingleProcess
 
@@ -59,15 +63,32 @@ class TensorGroup:
     Args:
         communicator: the way to the others.
         ranks: the place's, this one among them.
+        sequence_parallel: whether each keeps only its share of the rows outside of the matrices.
+
+    Attributes:
+        enter, leave: into and out of a pair of matrices, for what is whole on all ranks outside.
+        enter_rows, leave_rows: the same for the residual stream's rows.
+        whole_rows, own_rows: to all rows, for what every rank computes alike and without sums over the group (routing), and back.
+        share: this rank's rows of what has no gradient.
     """
 
-    def __init__(self, communicator: Communicator, ranks: Sequence[int]) -> None:
+    def __init__(self, communicator: Communicator, ranks: Sequence[int], sequence_parallel: bool = False) -> None:
         self.size, self.place = len(ranks), list(ranks).index(communicator.rank)
+        self.divides_rows = sequence_parallel
         self.enter: nn.Cell = _AsItIs()
         self.leave: nn.Cell = _AsItIs()
+        self.whole_rows: nn.Cell = _AsItIs()
+        self.own_rows: nn.Cell = _AsItIs()
+        self.share: nn.Cell = _AsItIs()
         if self.size > 1:
             self.sum = communicator.summing(ranks)
-            self.enter, self.leave = _Enter(self.sum), _Leave(self.sum)
+            self.enter, self.leave = _Way(_AsItIs(), self.sum), _Way(self.sum, _AsItIs())
+        self.enter_rows, self.leave_rows = self.enter, self.leave
+        if sequence_parallel:
+            self.share = _Share(self.place, self.size)
+            gather, scatter = communicator.gathering(ranks), communicator.scattering(ranks)
+            self.enter_rows, self.leave_rows = _Way(gather, scatter), _Way(scatter, gather)
+            self.whole_rows, self.own_rows = _Way(gather, self.share), _Way(self.share, gather)
 
     @classmethod
     def alone(cls) -> TensorGroup:
@@ -81,6 +102,18 @@ class TensorGroup:
         parameter = Parameter(Tensor(cut.part(whole, self.place, self.size)), name=name)
         parameter.cut = cut
         return parameter
+
+
+    def for_own_rows(self, cell: nn.Cell) -> nn.Cell:
+        """A cell that is applied to the rank's rows only: its parameters' gradients are partial sums where rows are divided."""
+        for parameter in cell.trainable_params() if self.divides_rows else ():
+            parameter.has_partial_gradient = True
+        return cell
+
+
+def has_partial_gradient(parameter: Parameter) -> bool:
+    """Whether the ranks of a place each have a part of the gradient of a parameter that is whole on all of them."""
+    return getattr(parameter, "has_partial_gradient", False)
 
 
 def cut_of(parameter: Parameter) -> Cut | None:
@@ -98,29 +131,26 @@ class _AsItIs(nn.Cell):
         return x
 
 
-class _Enter(nn.Cell):
-    """The identity; the gradient is summed over the group."""
+class _Way(nn.Cell):
+    """One operator forward and another backward."""
 
-    def __init__(self, total: Any) -> None:
+    def __init__(self, there: Any, back: Any) -> None:
         super().__init__()
-        self.sum = total
+        self.there, self.back = there, back
 
     def construct(self, x: Tensor) -> Tensor:
-        return x
+        return self.there(x)
 
     def bprop(self, x: Tensor, out: Tensor, grad: Tensor) -> Tuple[Tensor]:
-        return (self.sum(grad),)
+        return (self.back(grad),)
 
 
-class _Leave(nn.Cell):
-    """The sum over the group; the gradient is the same on all its ranks already."""
+class _Share(nn.Cell):
+    """This rank's rows."""
 
-    def __init__(self, total: Any) -> None:
+    def __init__(self, place: int, count: int) -> None:
         super().__init__()
-        self.sum = total
+        self.place, self.split = place, ops.Split(0, count)
 
-    def construct(self, x: Tensor) -> Tensor:
-        return self.sum(x)
-
-    def bprop(self, x: Tensor, out: Tensor, grad: Tensor) -> Tuple[Tensor]:
-        return (grad,)
+    def construct(self, rows_MX: Tensor) -> Tensor:
+        return self.split(rows_MX)[self.place]

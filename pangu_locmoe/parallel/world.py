@@ -33,7 +33,7 @@ class World:
         nodes = [topology.node_of_rank(rank) for rank in group]
         tensor_ranks = topology.tensor_group(communicator.rank)
         exchange = Exchange(communicator, group, nodes, config.parallel.exchange == "hierarchical", tensor_ranks if config.parallel.exchange == "groupwise" else ())
-        return cls(communicator, topology, exchange, TensorGroup(communicator, tensor_ranks))
+        return cls(communicator, topology, exchange, TensorGroup(communicator, tensor_ranks, config.parallel.sequence_parallel))
 
     @property
     def is_first(self) -> bool:

@@ -44,6 +44,7 @@ class Work:
         dense_bytes, expert_bytes: gradients of all but experts, and of one expert in all sparse layers.
         recompute: whether the forward pass runs twice.
         micro_batches: A.
+        sequence_parallel: whether a place divides its tokens outside of the matrices.
     """
 
     dense_flops: float
@@ -55,6 +56,7 @@ class Work:
     expert_bytes: float
     recompute: bool = False
     micro_batches: int = 1
+    sequence_parallel: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,8 @@ def step_time(
         passes = 6 if work.recompute else 4
         one = 2 * (t - 1) / t * tokens * work.row_bytes / rank_link
         tensor = passes * work.layers * (one + work.micro_batches * 2 * (t - 1) * device.intra_latency)
+        if work.sequence_parallel:  # the rows to be routed are gathered, and so is the gradient of what comes back: half a sum each
+            tensor += work.sparse_layers * (one + work.micro_batches * 2 * (t - 1) * device.intra_latency)
     reduction = _reduction(work, layout, device)
     computing = dense + slowest
     return Step(

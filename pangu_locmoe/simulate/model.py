@@ -100,6 +100,7 @@ def work_of(config: Config, router: str, gradient_bytes: int = 4) -> Work:
         dense_bytes=gradient_bytes * dense,
         expert_bytes=gradient_bytes * model.num_moe_layers * ffn,
         recompute=config.train.recompute,
+        sequence_parallel=config.parallel.sequence_parallel,
         micro_batches=config.train.accumulation_steps,
     )
 

@@ -83,7 +83,7 @@ class DistributedStepper(Stepper):
             reports.append((losses, stats))
         skipped, norm = self._update(gradients, 1.0 / (scale * self.config.train.accumulation_steps), learning_rate, step)
         traffic = gather_ledgers(self.exchange.ledger.take(), self.communicator)
-        return world_result(reports, norm, skipped, traffic, self.topology, self.communicator)
+        return world_result(reports, norm, skipped, traffic, self.topology, self.communicator, self.config.parallel.sequence_parallel)
 
     def _micro_batches(self, batch: Batch, step: int) -> Iterator[Tuple[Tensor, ...]]:
         """The objective's inputs, but for the loss scale, of this place's sequences.
@@ -131,9 +131,15 @@ def gather_ledgers(own: Ledger, communicator: Communicator) -> Ledger:
 
 
 def world_result(
-    reports: List[Tuple[Tensor, Dict[str, Tensor]]], norm: float, skipped: bool, traffic: Ledger, topology: Topology, communicator: Communicator
+    reports: List[Tuple[Tensor, Dict[str, Tensor]]],
+    norm: float,
+    skipped: bool,
+    traffic: Ledger,
+    topology: Topology,
+    communicator: Communicator,
+    rows_divided: bool,
 ) -> StepResult:
-    """The step's figures over all places, whose ranks have the same; one gather for all of them."""
+    """The step's figures over all places, whose ranks have the same but for their rows' sums; one gather for all of them."""
     losses = np.mean([losses.asnumpy() for losses, _ in reports], axis=0, dtype=np.float64)
     stats = [{name: value.asnumpy() for name, value in stats.items()} for _, stats in reports]
     parts: Dict[str, Any] = {"losses": losses, "layer_sums": np.sum([s["layer_sums"] for s in stats], axis=0)}
@@ -144,11 +150,13 @@ def world_result(
             parts["unrouted"] = np.mean([s["unrouted_L"] for s in stats])
         parts["cosine"] = np.concatenate([s["cosine_LT"] for s in stats], axis=1)
     flat = np.concatenate([np.ravel(part) for part in parts.values()]).astype(np.float32)
-    gathered = communicator.all_gather(Tensor(flat)).asnumpy()[:: topology.tensor_parallel]
+    everyones = communicator.all_gather(Tensor(flat)).asnumpy()
+    gathered = everyones[:: topology.tensor_parallel]
     world: Dict[str, np.ndarray] = {}
     start = 0
     for name, part in parts.items():
-        world[name] = gathered[:, start : start + part.size].reshape(-1, *part.shape)
+        source = everyones if name == "layer_sums" and rows_divided else gathered
+        world[name] = source[:, start : start + part.size].reshape(-1, *part.shape)
         start += part.size
     return StepResult(
         losses=dict(zip(LOSSES, world["losses"].mean(axis=0, dtype=np.float64).tolist())),

@@ -38,6 +38,7 @@ CASES = {
     "sharded": Case({"expert_parallel": 2, "shard_optimizer": True}),
     "sharded, accumulation": Case({"expert_parallel": 2, "shard_optimizer": True}, {"accumulation_steps": 2}),
     "tensor parallel, groupwise": Case({**PLACES, "exchange": "groupwise"}),
+    "sequence parallel": Case({**PLACES, "sequence_parallel": True}),
     "tensor parallel, sharded, half precision": Case({**PLACES, "shard_optimizer": True}, {**FP16, "accumulation_steps": 2}),
 }  # fmt: skip
 

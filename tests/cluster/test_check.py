@@ -81,6 +81,25 @@ def test_the_step_of_a_job(ranks, rank, router, precision):
     )
 
 
+def test_divided_rows_and_moments_in_several_graphs():
+    """Sequence parallelism, a sharded optimizer, fp16 and accumulation: forward and backward once, however many micro-batches there are."""
+    given = values(16, tensor_parallel=2, expert_parallel=4, sequence_parallel=True, shard_optimizer=True)
+    given["train"].update(precision="fp16", accumulation_steps=2)
+    result = check(parse_config(given), 16, 5)
+    assert result.differences == []
+    place = Counter((o.kind, o.dtype) for o in result.operations if o.group == "ranks-4-to-5-by-1" and o.direction != "update")
+    # 3 attentions, 1 dense network: out and their gradients in; the head, the embedding. Two MoE layers gather their rows and their results' gradients.
+    assert place["ReduceScatter", "Float16"] == 4 + 5 and place["AllGather", "Float16"] == 4 + 5 + 2 * 2
+    assert place["ReduceScatter", "Float32"] == place["AllGather", "Float32"] == 1
+    held = [o for o in result.operations if o.group == "ranks-5-to-13-by-8" and o.direction == "update"]
+    assert {(o.kind, o.shape, o.result) for o in held if o.kind == "ReduceScatter"} == {
+        ("ReduceScatter", (HIDDEN, 8, INNER // 2), (HIDDEN // 2, 8, INNER // 2)),
+        ("ReduceScatter", (INNER // 2, 8, HIDDEN), (INNER // 4, 8, HIDDEN)),
+    }
+    times = {(row["kind"], row["direction"]): row["times"] for row in result.rows() if row["kind"] == "AlltoAllV"}
+    assert set(times.values()) == {2 * 2 * SPARSE}
+
+
 def test_tensor_parallel_groupwise_in_chunks_fused_and_recomputed():
     """Recomputation is in the graph, so an exchange or a sum that ran twice would differ from the plan."""
     given = values(64, tensor_parallel=2, exchange="groupwise", overlap_chunks=2)

@@ -121,6 +121,11 @@ def test_tensor_parallelism_divides_what_it_divides():
     assert (half.activations["query layer"] - whole_parts) * 2 == one.activations["query layer"] - whole_parts
 
 
+    rows = split.model_copy(update={"parallel": split.parallel.model_copy(update={"sequence_parallel": True})})
+    divided = estimate(rows, Topology.from_config(rows, 4), 0, WEIGHTS, 1)
+    assert half.activations["dense blocks"] - divided.activations["dense blocks"] == 2 * 2 * (16 * 32 + 16) * 4 // 2  # half of two norms of two blocks
+
+
 def test_its_lines_add_up():
     found = memory(config_of())
     lines = found.format("bf16")

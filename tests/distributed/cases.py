@@ -33,7 +33,7 @@ STEPS, RATE = 20, 5e-4
 class Case:
     """moe, model, train: what differs from `base`. nodes: of the job, and emulated by the single process.
 
-    expert_parallel: None is all places. tensor: ranks of a place. shard: the optimizer's moments. idle: all tokens go to expert 0. moves: experts change their ranks on the way.
+    expert_parallel: None is all places. tensor: ranks of a place. shard: the optimizer's moments. rows: sequence parallelism. idle: all tokens go to expert 0. moves: experts change their ranks on the way.
     """
 
     moe: dict[str, Any] = field(default_factory=dict)
@@ -44,6 +44,7 @@ class Case:
     expert_parallel: Optional[int] = None
     tensor: int = 1
     shard: bool = False
+    rows: bool = False
     idle: bool = False
     moves: bool = False
     steps: int = STEPS
@@ -57,6 +58,7 @@ class Case:
                 "expert_parallel": self.expert_parallel or ranks // self.tensor,
                 "tensor_parallel": self.tensor,
                 "shard_optimizer": self.shard,
+                "sequence_parallel": self.rows,
             }
         return parse_config(
             {
@@ -109,6 +111,12 @@ CASES = {
     "tensor and expert parallel, moves": Case({"capacity": TIGHT}, nodes=2, tensor=2, exchange="groupwise", moves=True),
     "tensor parallel": Case({"capacity": TIGHT}, {"num_layers": 4, "num_moe_layers": 2}, expert_parallel=1, tensor=2),
     "tensor and data parallel": Case({"router": "switch", "capacity": DROPLESS}, {"domain_embeddings": True}, expert_parallel=1, tensor=2),
+    "sequence parallel": Case({"capacity": TIGHT}, {"dropout": 0.2, "num_layers": 3}, nodes=2, tensor=2, rows=True, steps=6),
+    "sequence parallel, compiled": Case({"capacity": TIGHT}, {"num_layers": 4, "num_moe_layers": 2}, {"mode": "graph"}, nodes=2, tensor=2, rows=True),
+    "sequence parallel, sharded, domains": Case(
+        {"router": "switch", "capacity": DROPLESS}, {"domain_embeddings": True}, expert_parallel=1, tensor=2, rows=True, shard=True
+    ),
+    "sequence parallel by four": Case({"router": "hash", "capacity": TIGHT}, {"dropout": 0.2}, expert_parallel=1, tensor=4, rows=True),
     "tensor parallel by four": Case({"router": "hash", "capacity": TIGHT}, expert_parallel=1, tensor=4),
     "sharded": Case({"capacity": DROPLESS}, expert_parallel=2, shard=True, moves=True, steps=6),
     "sharded, tensor parallel": Case({"router": "switch", "capacity": DROPLESS}, {"domain_embeddings": True}, expert_parallel=1, tensor=2, shard=True),
@@ -127,7 +135,7 @@ EVERYDAY = {
     3: ["three nodes"],
     4: [
         "locmoe, nodes", "locmoe, nodes, hierarchical", "locmoe, nodes, moves", "locmoe_plus, nodes", "compiled",
-        "tensor and expert parallel", "tensor and expert parallel, groupwise", "sharded",
+        "tensor and expert parallel", "tensor and expert parallel, groupwise", "sharded", "sequence parallel",
     ],
 }
 GRADIENTS = ("locmoe, nodes", "data parallel", "idle")

@@ -48,7 +48,8 @@ def test_a_token_sees_its_own_segment_up_to_itself():
 def test_attention():
     cell = Attention(small_config().model, [1], TensorGroup.alone())
     query_BSD, x_BSD = RANDOM.standard_normal((BATCH, LENGTH, HIDDEN)), RANDOM.standard_normal((BATCH, LENGTH, HIDDEN))
-    close(cell(tensor(query_BSD), tensor(x_BSD), mask()), attend(cell, query_BSD, x_BSD))
+    rows = (BATCH * LENGTH, HIDDEN)
+    close(cell(tensor(query_BSD.reshape(rows)), tensor(x_BSD.reshape(rows)), mask()), attend(cell, query_BSD, x_BSD).reshape(rows))
 
 
 def test_query_layer():
@@ -64,4 +65,5 @@ def test_query_layer():
     attended = x_BSD + attend(layer.attention, query_BSD, layer_norm(x_BSD, *norm1))
     wanted = attended + gelu(layer_norm(attended, *norm2) @ layer.ffn.w_in.asnumpy()) @ layer.ffn.w_out.asnumpy()
     noise = no_noise(BATCH * LENGTH, HIDDEN)
-    close(layer(tensor(x_BSD), mask(), integers(POSITIONS_BS), noise, False), wanted)
+    rows = (BATCH * LENGTH, HIDDEN)
+    close(layer(tensor(x_BSD.reshape(rows)), mask(), integers(POSITIONS_BS.reshape(-1)), noise, False), wanted.reshape(rows))

@@ -112,6 +112,10 @@ def test_groupwise_carries_a_share_and_gathers_it():
     flat, groupwise = (only(config, 4, tensor_parallel=4, exchange=exchange).step for exchange in ("flat", "groupwise"))
     assert flat.exchange_inter == pytest.approx(4 * groupwise.exchange_inter) and groupwise.exchange_intra > flat.exchange_intra
     assert flat.tensor == groupwise.tensor > 0
+    rows = config.model_copy(update={"parallel": config.parallel.model_copy(update={"sequence_parallel": True})})
+    divided = only(rows, 4, tensor_parallel=4).step
+    # Four sums a layer, and half of one in each direction for the rows of a sparse layer.
+    assert divided.tensor == pytest.approx(flat.tensor * (1 + config.model.num_moe_layers / (4 * config.model.num_layers)))
 
 
 def test_experts_on_few_nodes_fill_their_links():
