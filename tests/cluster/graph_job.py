@@ -1,13 +1,12 @@
-"""One rank of a job in which the compiled step and the ordinary one train the same model: msrun ... graph_job.py FOLDER NAME...
+"""One rank of a job in which the compiled step and the ordinary one train the same model: msrun ... graph_job.py FOLDER CASE
 
-Writes FOLDER/rank-R.json: for each case the rows of both.
+Writes FOLDER/rank-R.json: the rows of both.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,6 +58,7 @@ def main() -> int:
     from pangu_locmoe.train.distributed import DistributedStepper
 
     operators = stand_ins.install(mccl.rank, mccl.size)
+
     def rows(case: Case, communicator: Any, kind: Any) -> list[Any]:
         config = small_config(
             model={"num_layers": 2},
@@ -89,13 +89,9 @@ def main() -> int:
             )
         return found
 
-    found: dict[str, Any] = {}
-    for name in sys.argv[2:]:
-        found[name] = {}
-        for kind, communicator, stepper in (("ordinary", mccl, DistributedStepper), ("compiled", operators, GraphStepper)):
-            started = time.time()
-            found[name][kind] = rows(CASES[name], communicator, stepper)
-            print(f"{name}, {kind}: {time.time() - started:.1f} s", flush=True)
+    case, found = CASES[sys.argv[2]], {}
+    for kind, communicator, stepper in (("ordinary", mccl, DistributedStepper), ("compiled", operators, GraphStepper)):
+        found[kind] = rows(case, communicator, stepper)
     (Path(sys.argv[1]) / f"rank-{mccl.rank}.json").write_text(json.dumps(found), encoding="utf-8")
     return 0
 
