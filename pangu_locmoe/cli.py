@@ -22,7 +22,7 @@ Verb = Callable[[argparse.Namespace], int]
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
-    """Run one verb and return the exit code: 0, 1 for a run that failed, 2 for input the user can mend."""
+    """Run one verb and return the exit code: 0, 2 with one line for what the user can mend, 1 for a check that failed."""
     options = _parser().parse_args(arguments)
     verb: Verb = options.verb
     try:

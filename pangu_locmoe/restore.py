@@ -6,11 +6,13 @@ import math
 from pathlib import Path
 from typing import Any, Dict, Optional
 
+import mindspore as ms
+
 from pangu_locmoe.config import Config
 from pangu_locmoe.config.models import ParallelConfig
 from pangu_locmoe.data.prepared import prepare
 from pangu_locmoe.data.tokenizer import Tokenizer
-from pangu_locmoe.errors import ConfigError
+from pangu_locmoe.errors import CheckpointError, ConfigError
 from pangu_locmoe.generate import Generator
 from pangu_locmoe.model.sigma import PanguSigma
 from pangu_locmoe.train.checkpoint import find_checkpoint, load_weights, read_config
@@ -22,7 +24,10 @@ def restore_model(folder: Path) -> tuple[PanguSigma, Config]:
     config = read_config(folder)
     # Where a job had its experts and who read what matters for training only.
     data = config.data.model_copy(update={"sharding": "iid"})
-    config = config.model_copy(update={"parallel": ParallelConfig(), "data": data})
+    train = config.train
+    if train.precision == "bf16" and ms.get_context("device_target") == "CPU":
+        train = train.model_copy(update={"precision": "fp32"})  # CPUs have no bf16; the weights are fp32
+    config = config.model_copy(update={"parallel": ParallelConfig(), "data": data, "train": train})
     model = PanguSigma(config)
     load_weights(folder, model)
     return model, config
@@ -48,6 +53,8 @@ def evaluate_checkpoint(path: Path, sequences: Optional[int] = None) -> Dict[str
     model, config = restore_model(folder)
     prepared = prepare(config)
     tokenizer_file = folder / "tokenizer.json"
+    if not tokenizer_file.is_file():
+        raise CheckpointError(f"{tokenizer_file} is missing: the checkpoint's weights mean nothing without its tokenizer")
     if (prepared.path / "tokenizer.json").read_bytes() != tokenizer_file.read_bytes():
         # An extracted sub-model was trained on more text than its own sources, which would give another tokenizer.
         data = config.data.model_copy(update={"tokenizer": str(tokenizer_file)})

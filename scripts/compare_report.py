@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -186,7 +187,7 @@ def _curves(axis: Any, rows: List[Row], curves: Dict[str, Any], rate: Optional[s
 
 def _seconds(rows: List[Row], local: List[float], row: Row) -> List[float]:
     """Seconds up to each step: the timed step, with an exchange as long as the tokens that cross in each step make it."""
-    slope, start = statistics.linear_regression([1 - other["local_fraction"] for other in rows], [other["exchange_seconds"] for other in rows])
+    slope, start = np.polyfit([1 - other["local_fraction"] for other in rows], [other["exchange_seconds"] for other in rows], 1).tolist()
     rest, total = row["step_seconds"] - row["exchange_seconds"], [0.0]
     for fraction in local:
         total.append(total[-1] + rest + start + slope * (1 - fraction))

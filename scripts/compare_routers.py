@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 import compare_report
+import numpy as np
 
 from pangu_locmoe.study.experiment import machine as this_machine
 
@@ -292,7 +293,7 @@ def solve(points: List[Point], target: float, link_only: bool) -> Optional[str]:
 
 def fit(points: List[Tuple[float, float]]) -> Tuple[float, float]:
     """Least squares: value at 0 and slope, neither below 0."""
-    slope, start = statistics.linear_regression([x for x, _ in points], [y for _, y in points])
+    slope, start = np.polyfit([x for x, _ in points], [y for _, y in points], 1).tolist()
     return max(start, 0.0), max(slope, 0.0)
 
 

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 from safetensors.numpy import load_file
+from small import small_config
 from train import tiny
 
+from pangu_locmoe.config import parse_config
 from pangu_locmoe.data.loader import validation_batches
 from pangu_locmoe.data.prepared import prepare
 from pangu_locmoe.errors import CheckpointError
-from pangu_locmoe.model.extract import extract
+from pangu_locmoe.model.extract import extract, sub_config
 from pangu_locmoe.model.inherit import inherit
 from pangu_locmoe.model.sigma import PanguSigma
 from pangu_locmoe.moe.capacity import DROPLESS
@@ -209,6 +211,19 @@ def test_a_part_is_evaluated_and_continues_text(tmp_path, capsys):
     assert part["bits_per_byte_by_domain"]["zh"] == pytest.approx(wanted["bits_per_byte_by_domain"]["zh"], abs=1e-5)
     sample = tiny.tiny_config(sample={"tokens": 5, "temperature": 0.0}).sample
     assert restore_generator(tmp_path / "part")(["专家"], [0], sample, 1) == restore_generator(folder)(["专家"], [1], sample, 1)
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        {"parallel": {"expert_parallel": 2, "sizes": "static"}, "moe": {"capacity": {"local_factor": 2.0, "remote_factor": 1.0}}},
+        {"parallel": {"expert_parallel": 2}, "placement": {"policy": "locality"}},
+    ],
+    ids=["static", "placement"],
+)
+def test_a_part_of_a_jobs_model_has_a_configuration_that_loads(job):
+    part = sub_config(small_config(**job), "zh", range(2, 4))
+    assert parse_config(part.model_dump(mode="json")) == part
 
 
 def test_extracting_refuses(inherited, tmp_path):

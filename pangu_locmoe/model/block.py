@@ -106,14 +106,14 @@ class QueryLayer(nn.Cell):
         self.norm1 = tensor.for_own_rows(LayerNorm(model.hidden_size))
         self.attention = Attention(model, seed, tensor)
         self.norm2 = tensor.for_own_rows(LayerNorm(model.hidden_size))
-        self.enter, self.enter_rows = tensor.enter, tensor.enter_rows
+        self.enter, self.enter_keys, self.enter2 = tensor.enter, tensor.enter_rows, tensor.enter_rows
         self.ffn = FeedForward(model, seed, tensor)
 
     def construct(self, x_XD: Tensor, mask_BHSS: Tensor, positions_T: Tensor, noise: Noise, training: bool) -> Tensor:
         query_TD = ops.cast(ops.gather(self.query_table, positions_T, 0), x_XD.dtype)
-        attended_XD = self.attention(self.enter(query_TD), self.enter_rows(self.norm1(x_XD)), mask_BHSS)
+        attended_XD = self.attention(self.enter(query_TD), self.enter_keys(self.norm1(x_XD)), mask_BHSS)
         x_XD = x_XD + self.dropout(attended_XD, noise[0], noise[1], self.site, training)
-        y_XD = self.ffn(self.enter_rows(self.norm2(x_XD)))
+        y_XD = self.ffn(self.enter2(self.norm2(x_XD)))
         return x_XD + self.dropout(y_XD, noise[0], noise[1], self.site + 1, training)
 
 

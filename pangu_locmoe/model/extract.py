@@ -8,7 +8,7 @@ from typing import Mapping
 import numpy as np
 
 from pangu_locmoe.config import Config, CutFromConfig, TokenChoiceConfig
-from pangu_locmoe.config.models import ParallelConfig
+from pangu_locmoe.config.models import ParallelConfig, PlacementConfig
 from pangu_locmoe.errors import CheckpointError
 from pangu_locmoe.model.sigma import PanguSigma
 from pangu_locmoe.moe.domains import allowed_experts
@@ -57,9 +57,11 @@ def sub_config(config: Config, domain: str, experts: range) -> Config:
     if ROUTERS[config.moe.router].has_token_choice:
         most = min(ROUTERS[config.moe.router].max_choices(config), len(experts))
         chosen = (chosen or TokenChoiceConfig()).model_copy(update={"max_experts": most})
-    changes = {"num_experts": len(experts), "levels": 1, "group_sizes": None, "cut_from": cut_from, "token_choice": chosen}
+    # What only a job of several ranks has: slots of a static exchange, experts that move.
+    capacity = config.moe.capacity.model_copy(update={"local_factor": None, "remote_factor": None})
+    changes = {"capacity": capacity, "num_experts": len(experts), "levels": 1, "group_sizes": None, "cut_from": cut_from, "token_choice": chosen}
     moe = config.moe.model_copy(update=changes)
-    return config.model_copy(update={"data": data, "moe": moe, "parallel": ParallelConfig()})
+    return config.model_copy(update={"data": data, "moe": moe, "parallel": ParallelConfig(), "placement": PlacementConfig()})
 
 
 def cut_arrays(arrays: Mapping[str, np.ndarray], config: Config, domain: int, experts: range) -> dict[str, np.ndarray]:

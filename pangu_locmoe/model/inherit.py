@@ -8,6 +8,7 @@ sparse model then equals the dense one on average, and token by token as far as 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from pangu_locmoe.errors import CheckpointError
 from pangu_locmoe.model.sigma import PanguSigma
 from pangu_locmoe.moe.capacity import DROPLESS
 from pangu_locmoe.moe.routers import ROUTERS
-from pangu_locmoe.train.checkpoint import find_checkpoint, read_arrays, save_checkpoint
+from pangu_locmoe.train.checkpoint import find_checkpoint, read_shards, save_checkpoint
 from pangu_locmoe.train.shards import Held, named_arrays, set_parameters
 
 _CALIBRATION_SEQUENCES = 16  # of each domain
@@ -44,7 +45,7 @@ def inherit(dense: Path, config: Config, output: Path) -> str:
     data = config.data.model_copy(update={"tokenizer": str(folder / "tokenizer.json")})
     prepared = prepare(config.model_copy(update={"data": data}))
     model = PanguSigma(config, prepared.token_counts)
-    copy_dense(read_arrays(folder / "model.safetensors"), model, str(folder))
+    copy_dense(read_shards(folder, "model"), model, str(folder))
     done = f"{output}: {config.moe.num_experts} experts in each of {config.model.num_moe_layers} layers from {folder}"
     if ROUTERS[config.moe.router].has_gate:
         mean_weights = compensate(model, config, prepared)
@@ -53,7 +54,7 @@ def inherit(dense: Path, config: Config, output: Path) -> str:
     return done
 
 
-def copy_dense(arrays: dict[str, np.ndarray], model: PanguSigma, origin: str) -> None:
+def copy_dense(arrays: Mapping[str, np.ndarray], model: PanguSigma, origin: str) -> None:
     """Set a sparse model's weights from a dense model's arrays; routers keep their own initial weights."""
     left = set(arrays)
     values: dict[str, np.ndarray] = {}

@@ -14,6 +14,7 @@ The slices of the vocabulary are in model/vocabulary.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Sequence, Tuple
 
 import numpy as np
@@ -75,20 +76,36 @@ class TensorGroup:
     def __init__(self, communicator: Communicator, ranks: Sequence[int], sequence_parallel: bool = False) -> None:
         self.size, self.place = len(ranks), list(ranks).index(communicator.rank)
         self.divides_rows = sequence_parallel
-        self.enter: nn.Cell = _AsItIs()
-        self.leave: nn.Cell = _AsItIs()
-        self.whole_rows: nn.Cell = _AsItIs()
-        self.own_rows: nn.Cell = _AsItIs()
-        self.share: nn.Cell = _AsItIs()
+        self.share: nn.Cell = _Share(self.place, self.size) if sequence_parallel else _AsItIs()
+        self._gather, self._scatter = partial(communicator.gathering, ranks), partial(communicator.scattering, ranks)
         if self.size > 1:
             self.sum = communicator.summing(ranks)
-            self.enter, self.leave = _Way(_AsItIs(), self.sum), _Way(self.sum, _AsItIs())
-        self.enter_rows, self.leave_rows = self.enter, self.leave
-        if sequence_parallel:
-            self.share = _Share(self.place, self.size)
-            gather, scatter = communicator.gathering(ranks), communicator.scattering(ranks)
-            self.enter_rows, self.leave_rows = _Way(gather, scatter), _Way(scatter, gather)
-            self.whole_rows, self.own_rows = _Way(gather, self.share), _Way(self.share, gather)
+
+    # A cell of its own for every place: the gradient of a compiled part that uses one of these twice is wrong in MindSpore 2.10.
+
+    @property
+    def enter(self) -> nn.Cell:
+        return _Way(_AsItIs(), self.sum) if self.size > 1 else _AsItIs()
+
+    @property
+    def leave(self) -> nn.Cell:
+        return _Way(self.sum, _AsItIs()) if self.size > 1 else _AsItIs()
+
+    @property
+    def enter_rows(self) -> nn.Cell:
+        return _Way(self._gather(), self._scatter()) if self.divides_rows else self.enter
+
+    @property
+    def leave_rows(self) -> nn.Cell:
+        return _Way(self._scatter(), self._gather()) if self.divides_rows else self.leave
+
+    @property
+    def whole_rows(self) -> nn.Cell:
+        return _Way(self._gather(), _Share(self.place, self.size)) if self.divides_rows else _AsItIs()
+
+    @property
+    def own_rows(self) -> nn.Cell:
+        return _Way(_Share(self.place, self.size), self._gather()) if self.divides_rows else _AsItIs()
 
     @classmethod
     def alone(cls) -> TensorGroup:

@@ -5,7 +5,7 @@
                             several ranks wrote it; the header's `slices` say of what array each is which part
     optimizer.safetensors   Adam's moments by weight: adam_m.NAME, adam_v.NAME (absent from inherited and extracted models)
     state.json              step, data position, loss scale, capacities, best validation loss
-    config.yaml, tokenizer.json, prepared.json   what it takes to evaluate and to generate
+    config.yaml, tokenizer.json   what it takes to evaluate and to generate
 """
 
 from __future__ import annotations

@@ -86,6 +86,7 @@ class Trainer:
         self._added = list(callbacks)
         self._callbacks: List[jobs.Callback] = []
         self._trace: Optional[jobs.WriteTrace] = None  # rank 0's
+        self._smallest_scale = False
         self._signal: Optional[int] = None  # this rank's
         self._stopped_by: Optional[int] = None  # any rank's; all ranks agree
 
@@ -210,7 +211,10 @@ class Trainer:
             remove_old(self.run_dir, self.step, self.config.checkpoint.keep, int(self.best["step"]) if self.best else None)
 
     def _check_finite(self, result: StepResult) -> None:
-        if math.isfinite(result.losses["loss"]) and (math.isfinite(result.grad_norm) or result.skipped):
+        # At the smallest loss scale there is nothing left to halve: every further step would be skipped.
+        hopeless = result.skipped and self._smallest_scale
+        self._smallest_scale = result.skipped and self.stepper.loss_scale is not None and self.stepper.loss_scale.value == 1.0
+        if math.isfinite(result.losses["loss"]) and (math.isfinite(result.grad_norm) or (result.skipped and not hopeless)):
             return
         broken = np.flatnonzero(~np.isfinite(result.layer_sums))
         where = f"first in layer {broken[0]}" if len(broken) else "first in the loss" if math.isfinite(result.grad_norm) else "first in the gradient"

@@ -111,8 +111,8 @@ CASES = {
     "tensor and expert parallel, moves": Case({"capacity": TIGHT}, nodes=2, tensor=2, exchange="groupwise", moves=True),
     "tensor parallel": Case({"capacity": TIGHT}, {"num_layers": 4, "num_moe_layers": 2}, expert_parallel=1, tensor=2),
     "tensor and data parallel": Case({"router": "switch", "capacity": DROPLESS}, {"domain_embeddings": True}, expert_parallel=1, tensor=2),
-    "sequence parallel": Case({"capacity": TIGHT}, {"dropout": 0.2, "num_layers": 3}, nodes=2, tensor=2, rows=True, steps=6),
-    "sequence parallel, compiled": Case({"capacity": TIGHT}, {"num_layers": 4, "num_moe_layers": 2}, {"mode": "graph"}, nodes=2, tensor=2, rows=True),
+    "sequence parallel, compiled": Case({"capacity": TIGHT}, {"dropout": 0.2, "num_layers": 3}, {"mode": "graph"}, nodes=2, tensor=2, rows=True, steps=3),
+    "sequence parallel": Case({"capacity": TIGHT}, {"num_layers": 4, "num_moe_layers": 2}, nodes=2, tensor=2, rows=True),
     "sequence parallel, sharded, domains": Case(
         {"router": "switch", "capacity": DROPLESS}, {"domain_embeddings": True}, expert_parallel=1, tensor=2, rows=True, shard=True
     ),
@@ -135,7 +135,7 @@ EVERYDAY = {
     3: ["three nodes"],
     4: [
         "locmoe, nodes", "locmoe, nodes, hierarchical", "locmoe, nodes, moves", "locmoe_plus, nodes", "compiled",
-        "tensor and expert parallel", "tensor and expert parallel, groupwise", "sharded", "sequence parallel",
+        "tensor and expert parallel", "tensor and expert parallel, groupwise", "sharded", "sequence parallel, compiled",
     ],
 }
 GRADIENTS = ("locmoe, nodes", "data parallel", "idle")

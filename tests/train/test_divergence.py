@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from mindspore import Tensor
@@ -13,6 +15,7 @@ from pangu_locmoe.errors import DivergenceError
 from pangu_locmoe.model.sigma import PanguSigma
 from pangu_locmoe.train.checkpoint import find_checkpoint, load_weights
 from pangu_locmoe.train.loop import Trainer
+from pangu_locmoe.train.step import LossScale
 
 
 @pytest.mark.parametrize("weight, layer", [("blocks.1.norm2.gamma", 1), ("query_layer.ffn.w_out", 2)])
@@ -51,3 +54,15 @@ def test_a_divergence_at_the_last_step_is_seen_in_the_evaluation(tmp_path):
     )
     with pytest.raises(DivergenceError, match=r"^step 1: validation loss (nan|inf); last good checkpoint: none yet"):
         Trainer(config, prepare(config, False), tmp_path).run(progress=False)
+
+
+def test_an_overflow_that_no_loss_scale_can_prevent_is_a_divergence():
+    """Halving stops at 1, and a step that is skipped there will be skipped for ever."""
+    stepper, said = SimpleNamespace(loss_scale=LossScale(4.0, 10)), []
+    trainer = SimpleNamespace(stepper=stepper, _smallest_scale=False, _diverged=said.append)
+    for wanted in (0, 0, 1):  # at 4, at 2, and at 1
+        stepper.loss_scale.update(overflow=True)
+        result = SimpleNamespace(losses={"loss": 1.0}, grad_norm=float("inf"), skipped=True, layer_sums=np.ones(3))
+        Trainer._check_finite(trainer, result)
+        assert len(said) == wanted
+    assert "gradient norm inf" in said[0]
