@@ -20,7 +20,7 @@ from pangu_locmoe.data.prepared import prepare
 from pangu_locmoe.model.sigma import PanguSigma
 from pangu_locmoe.train.checkpoint import read_config, save_checkpoint
 
-VERBS = ("prepare", "train", "evaluate", "generate", "capacity", "report", "inherit", "extract", "check", "simulate", "load")
+VERBS = ("prepare", "train", "evaluate", "generate", "capacity", "report", "inherit", "extract", "check", "simulate")
 
 
 @pytest.fixture(scope="module")

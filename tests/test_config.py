@@ -77,7 +77,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "heads over ranks": ({"parallel": {"tensor_parallel": 3, "ranks_per_node": 3}, "model": {"ffn_size": 1023, "vocab_size": 300}}, ["model.num_heads = 4", "divisible by parallel.tensor_parallel (3)"]),
     "vocabulary over ranks": ({"parallel": {"tensor_parallel": 2, "ranks_per_node": 2}, "model": {"vocab_size": 8191}}, ["model.vocab_size = 8191", "divisible by parallel.tensor_parallel (2)"]),
     "tensor parallelism without nodes": ({"parallel": {"tensor_parallel": 2}}, ["parallel.tensor_parallel = 2", "needs parallel.ranks_per_node"]),
-    "rows, recomputed, in several graphs": ({"parallel": {"sequence_parallel": True, "tensor_parallel": 2, "ranks_per_node": 2}, "train": {"recompute": True, "precision": "fp16"}}, ["train.recompute = True", "does not compile it with parallel.sequence_parallel"]),
+    "rows, recomputed, in several graphs": ({"parallel": {"sequence_parallel": True, "tensor_parallel": 2, "expert_parallel": 2, "ranks_per_node": 2, "sizes": "static"}, "moe": {"capacity": {"local_factor": 1.0, "remote_factor": 1.0}}, "train": {"recompute": True, "precision": "fp16"}}, ["train.recompute = True", "does not compile it with parallel.sequence_parallel"]),
     "rows of a rank alone": ({"parallel": {"sequence_parallel": True}}, ["parallel.sequence_parallel = True", "needs parallel.tensor_parallel > 1"]),
     "rows that cannot be divided": ({"parallel": {"sequence_parallel": True, "tensor_parallel": 4, "ranks_per_node": 4}, "model": {"seq_length": 255}}, ["model.seq_length = 255", "divisible by parallel.tensor_parallel (4)"]),
     "nothing to offload": ({"model": {"num_moe_layers": 0}, "train": {"offload_expert_optimizer": True}}, ["train.offload_expert_optimizer = True", "needs sparse layers"]),
@@ -301,6 +301,8 @@ def test_doubtful_settings_are_said():
     iid = parse_config({"moe": {"router": "locmoe", "locality_loss": 0.1}, "parallel": {"emulated_nodes": 2}})
     assert ["can only cost" in line for line in doubtful_settings(iid)] == [True]
     assert not list(doubtful_settings(parse_config({"moe": {"router": "hash"}})))
+    unused = parse_config({"moe": {"router": "hash", "jitter": 0.1, "gate_scale": 2.0}})
+    assert [line.partition(":")[0] for line in doubtful_settings(unused)] == ["moe.jitter = 0.1", "moe.gate_scale = 2.0"]
     tight = parse_config({"moe": {"router": "hash", "capacity": {"factor": 0.75}}})
     assert ["at least 25% of the tokens are dropped" in line for line in doubtful_settings(tight)] == [True]
 

@@ -157,9 +157,22 @@ def _broken_train_rules(config: Config) -> Iterator[tuple[str, str]]:
         yield "train.fused", f"flash attention needs heads of a multiple of 16 up to 512 features: model.hidden_size / model.num_heads is {head_size}"
 
 
+_USERS = {
+    "jitter": ("switch",),
+    "z_loss": ("switch", "locmoe", "locmoe_plus"),
+    "gate_scale": ("locmoe", "locmoe_plus"),
+    "locality_loss": ("locmoe", "locmoe_plus"),
+}
+"""The routers that use a key; with others it does nothing, and is no error because one key should switch the router."""
+
+
 def doubtful_settings(config: Config) -> Iterator[str]:
     """Yield a line for every setting that works but does not do what its user may hope."""
     moe, data = config.moe, config.data
+    for key, routers in _USERS.items():
+        value = getattr(moe, key)
+        if value and moe.router not in routers and ":" not in moe.router:
+            yield f"moe.{key} = {value}: not used by moe.router = {moe.router!r}, but by {', '.join(routers)}"
     if moe.router in ("locmoe", "locmoe_plus") and moe.locality_loss and data.sharding == "iid":
         yield (
             f"moe.locality_loss = {moe.locality_loss} with data.sharding: iid: all nodes read the same mixture, so no routing can be "

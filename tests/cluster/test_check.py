@@ -38,7 +38,7 @@ def values(ranks: int, router: str = "locmoe", **changed):
     "ranks, rank, router, precision",
     [
         (8, 3, "hash", "fp32"),
-        (64, 63, "switch", "fp16"),
+        pytest.param(64, 63, "switch", "fp16", marks=pytest.mark.slow),
         (128, 17, "locmoe_plus", "bf16"),
         pytest.param(256, 200, "locmoe", "fp32", marks=pytest.mark.slow),
     ],
