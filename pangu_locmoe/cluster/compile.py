@@ -30,7 +30,6 @@ from pangu_locmoe.parallel.gradients import kind, pieces
 from pangu_locmoe.parallel.hccl import HcclOperators
 from pangu_locmoe.parallel.world import World
 from pangu_locmoe.train import buffers, optimizer
-from pangu_locmoe.train.buffers import has_buffers
 from pangu_locmoe.train.step import Objective
 
 _NUMBER = Tensor(1.0, ms.float32)
@@ -83,7 +82,7 @@ def _inputs(config: Config, num_places: int) -> Tuple[Tensor, ...]:
     rows = [integers(batch, length) for _ in range(4)]
     keys = (integers(batch), integers(batch * length), integers(config.model.hidden_size))
     inputs = (*rows, *keys, _NUMBER)
-    return inputs if has_buffers(config.train) else (_NUMBER, Tensor(1, ms.int32), *inputs)
+    return inputs if config.train.has_buffers else (_NUMBER, Tensor(1, ms.int32), *inputs)
 
 
 def _without_values() -> None:

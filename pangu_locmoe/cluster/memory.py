@@ -19,7 +19,6 @@ from pangu_locmoe.cluster.plan import ITEM_BYTES, Weight, buffer_megabytes, weig
 from pangu_locmoe.config import Config
 from pangu_locmoe.moe.static import group_slots
 from pangu_locmoe.parallel.topology import Topology
-from pangu_locmoe.train.buffers import has_buffers
 
 _FP32 = 4
 _FLASH_ROWS = 2 * 8 * _FP32  # softmax's maximum and sum of each query and head, eight of each, for flash attention's gradient
@@ -80,7 +79,7 @@ def estimate(config: Config, topology: Topology, rank: int, weights: Sequence[We
     pieces = sum(size // piece.count for size, piece in divided if piece is not None)
     moments = [2 * _FP32 * (size if piece is None else size // piece.count) for size, piece in divided]
     host = sum(size for size, weight in zip(moments, weights) if weight.kind == "expert") if config.train.offload_expert_optimizer else 0
-    buffers = numbers + pieces if has_buffers(config.train) else 0
+    buffers = numbers + pieces if config.train.has_buffers else 0
     sizes = _Sizes(config, topology, rank)
     return Memory(
         weights=_FP32 * (numbers + pieces),

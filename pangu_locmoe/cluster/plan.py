@@ -13,7 +13,7 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from pangu_locmoe.config import Config
 from pangu_locmoe.moe.static import group_slots
-from pangu_locmoe.parallel.gradients import piece
+from pangu_locmoe.parallel.gradients import holders_of, piece
 from pangu_locmoe.parallel.hccl import group_name
 from pangu_locmoe.parallel.tensor import Piece
 from pangu_locmoe.parallel.topology import Topology
@@ -144,22 +144,16 @@ def _statistics(config: Config, topology: Topology) -> Iterator[Operation]:
     yield from [gather] * config.model.num_moe_layers
 
 
-def weight_holders(weight: Weight, topology: Topology, rank: int) -> Tuple[int, ...]:
-    """As `gradients.holders`."""
-    holders = {"whole": tuple(range(topology.num_ranks)), "slice": topology.same_part(rank), "expert": topology.expert_replicas(rank)}
-    return holders[weight.kind]
-
-
 def weight_piece(weight: Weight, config: Config, topology: Topology, rank: int) -> Optional[Piece]:
     """The rank's piece of it with parallel.shard_optimizer; None: its moments are not divided."""
-    return piece(weight.shape, weight.kind, weight_holders(weight, topology, rank), rank) if config.parallel.shard_optimizer else None
+    return piece(weight.shape, weight.kind, topology, rank) if config.parallel.shard_optimizer else None
 
 
 def _reductions(config: Config, topology: Topology, rank: int, weights: Sequence[Weight]) -> Iterator[Operation]:
     """Gradients, the experts', slices' and pieces' part of their norm, and weights from their pieces."""
     size, pieces = topology.num_ranks, False
     for weight in weights:
-        ranks, own = weight_holders(weight, topology, rank), weight_piece(weight, config, topology, rank)
+        ranks, own = holders_of(weight.kind, topology, rank), weight_piece(weight, config, topology, rank)
         name, first = group_name(ranks, size), list(weight.shape)
         if own is not None:
             pieces = True

@@ -5,12 +5,12 @@ As parallel/gradients.py, with operators that a graph can hold. All groups are m
 
 from __future__ import annotations
 
-from typing import Dict, List, Optional, Tuple
+from typing import List, Optional, Tuple
 
 from mindspore import ParameterTuple, Tensor, nn, ops
 
-from pangu_locmoe.parallel.gradients import holders, kind, share, with_axis_first
-from pangu_locmoe.parallel.hccl import HcclOperators, SumOver
+from pangu_locmoe.parallel.gradients import holders, kinds, share, with_axis_first
+from pangu_locmoe.parallel.hccl import HcclOperators
 from pangu_locmoe.parallel.tensor import Piece
 from pangu_locmoe.parallel.topology import Topology
 from pangu_locmoe.train.optimizer import AdamW, zeros
@@ -29,14 +29,14 @@ class Reduce(nn.Cell):
         super().__init__(auto_prefix=False)
         rank, parameters = communicator.rank, list(optimizer.parameters)
         self.optimizer, self.count = optimizer, len(parameters)
-        self.kinds = ["piece" if piece else kind(parameter) for parameter, piece in zip(parameters, optimizer.pieces)]
+        self.kinds = kinds(parameters, optimizer.pieces)
         self.shares = [share(parameter, topology) for parameter in parameters]
-        sums = _Sums(communicator)
-        self.sums = [sums.over(holders(parameter, topology, rank), piece) for parameter, piece in zip(parameters, optimizer.pieces)]
-        self.over_experts = sums.over(topology.expert_group(rank))
-        self.over_tensor = sums.over(topology.tensor_group(rank))
+        holding = [holders(parameter, topology, rank) for parameter in parameters]
+        self.sums = [_Sum(communicator, ranks, piece) for ranks, piece in zip(holding, optimizer.pieces)]
+        self.over_experts = _Sum(communicator, topology.expert_group(rank))
+        self.over_tensor = _Sum(communicator, topology.tensor_group(rank))
         self.any_pieces = any(optimizer.divided)
-        self.over_world = sums.over(tuple(range(topology.num_ranks))) if self.any_pieces else nn.Identity()
+        self.over_world = _Sum(communicator, tuple(range(topology.num_ranks)) if self.any_pieces else (rank,))
 
     def construct(self, gradients: Tuple[Tensor, ...], factor: Tensor) -> Tuple[Tuple[Tensor, ...], Tensor]:
         """Returns the reduced gradients times `factor`, and the norm of the whole gradient."""
@@ -74,7 +74,7 @@ class Update(nn.Cell):
         gathers: List[nn.Cell] = []
         for parameter, piece in zip(optimizer.parameters, optimizer.pieces):
             ranks = holders(parameter, topology, communicator.rank)
-            gathers.append(nn.Identity() if piece is None else _GatherPieces(communicator.group(ranks), piece.cut.axis))
+            gathers.append(nn.Identity() if piece is None else _GatherPieces(communicator, ranks, piece.cut.axis))
         self.gathers = gathers
 
     def construct(self, gradients: Tuple[Tensor, ...], learning_rate: Tensor, step: Tensor, norm: Tensor) -> Tensor:
@@ -121,40 +121,27 @@ def reduced_buffers(optimizer: AdamW, buffers: ParameterTuple) -> ParameterTuple
     return ParameterTuple([zeros(updated.shape, f"reduced.{updated.name}") if divided else buffer for buffer, updated, divided in results])
 
 
-class _Sums:
-    """The sums over groups; those of a whole tensor share an operator."""
+class _Sum(nn.Cell):
+    """The sum over some ranks; with a piece, each gets its block of an axis."""
 
-    def __init__(self, communicator: HcclOperators) -> None:
-        self.communicator = communicator
-        self._whole: Dict[Tuple[int, ...], nn.Cell] = {}
-
-    def over(self, ranks: Tuple[int, ...], piece: Optional[Piece] = None) -> nn.Cell:
-        if len(ranks) == 1:
-            return nn.Identity()
-        if piece is not None:
-            return _SumOfPiece(self.communicator.group(ranks), piece.cut.axis)
-        if ranks not in self._whole:
-            self._whole[ranks] = SumOver(self.communicator.group(ranks))
-        return self._whole[ranks]
-
-
-class _SumOfPiece(nn.Cell):
-    """The sum over a group, of which each rank gets a block of an axis."""
-
-    def __init__(self, group: str, axis: int) -> None:
+    def __init__(self, communicator: HcclOperators, ranks: Tuple[int, ...], piece: Optional[Piece] = None) -> None:
         super().__init__()
-        self.axis, self.scatter = axis, ops.ReduceScatter(ops.ReduceOp.SUM, group)
+        self.axis, self.sum = 0, nn.Identity()
+        if piece is not None:
+            self.axis, self.sum = piece.cut.axis, communicator.scattering(ranks)
+        elif len(ranks) > 1:
+            self.sum = communicator.summing(ranks)
 
     def construct(self, x: Tensor) -> Tensor:
-        return with_axis_first(self.scatter(with_axis_first(x, self.axis)), self.axis)
+        return with_axis_first(self.sum(with_axis_first(x, self.axis)), self.axis)
 
 
 class _GatherPieces(nn.Cell):
-    """The inverse: the blocks of all ranks."""
+    """The blocks of all ranks, along an axis."""
 
-    def __init__(self, group: str, axis: int) -> None:
+    def __init__(self, communicator: HcclOperators, ranks: Tuple[int, ...], axis: int) -> None:
         super().__init__()
-        self.axis, self.gather = axis, ops.AllGather(group)
+        self.axis, self.gather = axis, communicator.gathering(ranks)
 
     def construct(self, piece: Tensor) -> Tensor:
         return with_axis_first(self.gather(with_axis_first(piece, self.axis)), self.axis)

@@ -15,7 +15,7 @@ from pangu_locmoe.errors import ConfigError
 from pangu_locmoe.parallel.exchange import Ledger
 from pangu_locmoe.parallel.hccl import HcclOperators
 from pangu_locmoe.parallel.topology import Topology
-from pangu_locmoe.train.buffers import Accumulate, gradient_buffers, has_buffers
+from pangu_locmoe.train.buffers import Accumulate, gradient_buffers
 from pangu_locmoe.train.distributed import DistributedStepper, world_result
 from pangu_locmoe.train.optimizer import AdamW
 from pangu_locmoe.train.step import Objective, StepResult
@@ -61,7 +61,7 @@ class GraphParts:
         self.optimizer = optimizer
         self.reduce, self.update = Reduce(optimizer, topology, communicator), Update(optimizer, topology, communicator)
         self.buffers: Optional[ParameterTuple] = None
-        if has_buffers(config.train):
+        if config.train.has_buffers:
             self.buffers = gradient_buffers(optimizer.parameters)
             self.reduced = reduced_buffers(optimizer, self.buffers)
 

@@ -117,6 +117,11 @@ class TrainConfig(Section):
     seed: int = Field(1, ge=0, description="of weights, data order, hash tables and dropout")
     log_every: int = Field(1, ge=1, description="steps between training rows in metrics.jsonl")
 
+    @property
+    def has_buffers(self) -> bool:
+        """Whether a compiled step has several parts, with gradients added up in buffers between them."""
+        return self.precision == "fp16" or self.accumulation_steps > 1
+
 
 class EvaluationConfig(Section):
     every: int = Field(100, ge=1, description="steps between evaluations; always at the last step")

@@ -81,7 +81,7 @@ def _broken_parallel_rules(config: Config) -> Iterator[tuple[str, str]]:
         yield "parallel.sequence_parallel", "needs parallel.tensor_parallel > 1: ranks that share matrices divide the tokens"
     if parallel.sequence_parallel and config.model.seq_length % parallel.tensor_parallel:
         yield "model.seq_length", f"must be divisible by parallel.tensor_parallel ({parallel.tensor_parallel}) with parallel.sequence_parallel"
-    if parallel.sequence_parallel and config.train.recompute and (config.train.precision == "fp16" or config.train.accumulation_steps > 1):
+    if parallel.sequence_parallel and config.train.recompute and config.train.has_buffers:
         yield "train.recompute", "MindSpore's front end does not compile it with parallel.sequence_parallel in a step of several graphs (fp16, accumulation)"
     if parallel.tensor_parallel > 1 and parallel.ranks_per_node is None:
         yield "parallel.tensor_parallel", "needs parallel.ranks_per_node, which is never guessed: ranks that share a matrix must be in one node"

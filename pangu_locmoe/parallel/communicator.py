@@ -59,8 +59,12 @@ class Communicator(ABC):
         """
 
     def reduce_scatter(self, rows_MX: Tensor, ranks: Sequence[int]) -> Tensor:
-        """This rank's equal share of the rows of `all_reduce`; M must be divisible by the number of ranks. No gradient."""
-        return rows_MX if len(ranks) == 1 else self.scattering(ranks)(rows_MX)
+        """This rank's equal share of the rows of `all_reduce`; M must be divisible by the number of ranks. No gradient.
+
+        Unless there is an operator for it: the whole sum, of which a share is taken.
+        """
+        share, place = rows_MX.shape[0] // len(ranks), list(ranks).index(self.rank)
+        return self.all_reduce(rows_MX, ranks)[place * share : (place + 1) * share]
 
     def gather_rows(self, rows_MX: Tensor, ranks: Sequence[int]) -> Tensor:
         """The rows of ranks[0], then of ranks[1], ...; all have as many. No gradient.

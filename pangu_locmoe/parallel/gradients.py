@@ -24,25 +24,36 @@ def is_expert(parameter: Parameter) -> bool:
     return ".moe.experts." in parameter.name
 
 
-KINDS = ("whole", "slice", "expert")
+KINDS = ("whole", "slice", "expert", "piece")
+"""Of the gradients that a rank has after the reduction; only the first is the same on all ranks."""
 
 
 def kind(parameter: Parameter) -> str:
-    """One of KINDS: whole on all ranks, divided over each place, or an expert's."""
+    """whole on all ranks, a slice divided over each place, or an expert's."""
     if is_expert(parameter):
         return "expert"
     return "whole" if cut_of(parameter) is None else "slice"
 
 
+def kinds(parameters: Sequence[Parameter], pieces: Sequence[Optional[Piece]]) -> List[str]:
+    """One of KINDS for each parameter's reduced gradient."""
+    return [kind(parameter) if own is None else "piece" for parameter, own in zip(parameters, pieces)]
+
+
 def holders(parameter: Parameter, topology: Topology, rank: int) -> Tuple[int, ...]:
-    """The ranks that hold the same of a parameter as this one.
+    """The ranks that hold the same of a parameter as this one."""
+    return holders_of(kind(parameter), topology, rank)
+
+
+def holders_of(kind: str, topology: Topology, rank: int) -> Tuple[int, ...]:
+    """The ranks that hold the same of a parameter of this kind.
 
     The ranks of a place have the same gradient of a parameter that is whole on all of them; it is averaged over them as well, so
     that they stay the same to the last bit.
     """
-    if kind(parameter) == "expert":
+    if kind == "expert":
         return topology.expert_replicas(rank)
-    return tuple(range(topology.num_ranks)) if kind(parameter) == "whole" else topology.same_part(rank)
+    return tuple(range(topology.num_ranks)) if kind == "whole" else topology.same_part(rank)
 
 
 def share(parameter: Parameter, topology: Topology) -> float:
@@ -51,11 +62,12 @@ def share(parameter: Parameter, topology: Topology) -> float:
     return 1.0 / (topology.num_ranks if alike else topology.num_places)
 
 
-def piece(shape: Sequence[int], kind: str, ranks: Sequence[int], rank: int) -> Optional[Piece]:
-    """What this rank keeps the moments of, where `ranks` hold the same of a parameter and divide it; None: of all of it.
+def piece(shape: Sequence[int], kind: str, topology: Topology, rank: int) -> Optional[Piece]:
+    """What this rank keeps the moments of, where the holders of a parameter divide it; None: of all of it.
 
     Experts are never divided between ranks, each of them is: they may move to other ranks.
     """
+    ranks = holders_of(kind, topology, rank)
     if len(ranks) == 1:
         return None
     axes = range(1 if kind == "expert" else 0, len(shape))
@@ -65,7 +77,7 @@ def piece(shape: Sequence[int], kind: str, ranks: Sequence[int], rank: int) -> O
 
 def pieces(parameters: Sequence[Parameter], topology: Topology, rank: int) -> List[Optional[Piece]]:
     """This rank's piece of each parameter."""
-    return [piece(parameter.shape, kind(parameter), holders(parameter, topology, rank), rank) for parameter in parameters]
+    return [piece(parameter.shape, kind(parameter), topology, rank) for parameter in parameters]
 
 
 def with_axis_first(x: Tensor, axis: int) -> Tensor:
@@ -89,12 +101,14 @@ def reduce_gradients(
     return reduced
 
 
-def gather_pieces(updated: Sequence[Tensor], parameters: Sequence[Parameter], pieces: Sequence[Optional[Piece]], topology: Topology, communicator: Communicator) -> None:
+def gather_pieces(
+    updated: Sequence[Tensor], parameters: Sequence[Parameter], pieces: Sequence[Optional[Piece]], topology: Topology, communicator: Communicator
+) -> None:
     """Put parameters together again, in place, from the pieces that the ranks have updated."""
-    for piece_, parameter, own in zip(updated, parameters, pieces):
+    for part, parameter, own in zip(updated, parameters, pieces):
         if own is not None:
             axis = own.cut.axis
-            rows = communicator.gather_rows(with_axis_first(piece_, axis), holders(parameter, topology, communicator.rank))
+            rows = communicator.gather_rows(with_axis_first(part, axis), holders(parameter, topology, communicator.rank))
             ops.assign(parameter, with_axis_first(rows, axis))
 
 

@@ -75,6 +75,9 @@ class HcclOperators(Communicator):
         operator: Callable[[Tensor], Tensor] = self._operator(("scatter", group), lambda: ops.ReduceScatter(ops.ReduceOp.SUM, group))
         return operator
 
+    def reduce_scatter(self, rows_MX: Tensor, ranks: Sequence[int]) -> Tensor:
+        return rows_MX if len(ranks) == 1 else self.scattering(ranks)(rows_MX)
+
     def gather_rows(self, rows_MX: Tensor, ranks: Sequence[int]) -> Tensor:
         return rows_MX if len(ranks) == 1 else self.gathering(ranks)(rows_MX)
 
@@ -194,13 +197,3 @@ class GatherRows(nn.Cell):
     def construct(self, x_M: Tensor) -> Tensor:
         return self.gather(ops.expand_dims(x_M, 0))
 
-
-class SumOver(nn.Cell):
-    """The sum over a group."""
-
-    def __init__(self, group: str) -> None:
-        super().__init__()
-        self.sum = ops.AllReduce(ops.ReduceOp.SUM, group)
-
-    def construct(self, x: Tensor) -> Tensor:
-        return self.sum(x)

@@ -45,6 +45,7 @@ class Experiment:
         claims: rows of the table; never called without measured cases.
         picture: draws NAME.svg; None: there is none.
         caption: of the picture.
+        table: all results as a Markdown table, for under the picture; None: the claims say it all.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Experiment:
     claims: Callable[[List[Measured]], List[Claim]]
     picture: Optional[Callable[[List[Measured], Path], None]] = None
     caption: str = ""
+    table: Optional[Callable[[List[Measured]], str]] = None
 
 
 def read_measured(file: Path) -> List[Measured]:

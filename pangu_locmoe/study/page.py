@@ -42,7 +42,7 @@ def write_page(file: Path, raw: Path, committed: Path, quick: bool) -> None:
         if isinstance(one, Recorded):
             found = one.claims(committed) if all((committed / name).exists() for name in one.files) else []
             when = one.date(committed) if found else ""
-            picture = committed / f"{one.name}.svg"
+            picture, table = committed / f"{one.name}.svg", ""
         else:
             measured = read_measured(raw / f"{one.name}.json")
             if measured:
@@ -52,6 +52,7 @@ def write_page(file: Path, raw: Path, committed: Path, quick: bool) -> None:
             picture = raw / f"{one.name}.svg"
             if measured and one.picture is not None:
                 one.picture(measured, picture)
+            table = one.table(measured) if measured and one.table is not None else ""
             missing = len(one.cases(quick)) - len(measured)
             if measured and missing > 0:
                 notes.append(f"`{one.name}` lacks {missing} of its {len(one.cases(quick))} cases: its rows are preliminary.")
@@ -61,7 +62,7 @@ def write_page(file: Path, raw: Path, committed: Path, quick: bool) -> None:
             rules.append(claim.rule)
             rows.append(_row(claim, when, len(rules)))
         if found and picture.exists():
-            pictures.append(f"![{one.caption}]({_relative(picture, file.parent)})\n\n{one.caption}.")
+            pictures.append(f"![{one.caption}]({_relative(picture, file.parent)})\n\n{one.caption}." + f"\n\n{table}" * bool(table))
     if machines:
         notes.append(f"Measured on {'; '.join(sorted(machines))}, where a row names no other machine.")
     count = Counter(row[-2] for row in rows)

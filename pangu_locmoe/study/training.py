@@ -10,7 +10,7 @@ from typing import Any, Dict, List, Tuple
 
 import numpy as np
 
-from pangu_locmoe.config import load_config
+from pangu_locmoe.config import Config, load_config
 from pangu_locmoe.data.prepared import prepare
 from pangu_locmoe.moe.routers import ROUTERS
 from pangu_locmoe.study import tokens, verdict
@@ -40,9 +40,14 @@ class Record(Callback):
             self.validation.append((row["step"], row["validation_loss"]))
 
 
+def configured(case: Case) -> Config:
+    """A case's `config` with its `set`, and its router and seed."""
+    return load_config(case["config"], [*case["set"], f"moe.router={case['router']}", f"train.seed={case['seed']}"])
+
+
 def trained(case: Case, record: Callback) -> Trainer:
-    """The case's run: its `config` with its `set`, and its router and seed. What it writes is thrown away."""
-    config = load_config(case["config"], [*case["set"], f"moe.router={case['router']}", f"train.seed={case['seed']}"])
+    """The case's run. What it writes is thrown away."""
+    config = configured(case)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(config, prepare(config, False), Path(folder), callbacks=[record])
         trainer.run(progress=False)

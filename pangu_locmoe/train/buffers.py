@@ -10,13 +10,7 @@ from typing import Dict, Sequence, Tuple
 import mindspore as ms
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
-from pangu_locmoe.config.models import TrainConfig
 from pangu_locmoe.train.optimizer import AdamW, zeros
-
-
-def has_buffers(train: TrainConfig) -> bool:
-    """Whether a compiled step has several parts."""
-    return train.precision == "fp16" or train.accumulation_steps > 1
 
 
 def gradient_buffers(parameters: Sequence[Parameter]) -> ParameterTuple:

@@ -20,7 +20,7 @@ from pangu_locmoe.moe.slot_factors import starting_factors
 from pangu_locmoe.noise import draw_keys
 from pangu_locmoe.parallel.communicator import Communicator
 from pangu_locmoe.parallel.exchange import Exchange, Ledger
-from pangu_locmoe.parallel.gradients import KINDS, gather_pieces, kind, pieces, reduce_gradients, squared_norm
+from pangu_locmoe.parallel.gradients import KINDS, gather_pieces, kinds, pieces, reduce_gradients, squared_norm
 from pangu_locmoe.parallel.tensor import Piece
 from pangu_locmoe.parallel.timeline import Timeline, gather_spans
 from pangu_locmoe.parallel.topology import Topology
@@ -45,7 +45,7 @@ class DistributedStepper(Stepper):
         self.communicator = exchange.communicator
         self.factors = starting_factors(config.moe.capacity)
         super().__init__(model, config, capacities)
-        self._kinds = ["piece" if divided else kind(parameter) for parameter, divided in zip(self.parameters, self.optimizer.divided)]
+        self._kinds = kinds(self.parameters, self.optimizer.pieces)
 
     def _pieces(self) -> Optional[List[Optional[Piece]]]:
         return pieces(self.parameters, self.topology, self.communicator.rank) if self.config.parallel.shard_optimizer else None
@@ -100,11 +100,9 @@ class DistributedStepper(Stepper):
     def _update(self, gradients: List[Tensor], factor: float, learning_rate: float, step: int) -> Tuple[bool, float]:
         began, started = time.time(), time.perf_counter()
         reduced = reduce_gradients(gradients, self.parameters, self.optimizer.pieces, self.topology, self.communicator)
-        self.exchange.ledger.reduce_seconds = time.perf_counter() - started
-        if self.exchange.timeline is not None:
-            self.exchange.timeline.add("reduction", began)
+        self._reduced(began, started)
         reduced = [gradient * factor for gradient in reduced] if factor != 1.0 else reduced
-        parts = [tuple(gradient for gradient, one in zip(reduced, self._kinds) if one == each) for each in (*KINDS, "piece")]
+        parts = [tuple(gradient for gradient, one in zip(reduced, self._kinds) if one == each) for each in KINDS]
         whole, slices, experts, shared = map(self.optimizer.squared_norm, parts)
         own = shared if any(self.optimizer.divided) else None
         norm = ops.sqrt(squared_norm(whole, slices, experts, own, self.topology, self.communicator))
@@ -112,10 +110,17 @@ class DistributedStepper(Stepper):
         skipped = self._overflows(value)
         if not skipped:
             self.optimizer.update(tuple(reduced), Tensor(learning_rate, ms.float32), Tensor(step, ms.int32), norm)
-            started = time.perf_counter()
-            gather_pieces(self.optimizer.updated, self.parameters, self.optimizer.pieces, self.topology, self.communicator)
-            self.exchange.ledger.reduce_seconds += time.perf_counter() - started
+            if own is not None:
+                began, started = time.time(), time.perf_counter()
+                gather_pieces(self.optimizer.updated, self.parameters, self.optimizer.pieces, self.topology, self.communicator)
+                self._reduced(began, started)
         return skipped, value
+
+    def _reduced(self, began: float, started: float) -> None:
+        """Account for a reduction, or a gathering of pieces, that is over now; `began` and `started` are of time's two clocks."""
+        self.exchange.ledger.reduce_seconds += time.perf_counter() - started
+        if self.exchange.timeline is not None:
+            self.exchange.timeline.add("reduction", began)
 
 
 def gather_ledgers(own: Ledger, communicator: Communicator) -> Ledger:

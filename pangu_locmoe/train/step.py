@@ -22,7 +22,7 @@ from pangu_locmoe.noise import draw_keys
 from pangu_locmoe.parallel.exchange import Ledger
 from pangu_locmoe.parallel.tensor import Piece
 from pangu_locmoe.parallel.timeline import Span
-from pangu_locmoe.train.buffers import Accumulate, BufferedNorm, BufferedUpdate, gradient_buffers, has_buffers
+from pangu_locmoe.train.buffers import Accumulate, BufferedNorm, BufferedUpdate, gradient_buffers
 from pangu_locmoe.train.optimizer import AdamW
 
 KEPT_STEPS = 6  # compiled ones, each for its capacities
@@ -133,7 +133,7 @@ class Stepper:
         self.optimizer = AdamW.of(self.parameters, train, self._pieces())
         self.loss_scale = LossScale(train.loss_scale, train.loss_scale_window) if train.precision == "fp16" else None
         self._buffers: Optional[ParameterTuple] = None
-        if self._accumulates and has_buffers(train):
+        if self._accumulates and train.has_buffers:
             self._buffers = gradient_buffers(self.parameters)
             compiled = self._compiler()
             self._norm = compiled(BufferedNorm(self.optimizer, self._buffers))
