@@ -21,16 +21,19 @@ from pangu_locmoe.train.evaluate import Evaluator
 
 def restore_model(folder: Path) -> tuple[PanguSigma, Config]:
     """Build a checkpoint's model in this one process and load its weights. Raises CheckpointError or ConfigError."""
-    config = read_config(folder)
-    # Where a job had its experts and who read what matters for training only.
+    config = in_one_process(read_config(folder))
+    model = PanguSigma(config)
+    load_weights(folder, model)
+    return model, config
+
+
+def in_one_process(config: Config) -> Config:
+    """The same model without a job: where a job has its experts and who reads what matters for training only."""
     data = config.data.model_copy(update={"sharding": "iid"})
     train = config.train
     if train.precision == "bf16" and ms.get_context("device_target") == "CPU":
         train = train.model_copy(update={"precision": "fp32"})  # CPUs have no bf16; the weights are fp32
-    config = config.model_copy(update={"parallel": ParallelConfig(), "data": data, "train": train})
-    model = PanguSigma(config)
-    load_weights(folder, model)
-    return model, config
+    return config.model_copy(update={"parallel": ParallelConfig(), "data": data, "train": train})
 
 
 def restore_generator(path: Path) -> Generator:

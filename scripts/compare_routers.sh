@@ -28,12 +28,8 @@ are in DIR. Needs root and iproute2, takes hours, and wants the machine to itsel
 TEXT
 }
 
-fail() {
-    echo "compare_routers.sh: $1" >&2
-    exit 2
-}
-
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. scripts/job.sh
 config=configs/compare.yaml output='' seeds=3 more_seeds='' steps=120 timing_steps=16 shares=18,29 rates=''
 more=()
 while [ $# -gt 0 ]; do
@@ -55,6 +51,10 @@ while [ $# -gt 0 ]; do
                 --shares) shares=$2 ;;
                 --rates) rates=$2 ;;
                 --config) config=$2 ;;
+                --set)
+                    sets+=("$1" "$2")
+                    more+=("$1" "$2")
+                    ;;
                 *) more+=("$1" "$2") ;;
             esac
             shift
@@ -71,17 +71,12 @@ done
 [[ $rates =~ ^([0-9]+mbit(,[0-9]+mbit)*)?$ ]] || fail "--rates must be rates such as 90mbit,200mbit, not $rates"
 [ "$timing_steps" -ge 6 ] || fail "--timing-steps must be at least 6: the first 4 only warm up"
 [ "$steps" -ge $((2 * timing_steps)) ] || fail "--steps must be at least twice --timing-steps"
-[ -f "$config" ] || fail "$config: no such configuration"
 [ "$(id -u)" = 0 ] || fail "only root may make network namespaces"
 for tool in ip tc; do
     command -v $tool >/dev/null || fail "needs $tool of iproute2: apt-get install iproute2"
 done
 
-. scripts/venv.sh
-use_venv ""
-if [ ! -e data/corpus ] && grep -q data/corpus "$config" configs/cpu_base.yaml; then
-    bash scripts/fetch_corpus.sh --python .venv/bin/python
-fi
-python -m pangu_locmoe prepare "$config" >/dev/null
+prepare_corpus
+python -m pangu_locmoe prepare "$config" "${sets[@]}" >/dev/null
 exec python scripts/compare_routers.py "$config" --output "${output:-runs/compare}" --seeds "$seeds" --more-seeds "$more_seeds" --steps "$steps" \
     --timing-steps "$timing_steps" --shares "$shares" --rates "$rates" ${more[@]+"${more[@]}"}

@@ -76,7 +76,7 @@ for name in $(ip netns list | grep -oE '^moe[0-9]+n[0-9]+'; ip -o link | grep -o
 done
 
 ranks=$((nodes * per_node))
-prepare_job $ranks "$nodes-nodes"
+prepare_job $ranks "$per_node" "$nodes-nodes"
 
 stopped=0 watcher='' jobs=()
 clean() {
@@ -113,7 +113,7 @@ for ((node = 0; node < nodes; node++)); do
     ip netns exec "moe$$n$node" env "MS_WORKER_IP=10.77.0.$((node + 1))" \
         setsid msrun --worker_num $ranks --local_worker_num "$per_node" --node_rank $node \
         --master_addr 10.77.0.1 --master_port "$port" --join=True --log_dir "$run_dir/logs" "$launch" \
-        train "$config" --set "parallel.ranks_per_node=$per_node" --set "parallel.expert_parallel=$ranks" \
+        train "$config" "${sets[@]}" \
         --run-dir "$run_dir" --resume "$resume" "${rest[@]}" "${progress[@]}" >"$run_dir/logs/msrun-$node.log" 2>&1 &
     jobs+=($!)
 done

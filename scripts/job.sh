@@ -1,8 +1,8 @@
-# Sourced by train.sh, train_cpu_cluster.sh and emulate_cluster.sh: what they have in common. Sets config,
-# run_dir, resume, rest and progress from the flags that go through to `train`.
+# Sourced by train.sh, train_cpu_cluster.sh, emulate_cluster.sh and compare_routers.sh: what they have in common. Sets config,
+# run_dir, resume, sets, rest and progress from the flags that go through to `train`.
 
 config=configs/cpu_cluster.yaml run_dir='' resume=never
-rest=() progress=()
+sets=() rest=() progress=()
 
 fail() {
     echo "$(basename "$0"): $1" >&2
@@ -20,6 +20,7 @@ take_train_flag() {
             case $1 in
                 --run-dir) run_dir=$2 ;;
                 --resume) resume=$2 ;;
+                --set) sets+=("$1" "$2") ;;
                 *) rest+=("$1" "$2") ;;
             esac
             ;;
@@ -33,19 +34,34 @@ prepare_corpus() {
     [ -f "$config" ] || fail "$config: no such configuration; configs/ has $(cd configs && echo *.yaml)"
     . scripts/venv.sh
     use_venv ""
-    if [ ! -e data/corpus ] && grep -q data/corpus "$config" configs/cpu_base.yaml; then
+    if [ ! -e data/corpus ] && uses_corpus; then
         bash scripts/fetch_corpus.sh --python .venv/bin/python
     fi
 }
 
-# prepare_job RANKS SUFFIX: Python, the corpus, the run directory (its default name ends in SUFFIX) and the environment.
+# uses_corpus: whether the configuration reads data/corpus. Not if it cannot be read itself: `train` says why.
+uses_corpus() {
+    python - "$config" "${sets[@]}" 2>/dev/null <<'PYTHON'
+import sys
+from pangu_locmoe.config import load_config
+
+sources = load_config(sys.argv[1], sys.argv[3::2]).data.sources
+sys.exit(not any(f"{source.path}/".startswith("data/corpus/") for source in sources))
+PYTHON
+}
+
+# prepare_job RANKS RANKS_PER_NODE SUFFIX: Python, the text, the run directory (its default name ends in SUFFIX) and the environment.
 prepare_job() {
     prepare_corpus
+    sets=(--set "parallel.ranks_per_node=$2" --set "parallel.expert_parallel=$1" "${sets[@]}")
+    # Here and not in the job, whose ranks wait for each other for two minutes and no longer.
+    python -m pangu_locmoe prepare "$config" "${sets[@]}" >/dev/null
     if [ -z "$run_dir" ]; then
+        # A new directory, or the newest to go on with.
         local stem number=2
-        stem=runs/$(basename "$config" .yaml)-$2
+        stem=runs/$(basename "$config" .yaml)-$3
         run_dir=$stem
-        while [ "$resume" = never ] && [ -e "$run_dir" ]; do
+        while [ -e "$run_dir" ] && { [ "$resume" = never ] || [ -e "$stem-$number" ]; }; do
             run_dir=$stem-$number
             number=$((number + 1))
         done

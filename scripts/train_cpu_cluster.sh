@@ -47,11 +47,11 @@ per_node=${per_node:-$ranks}
 
 # A dead rank is noticed here, by msrun; one that is only late, or stopped for a while, is waited for.
 export MS_NODE_TIMEOUT=${MS_NODE_TIMEOUT:-60}
-prepare_job "$ranks" "$ranks-ranks"
+prepare_job "$ranks" "$per_node" "$ranks-ranks"
 # A session of its own: Ctrl-C would make msrun kill the ranks before they have saved anything.
 setsid msrun --worker_num "$ranks" --local_worker_num "$ranks" --master_addr 127.0.0.1 --master_port "$port" --join=True \
     --cluster_time_out 120 --log_dir "$run_dir/logs" "$launch" \
-    train "$config" --set "parallel.ranks_per_node=$per_node" --set "parallel.expert_parallel=$ranks" \
+    train "$config" "${sets[@]}" \
     --run-dir "$run_dir" --resume "$resume" "${rest[@]}" "${progress[@]}" >"$run_dir/logs/msrun.log" 2>&1 &
 job=$!
 

@@ -20,7 +20,7 @@ from pangu_locmoe.model.inherit import inherit
 from pangu_locmoe.model.sigma import PanguSigma
 from pangu_locmoe.moe.capacity import DROPLESS
 from pangu_locmoe.restore import evaluate_checkpoint, restore_generator, restore_model
-from pangu_locmoe.train.checkpoint import save_checkpoint
+from pangu_locmoe.train.checkpoint import read_config, save_checkpoint
 from pangu_locmoe.train.run import train
 
 # Weights large enough that experts and routers matter.
@@ -131,6 +131,18 @@ def test_with_a_gate_the_loss_is_near_the_dense_ones(inherited, router):
         target, _ = logits(dense_model, dense_config, batch)
         distances += [np.square(logits(m, config, batch)[0] - target).mean() for m in (model, undivided)]
     assert distances[0] < 0.5 * distances[1]
+
+
+def test_a_job_inherits_what_one_process_does(inherited, tmp_path):
+    """Its static exchange and its nodes are for training."""
+    job = {"expert_parallel": 2, "ranks_per_node": 1, "sizes": "static"}
+    config = tiny.tiny_config(
+        model={**SIZES, "num_moe_layers": 2}, moe={"router": "hash", "capacity": {"local_factor": 2.0, "remote_factor": 1.0}}, train={"seed": 7}, parallel=job
+    )
+    inherit(dense()[0], config, tmp_path / "new")
+    assert read_config(tmp_path / "new") == config
+    wanted, got = (load_file(folder / "model.safetensors") for folder in (inherited("hash")[0], tmp_path / "new"))
+    assert wanted.keys() == got.keys() and all(np.array_equal(wanted[name], got[name]) for name in wanted)
 
 
 def test_an_inherited_model_can_be_trained(inherited, tmp_path):

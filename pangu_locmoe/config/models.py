@@ -136,6 +136,7 @@ class TraceConfig(Section):
 
 
 class PlacementConfig(Section):
+    start: Union[str, List[List[int]], None] = Field(None, description="where experts are at first: for each sparse layer the expert of every slot, or the file of a plan of `load place`; null: in order")
     policy: Literal["off", "locality", "eplb"] = Field("off", description="whether experts change ranks while training, and by what: modelled step time, or balance alone")
     every: int = Field(200, ge=1, description="steps between plans; each is made from the forecast of the load up to the next one")
     min_gain: float = Field(0.05, ge=0, lt=1, description="accept a plan only if it shortens the modelled step, moving included, by this share")

@@ -119,12 +119,20 @@ def _broken_memory_rules(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _broken_placement_rules(config: Config) -> Iterator[tuple[str, str]]:
-    if config.placement.policy == "off":
+    start, policy = config.placement.start, config.placement.policy
+    for key in ["placement.start"] * (start is not None) + ["placement.policy"] * (policy != "off"):
+        if config.parallel.expert_parallel == 1 or config.model.num_moe_layers == 0:
+            yield key, "has nothing to move: needs sparse layers and parallel.expert_parallel > 1"
+        if config.parallel.sizes == "static":
+            yield key, "needs parallel.sizes: counts: the slots of a compiled step are made for where its experts are"
+    if isinstance(start, list):
+        if len(start) != config.model.num_moe_layers:
+            yield "placement.start", f"must have a list for each of the {config.model.num_moe_layers} sparse layers (model.num_moe_layers)"
+        for slots in start:
+            if sorted(slots) != list(range(config.moe.num_experts)):
+                yield "placement.start", f"must have each expert from 0 to {config.moe.num_experts - 1} once in every layer"
+    if policy == "off":
         return
-    if config.parallel.expert_parallel == 1 or config.model.num_moe_layers == 0:
-        yield "placement.policy", "has nothing to move: needs sparse layers and parallel.expert_parallel > 1"
-    if config.parallel.sizes == "static":
-        yield "placement.policy", "needs parallel.sizes: counts: the slots of a compiled step are made for where its experts are"
     if config.trace.max_rows is not None:
         yield "trace.max_rows", "must be null with a placement policy, whose plans are made from the trace"
     if config.placement.every < 2 * config.trace.every:

@@ -21,6 +21,7 @@ from pangu_locmoe.errors import CheckpointError
 from pangu_locmoe.model.sigma import PanguSigma
 from pangu_locmoe.moe.capacity import DROPLESS
 from pangu_locmoe.moe.routers import ROUTERS
+from pangu_locmoe.restore import in_one_process
 from pangu_locmoe.train.checkpoint import find_checkpoint, read_shards, save_checkpoint
 from pangu_locmoe.train.shards import Held, named_arrays, set_parameters
 
@@ -44,11 +45,12 @@ def inherit(dense: Path, config: Config, output: Path) -> str:
     # The weights only mean something with the tokenizer they were trained with.
     data = config.data.model_copy(update={"tokenizer": str(folder / "tokenizer.json")})
     prepared = prepare(config.model_copy(update={"data": data}))
-    model = PanguSigma(config, prepared.token_counts)
+    own = in_one_process(config)
+    model = PanguSigma(own, prepared.token_counts)
     copy_dense(read_shards(folder, "model"), model, str(folder))
     done = f"{output}: {config.moe.num_experts} experts in each of {config.model.num_moe_layers} layers from {folder}"
     if ROUTERS[config.moe.router].has_gate:
-        mean_weights = compensate(model, config, prepared)
+        mean_weights = compensate(model, own, prepared)
         done += "; outputs divided by the mean probabilities " + ", ".join(f"{weight:.4f}" for weight in mean_weights)
     save_checkpoint(output, config, folder / "tokenizer.json", model)
     return done

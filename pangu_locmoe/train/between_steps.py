@@ -27,19 +27,22 @@ class BetweenSteps:
 
     def __init__(self, config: Config, world: World, stepper: DistributedStepper) -> None:
         self._config, self._world, self._stepper = config, world, stepper
-        self._moves = config.placement.policy != "off"
+        self._plans = config.placement.policy != "off"
+        self._moves = self._plans or config.placement.start is not None
         self._follows = slot_factors.automatic(config.moe.capacity)
+        if config.placement.start is not None:
+            placement.move_experts(stepper.model, stepper.optimizer, stepper.exchange, placement.starting_slots(config))
 
     @property
     def slot_to_expert(self) -> Optional[np.ndarray]:
-        """Where experts are, int [L, E]; None where they cannot move."""
+        """Where experts are, int [L, E]; None where they are in order and stay."""
         return placement.slot_to_expert(self._stepper.model) if self._moves else None
 
     def __call__(self, step: int, result: StepResult, trace: Optional[WriteTrace]) -> Iterator[Row]:
         """After each step; `trace` is rank 0's. Yields a row for everything that changed."""
         if self._follows and step % slot_factors.EVERY == 0:
             yield from self._follow_counts(step, result)
-        if self._moves and step % self._config.placement.every == 0 and step < self._config.train.steps:
+        if self._plans and step % self._config.placement.every == 0 and step < self._config.train.steps:
             yield from self._place_experts(step, trace)
 
     def _follow_counts(self, step: int, result: StepResult) -> Iterator[Row]:

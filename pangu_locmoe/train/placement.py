@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Dict, Optional
 
 import numpy as np
@@ -15,8 +16,9 @@ from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from pangu_locmoe.config import Config
+from pangu_locmoe.errors import DataError
 from pangu_locmoe.load.forecast import mean_share
-from pangu_locmoe.load.placement import Costs, Plan, place_trace
+from pangu_locmoe.load.placement import Costs, Plan, load_plan, place_trace
 from pangu_locmoe.load.state import states
 from pangu_locmoe.load.trace import Trace
 from pangu_locmoe.model.sigma import PanguSigma
@@ -25,6 +27,27 @@ from pangu_locmoe.parallel.exchange import Exchange
 from pangu_locmoe.parallel.topology import Topology
 
 VALUE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+
+
+def starting_slots(config: Config) -> np.ndarray:
+    """The placement that `placement.start` asks for: an expert for each slot, int [L, E].
+
+    Raises:
+        DataError: it is a file, but no plan, or one for other layers, experts or ranks.
+    """
+    start, model, moe = config.placement.start, config.model, config.moe
+    if isinstance(start, list):
+        return np.asarray(start)
+    assert start is not None
+    plan = load_plan(Path(start))
+    has = (*plan.slots_LS.shape, plan.nodes * plan.ranks_per_node)
+    needs = (model.num_moe_layers, moe.num_experts, config.parallel.expert_parallel)
+    if has != needs:
+        (layers, slots, ranks), (own_layers, own_slots, own_ranks) = has, needs
+        raise DataError(
+            f"placement.start = {start!r}: the plan has {layers} layers of {slots} slots on {ranks} ranks, the run {own_layers} of {own_slots} on {own_ranks}"
+        )
+    return plan.slots_LS
 
 
 def plan_placement(config: Config, topology: Topology, trace: Trace, step: int, now_LE: np.ndarray) -> Plan:

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional
 
 import mindspore as ms
-import yaml
 
-from pangu_locmoe.config import Config, SampleConfig, doubtful_settings
+from pangu_locmoe.config import Config, SampleConfig, doubtful_settings, load_config
 from pangu_locmoe.data.prepared import Prepared, prepare
 from pangu_locmoe.errors import CheckpointError, ConfigError
 from pangu_locmoe.files import write_atomic
@@ -120,7 +119,7 @@ def _check_run_dir(config: Config, run_dir: Path, resume: bool) -> None:
     if file.exists() and not resume:
         raise ConfigError(f"--run-dir {run_dir}: holds a run already; give another directory, or --resume auto to continue it")
     if file.exists():
-        _check_same_run(yaml.safe_load(file.read_text(encoding="utf-8")), config, run_dir)
+        _check_same_run(_config_of_run(file), config, run_dir)
 
 
 def _write(file: Path, text: str) -> None:
@@ -131,9 +130,16 @@ def _write(file: Path, text: str) -> None:
         raise CheckpointError(f"{file} cannot be written: {error.strerror}") from None
 
 
-def _check_same_run(before: Dict[str, Any], config: Config, run_dir: Path) -> None:
-    now = config.model_dump(mode="json")
-    for key, old, new in _differences(before, now, ""):
+def _config_of_run(file: Path) -> Config:
+    """What a run was started with; a key that this version added has its default, which is what the run did."""
+    try:
+        return load_config(file)
+    except ConfigError as error:
+        raise ConfigError(f"the run was started with another version of pangu_locmoe: {error}") from None
+
+
+def _check_same_run(before: Config, config: Config, run_dir: Path) -> None:
+    for key, old, new in _differences(before.model_dump(mode="json"), config.model_dump(mode="json"), ""):
         if not any(key == free or key.startswith(f"{free}.") for free in _FREE_KEYS):
             raise ConfigError(f"{key} = {new!r}: the run in {run_dir} has {old!r}; a run can only be resumed with what it was started with")
 

@@ -1,4 +1,4 @@
-"""Experts that move while a job trains: the same losses, fewer bytes between nodes, and a kill on the way loses nothing."""
+"""Experts that are elsewhere at first, or move while a job trains: the same losses, fewer bytes between nodes, and a kill on the way loses nothing."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from pangu_locmoe.train.checkpoint import latest_whole_checkpoint, read_state
 pytestmark = pytest.mark.alone
 
 WORKER = Path(__file__).with_name("placement_worker.py")
-STEPS, EVERY = 30, 10
+STEPS, EVERY = 18, 6
+START = [[5, 3, 1, 0, 2, 4], [0, 1, 2, 3, 4, 5]]  # for test_experts_begin_where_they_are_put
 
 
-def config(policy: str) -> Any:
+def config(policy: str, start: Any = None) -> Any:
     """Each domain's tokens go to its own experts, but text is dealt to nodes by content: the experts may be elsewhere."""
     return tiny.tiny_config(
         model={"num_layers": 4, "num_moe_layers": 2},
@@ -33,17 +34,19 @@ def config(policy: str) -> Any:
         evaluation={"every": STEPS, "sequences": 2},
         checkpoint={"every": 5, "keep": 9},
         parallel={"expert_parallel": 2, "ranks_per_node": 1},
-        placement={"policy": policy, "every": EVERY, "min_gain": 0.01, "while_transient": True, "flops_per_second": 1e9, "link_bytes_per_second": 1e7},
+        placement={"policy": policy, "start": start, "every": EVERY, "min_gain": 0.01, "while_transient": True, "flops_per_second": 1e9, "link_bytes_per_second": 1e7},
     )
 
 
 @functools.cache
 def runs() -> Path:
-    """The run directories still and moved."""
+    """The run directories still, moved and started."""
     folder = Path(tempfile.mkdtemp(prefix="placement-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    files = [tiny.write(config(policy), folder, name) for policy, name in (("off", "still"), ("locality", "moved"))]
-    done = jobs.msrun(2, folder, WORKER, "train", files[0], folder / "still", files[1], folder / "moved", timeout=300)
+    arguments = []
+    for name, settings in (("still", ("off",)), ("moved", ("locality",)), ("started", ("off", START))):
+        arguments += [tiny.write(config(*settings), folder, name), folder / name]
+    done = jobs.msrun(2, folder, WORKER, "train", *arguments, timeout=300)
     assert done.returncode == 0, jobs.logs(folder)
     return folder
 
@@ -56,8 +59,9 @@ def events(run_dir: Path) -> list[dict[str, Any]]:
     return [row for row in tiny.rows(run_dir) if row.get("event") == "placement"]
 
 
-def test_the_losses_are_those_of_a_run_without_moves():
-    still, moved = runs() / "still", runs() / "moved"
+@pytest.mark.parametrize("name", ["moved", "started"])
+def test_the_losses_are_those_of_a_run_without_moves(name):
+    still, moved = runs() / "still", runs() / name
     for key in ("loss", "cross_entropy", "grad_norm", "max_over_mean_load", "dropped_fraction"):
         np.testing.assert_allclose(rows(moved, key), rows(still, key), rtol=0, atol=1e-6, err_msg=key)
     with np.load(still / "load.npz") as one, np.load(moved / "load.npz") as other:
@@ -76,6 +80,17 @@ def test_experts_have_moved_to_their_tokens():
     for slots in state["slot_to_expert"]:
         assert sorted(slots) == list(range(6))
     assert any(slots != list(range(6)) for slots in state["slot_to_expert"])
+
+
+def test_experts_begin_where_they_are_put():
+    """From the first step on tokens go there; and the checkpoint says where."""
+    still, started = runs() / "still", runs() / "started"
+    assert not events(started) and read_state(latest_whole_checkpoint(started))["slot_to_expert"] == START
+    with np.load(started / "load.npz") as trace:
+        source_LNE = trace["source"][0]
+    holder_LE = np.argsort(START, axis=1) // 3
+    away = sum(source_LNE[layer, node, holder_LE[layer] != node].sum() for layer in range(2) for node in range(2))
+    assert rows(started, "inter_node_bytes")[0] == away * (4 * 32 * 4 + 4) != rows(still, "inter_node_bytes")[0]
 
 
 def test_the_ledger_sees_where_experts_are():

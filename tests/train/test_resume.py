@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from safetensors.numpy import save_file
 from train import tiny
 
@@ -64,7 +65,7 @@ def assert_undisturbed(run_dir: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_run_killed_several_times_equals_an_undisturbed_one(config_file, tmp_path, kills):
     run_dir, log = tmp_path / "run", tmp_path / "log"
     moments = []
@@ -203,6 +204,19 @@ def test_a_changed_key_is_refused_by_name(short_run, key, value):
     changed = config.model_copy(update={section: getattr(config, section).model_copy(update={name: value})})
     with pytest.raises(ConfigError, match=rf"^{re.escape(key)} = {value}: the run in .* has "):
         train(changed, short_run, resume=True, progress=False)
+
+
+def test_a_run_of_an_older_version_goes_on(short_run):
+    """Keys that it did not know yet have their defaults; one that is gone since is named."""
+    file = short_run / "config.yaml"
+    values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    del values["placement"], values["train"]["loss_scale_window"]
+    file.write_text(yaml.safe_dump(values), encoding="utf-8")
+    assert train(short_config(), short_run, resume=True, progress=False) is None
+    values["train"]["forgotten"] = 1
+    file.write_text(yaml.safe_dump(values), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"^the run was started with another version of pangu_locmoe: train\.forgotten = 1: "):
+        train(short_config(), short_run, resume=True, progress=False)
 
 
 def test_how_often_to_evaluate_and_to_save_may_change(short_run):
