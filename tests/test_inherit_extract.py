@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 
 import numpy as np
 import pytest
@@ -145,6 +146,26 @@ def test_a_job_inherits_what_one_process_does(inherited, tmp_path):
     assert wanted.keys() == got.keys() and all(np.array_equal(wanted[name], got[name]) for name in wanted)
 
 
+def test_a_bf16_checkpoint_is_restored_in_fp32(inherited, tmp_path):
+    """Its weights are fp32; only what CPUs cannot compute in is changed."""
+    shutil.copytree(inherited("hash")[0], tmp_path / "bf16")
+    config = read_config(tmp_path / "bf16")
+    train_ = config.train.model_copy(update={"precision": "bf16"})
+    (tmp_path / "bf16" / "config.yaml").write_text(config.model_copy(update={"train": train_}).to_yaml(), encoding="utf-8")
+    model, restored = restore_model(tmp_path / "bf16")
+    assert restored.train.precision == "fp32" and restored.model_copy(update={"train": train_}) == read_config(tmp_path / "bf16")
+    wanted, _ = restore_model(inherited("hash")[0])
+    for own, other in zip(model.get_parameters(), wanted.get_parameters()):
+        np.testing.assert_array_equal(own.asnumpy(), other.asnumpy(), err_msg=own.name)
+
+
+def test_a_checkpoint_without_its_tokenizer_is_not_evaluated(inherited, tmp_path):
+    shutil.copytree(inherited("hash")[0], tmp_path / "copy")
+    (tmp_path / "copy" / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is missing: "):
+        evaluate_checkpoint(tmp_path / "copy", 1)
+
+
 def test_an_inherited_model_can_be_trained(inherited, tmp_path):
     config = sparse_config("hash").model_copy(update={"train": tiny.tiny_config(train={"steps": 2, "warmup_steps": 0}).train})
     assert train(config, tmp_path / "run", init_from=inherited("hash")[0], progress=False) is None
@@ -191,9 +212,19 @@ def whole(router, embeddings):
     return folder
 
 
-@pytest.mark.parametrize("embeddings", [False, True], ids=["shared", "embeddings"])
-@pytest.mark.parametrize("router", ["hash", "switch", "locmoe", "locmoe_plus"])
-@pytest.mark.parametrize("domain, held", [("zh", 3), ("code", 4)])
+@pytest.mark.parametrize(
+    "router, embeddings, domain, held",
+    [
+        ("hash", False, "zh", 3),
+        ("hash", True, "code", 4),
+        ("switch", False, "code", 4),
+        ("switch", True, "zh", 3),
+        ("locmoe", False, "zh", 3),
+        ("locmoe", True, "code", 4),
+        ("locmoe_plus", False, "code", 4),
+        ("locmoe_plus", True, "zh", 3),
+    ],
+)
 def test_the_part_gives_the_whole_models_logits(tmp_path, router, embeddings, domain, held):
     folder = whole(router, embeddings)
     extract(folder, domain, tmp_path / "part")

@@ -20,7 +20,7 @@ from pangu_locmoe.moe.capacity import capacity_bounds, cosine_statistic
 from pangu_locmoe.moe.routers import ROUTERS
 from pangu_locmoe.study import step_times, verdict
 from pangu_locmoe.study.experiment import Case, Claim, Experiment, Measured
-from pangu_locmoe.study.step_times import Times
+from pangu_locmoe.study.step_times import Times, by_run, shorter
 from pangu_locmoe.study.training import CONFIG, Record, routers, trained
 from pangu_locmoe.train.callbacks import Row
 from pangu_locmoe.train.step import StepResult
@@ -89,7 +89,7 @@ def measure(case: Case) -> Any:
 def _parts(measured: List[Measured]) -> Tuple[List[Measured], List[Times]]:
     """The cases with losses, and the times of the others."""
     timed = [row for row in measured if "rounds" in row["case"]]
-    return [row for row in measured if row not in timed], step_times.by_run(timed)
+    return [row for row in measured if row not in timed], by_run(timed)
 
 
 def curve(measured: List[Measured], router: str, order: str = "affinity") -> Curve:
@@ -182,7 +182,7 @@ def _faster(times: List[Times]) -> Claim:
     for run in times:
         factors = {factor for _, factor in run}
         for router in dict.fromkeys(router for router, _ in run):
-            saved.setdefault(router, []).append(step_times.shorter(run, (router, min(factors)), (router, max(factors))))
+            saved.setdefault(router, []).append(shorter(run, (router, min(factors)), (router, max(factors))))
     told = "; ".join(f"{router} {verdict.spread(values, '.1%')}" for router, values in saved.items())
     every = [value - 0.02 for values in saved.values() for value in values]
     return Claim(
@@ -257,7 +257,7 @@ def _plus(curves: Dict[str, Curve], times: List[Times], seeds: str, how: str) ->
         )
     ]  # fmt: skip
     if times:
-        usually, fairly = ([step_times.shorter(run, ("locmoe_plus", factor), ("locmoe", than)) for run in times] for than in (usual, alike))
+        usually, fairly = ([shorter(run, ("locmoe_plus", factor), ("locmoe", than)) for run in times] for than in (usual, alike))
         ours_ = f"{verdict.spread(usually, '.1%')} {told}, and against that {verdict.spread(fairly, '.1%')}"
         made.insert(0, Claim(*faster, ours_, *_timing(times), *verdict.at_least([min(pair) for pair in zip(usually, fairly)], 0.029, ".1%")))
     return made

@@ -39,7 +39,7 @@ def values(ranks: int, router: str = "locmoe", **changed):
     [
         (8, 3, "hash", "fp32"),
         pytest.param(64, 63, "switch", "fp16", marks=pytest.mark.slow),
-        (128, 17, "locmoe_plus", "bf16"),
+        pytest.param(128, 17, "locmoe_plus", "bf16", marks=pytest.mark.slow),
         pytest.param(256, 200, "locmoe", "fp32", marks=pytest.mark.slow),
     ],
 )

@@ -6,6 +6,7 @@ the rounding of gradients near zero, and 1e-5 over 20 steps is a fair demand.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import dataclass, field
 from typing import Any, Optional
@@ -33,7 +34,8 @@ STEPS, RATE = 20, 5e-4
 class Case:
     """moe, model, train: what differs from `base`. nodes: of the job, and emulated by the single process.
 
-    expert_parallel: None is all places. tensor: ranks of a place. shard: the optimizer's moments. rows: sequence parallelism. idle: all tokens go to expert 0. moves: experts change their ranks on the way.
+    expert_parallel: None is all places. tensor: ranks of a place. shard: the optimizer's moments. rows: sequence parallelism. idle: all tokens go to
+    expert 0. moves: experts change their ranks on the way.
     """
 
     moe: dict[str, Any] = field(default_factory=dict)
@@ -84,14 +86,14 @@ CASES = {
     "switch, nodes": Case({"router": "switch", "capacity": TIGHT}, nodes=2),
     "switch, nodes, hierarchical": Case({"router": "switch", "capacity": TIGHT}, nodes=2, exchange="hierarchical"),
     "locmoe": Case({"capacity": TIGHT}, {"num_layers": 4, "num_moe_layers": 2}, {"mode": "graph"}),
-    "compiled": Case({"capacity": TIGHT}, train={"mode": "graph"}, steps=3),
+    "compiled": Case({"capacity": TIGHT}, train={"mode": "graph"}),
     "locmoe, nodes": Case({"capacity": TIGHT}, nodes=2),
     "locmoe, nodes, hierarchical": Case({"capacity": TIGHT}, nodes=2, exchange="hierarchical"),
     "locmoe, nodes, moves": Case({"capacity": TIGHT}, nodes=2, moves=True),
     "locmoe, dropless": Case({"capacity": DROPLESS}),
     "locmoe, dropless, nodes": Case({"capacity": DROPLESS}, nodes=2),
     "locmoe, dropless, nodes, hierarchical": Case({"capacity": DROPLESS}, nodes=2, exchange="hierarchical"),
-    "locmoe_plus, nodes": Case({**PLUS, "capacity": TIGHT}, nodes=2, steps=6),
+    "locmoe_plus, nodes": Case({**PLUS, "capacity": TIGHT}, nodes=2),
     "locmoe_plus, compiled": Case({**PLUS, "capacity": TIGHT}, {"num_layers": 4, "num_moe_layers": 2}, {"mode": "graph"}),
     "locmoe_plus, dropless, nodes, hierarchical": Case({**PLUS, "capacity": DROPLESS}, nodes=2, exchange="hierarchical"),
     "locmoe_plus, two levels, accumulation": Case({**PLUS, "levels": 2, "capacity": TIGHT}, train={"accumulation_steps": 3}, nodes=2, moves=True),
@@ -105,39 +107,39 @@ CASES = {
     "data and expert parallel": Case({"capacity": DROPLESS}, expert_parallel=2),
     "data and expert parallel, nodes": Case({"router": "switch", "capacity": DROPLESS}, nodes=2, expert_parallel=2),
     "data parallel": Case({"capacity": DROPLESS}, expert_parallel=1),
-    "tensor and expert parallel": Case({"capacity": TIGHT}, {"dropout": 0.2}, nodes=2, tensor=2, steps=6),
-    "tensor and expert parallel, groupwise": Case({"capacity": TIGHT}, {"dropout": 0.2}, nodes=2, tensor=2, exchange="groupwise", steps=6),
+    "tensor and expert parallel": Case({"capacity": TIGHT}, {"dropout": 0.2}, nodes=2, tensor=2),
+    "tensor and expert parallel, groupwise": Case({"capacity": TIGHT}, {"dropout": 0.2}, nodes=2, tensor=2, exchange="groupwise"),
     "tensor and expert parallel, compiled": Case({"capacity": TIGHT}, {"num_layers": 4, "num_moe_layers": 2}, {"mode": "graph"}, nodes=2, tensor=2),
     "tensor and expert parallel, moves": Case({"capacity": TIGHT}, nodes=2, tensor=2, exchange="groupwise", moves=True),
     "tensor parallel": Case({"capacity": TIGHT}, {"num_layers": 4, "num_moe_layers": 2}, expert_parallel=1, tensor=2),
     "tensor and data parallel": Case({"router": "switch", "capacity": DROPLESS}, {"domain_embeddings": True}, expert_parallel=1, tensor=2),
-    "sequence parallel, compiled": Case({"capacity": TIGHT}, {"dropout": 0.2, "num_layers": 3}, {"mode": "graph"}, nodes=2, tensor=2, rows=True, steps=3),
+    "sequence parallel, compiled": Case({"capacity": TIGHT}, {"dropout": 0.2, "num_layers": 3}, {"mode": "graph"}, nodes=2, tensor=2, rows=True),
     "sequence parallel": Case({"capacity": TIGHT}, {"num_layers": 4, "num_moe_layers": 2}, nodes=2, tensor=2, rows=True),
     "sequence parallel, sharded, domains": Case(
         {"router": "switch", "capacity": DROPLESS}, {"domain_embeddings": True}, expert_parallel=1, tensor=2, rows=True, shard=True
     ),
     "sequence parallel by four": Case({"router": "hash", "capacity": TIGHT}, {"dropout": 0.2}, expert_parallel=1, tensor=4, rows=True),
     "tensor parallel by four": Case({"router": "hash", "capacity": TIGHT}, expert_parallel=1, tensor=4),
-    "sharded": Case({"capacity": DROPLESS}, expert_parallel=2, shard=True, moves=True, steps=6),
+    "sharded": Case({"capacity": DROPLESS}, expert_parallel=2, shard=True, moves=True),
     "sharded, tensor parallel": Case({"router": "switch", "capacity": DROPLESS}, {"domain_embeddings": True}, expert_parallel=1, tensor=2, shard=True),
     "sharded, tensor and expert parallel": Case({"capacity": TIGHT}, {"dropout": 0.2}, nodes=2, tensor=2, exchange="groupwise", shard=True),
     "sharded, accumulation": Case({"router": "switch", "capacity": DROPLESS}, train={"accumulation_steps": 3}, expert_parallel=1, shard=True),
     "sharded, half precision": Case(
         {"router": "switch", "capacity": DROPLESS}, train={"precision": "fp16", "loss_scale": 1024.0}, expert_parallel=1, shard=True, steps=3
     ),
-    "idle": Case({"router": "hash", "capacity": DROPLESS}, idle=True, steps=3),
-    "idle, drops": Case({"router": "hash", "capacity": TIGHT}, nodes=2, idle=True, exchange="hierarchical", steps=3),
+    "idle": Case({"router": "hash", "capacity": DROPLESS}, idle=True),
+    "idle, drops": Case({"router": "hash", "capacity": TIGHT}, nodes=2, idle=True, exchange="hierarchical"),
     "half precision": Case({"router": "switch", "capacity": TIGHT}, train={"precision": "fp16", "loss_scale": 1024.0}, steps=3),
 }
-# The cases of the everyday suite; the slow tests run all that the number of ranks allows.
+# The cases of the everyday suite, and how many steps of them; the slow tests run all that the number of ranks allows to the end.
 EVERYDAY = {
-    2: ["two levels", "data parallel", "idle", "half precision"],
-    3: ["three nodes"],
-    4: [
-        "locmoe, nodes", "locmoe, nodes, hierarchical", "locmoe, nodes, moves", "locmoe_plus, nodes", "compiled",
-        "tensor and expert parallel", "tensor and expert parallel, groupwise", "sharded", "sequence parallel, compiled",
-    ],
-}
+    2: {"two levels": 6, "data parallel": 6, "idle": 3, "half precision": 3},
+    3: {"three nodes": 6},
+    4: {
+        "locmoe, nodes": STEPS, "locmoe, nodes, hierarchical": 6, "locmoe, nodes, moves": 11, "locmoe_plus, nodes": 6, "compiled": 3,
+        "tensor and expert parallel": 6, "tensor and expert parallel, groupwise": 6, "sharded": 6, "sequence parallel, compiled": 3,
+    },
+}  # fmt: skip
 GRADIENTS = ("locmoe, nodes", "data parallel", "idle")
 
 
@@ -155,19 +157,22 @@ def possible(ranks: int) -> list[str]:
     ]
 
 
-def batches(count: int) -> list[Batch]:
-    """Three batches over and over: token sequences with a rule in them."""
-    made = []
-    for number in range(3):
-        generator = np.random.default_rng([5, number])
-        domains_B = np.arange(BATCH, dtype=np.int32) // (BATCH // DOMAINS)
-        start_B, stride_B = generator.integers(0, 60, BATCH), generator.integers(1, 4, BATCH)
-        tokens = (start_B[:, None] + stride_B[:, None] * np.arange(LENGTH + 1) + 61 * domains_B[:, None]) % VOCAB
-        tokens = tokens.astype(np.int32)
-        positions_BS = np.tile(np.arange(LENGTH, dtype=np.int32), (BATCH, 1))
-        segments_BS = np.repeat((np.arange(LENGTH, dtype=np.int32) >= 10)[None], BATCH, 0).astype(np.int32)
-        made.append(Batch(tokens[:, :-1].copy(), tokens[:, 1:].copy(), positions_BS, segments_BS, domains_B, np.ones(BATCH, bool)))
-    return [made[number % 3] for number in range(count)]
+@functools.cache
+def _batch(seed: int) -> Batch:
+    """Token sequences with a rule in them."""
+    generator = np.random.default_rng([5, seed])
+    domains_B = np.arange(BATCH, dtype=np.int32) // (BATCH // DOMAINS)
+    start_B, stride_B = generator.integers(0, 60, BATCH), generator.integers(1, 4, BATCH)
+    tokens = (start_B[:, None] + stride_B[:, None] * np.arange(LENGTH + 1) + 61 * domains_B[:, None]) % VOCAB
+    tokens = tokens.astype(np.int32)
+    positions_BS = np.tile(np.arange(LENGTH, dtype=np.int32), (BATCH, 1))
+    segments_BS = np.repeat((np.arange(LENGTH, dtype=np.int32) >= 10)[None], BATCH, 0).astype(np.int32)
+    return Batch(tokens[:, :-1].copy(), tokens[:, 1:].copy(), positions_BS, segments_BS, domains_B, np.ones(BATCH, bool))
+
+
+def batch(step: int) -> Batch:
+    """One of three, in turn."""
+    return _batch((step - 1) % 3)
 
 
 def make_stepper(case: Case, communicator: Optional[Communicator] = None) -> Stepper:
@@ -201,19 +206,28 @@ def row(result: StepResult) -> dict[str, Any]:
     }
 
 
-def run(case: Case, communicator: Optional[Communicator] = None) -> dict[str, Any]:
-    """A row for each step, and the digest of the weights that are whole on all ranks."""
-    stepper = make_stepper(case, communicator)
-    rows = []
-    for number, batch in enumerate(batches(case.steps), 1):
-        if case.moves and communicator is not None and number % 5 == 0:
-            shuffle_experts(stepper, number)
-        rows.append(row(stepper(batch, number, RATE)))
-    digest = hashlib.sha256()
-    for parameter in stepper.parameters:
-        if kind(parameter) == "whole":
-            digest.update(parameter.asnumpy().tobytes())
-    return {"rows": rows, "digest": digest.hexdigest()}
+class Run:
+    """One process or one rank of a case, step by step."""
+
+    def __init__(self, case: Case, communicator: Optional[Communicator] = None) -> None:
+        self.stepper, self.moves = make_stepper(case, communicator), case.moves and communicator is not None
+        self._rows: list[dict[str, Any]] = []
+
+    def rows(self, steps: int) -> list[dict[str, Any]]:
+        """A row for each of the first steps, as many as are not made yet made now."""
+        for number in range(len(self._rows) + 1, steps + 1):
+            if self.moves and number % 5 == 0:
+                shuffle_experts(self.stepper, number)
+            self._rows.append(row(self.stepper(batch(number), number, RATE)))
+        return self._rows[:steps]
+
+    def digest(self) -> str:
+        """Of the weights that are whole on all ranks."""
+        digest = hashlib.sha256()
+        for parameter in self.stepper.parameters:
+            if kind(parameter) == "whole":
+                digest.update(parameter.asnumpy().tobytes())
+        return digest.hexdigest()
 
 
 def shuffle_experts(stepper: Stepper, seed: int) -> None:
@@ -236,7 +250,7 @@ def reduced_gradients(case: Case, communicator: Communicator) -> dict[str, np.nd
 
     distributed.reduce_gradients = keep
     try:
-        stepper(batches(1)[0], 1, RATE)
+        stepper(batch(1), 1, RATE)
     finally:
         distributed.reduce_gradients = before
     first = stepper.topology.experts_of_rank(communicator.rank).start  # type: ignore[attr-defined]
@@ -246,12 +260,12 @@ def reduced_gradients(case: Case, communicator: Communicator) -> dict[str, np.nd
 def single_gradients(case: Case) -> dict[str, np.ndarray]:
     """The same of the single process, without the stepper: the mean over its micro-batches."""
     stepper = make_stepper(case)
-    config, batch, parts = stepper.config, batches(1)[0], stepper.config.train.accumulation_steps
-    rows_T, columns_D = draw_keys(config.train.seed, 1, batch.tokens_BS.size, config.model.hidden_size)
+    config, first, parts = stepper.config, batch(1), stepper.config.train.accumulation_steps
+    rows_T, columns_D = draw_keys(config.train.seed, 1, first.tokens_BS.size, config.model.hidden_size)
     gradient = ms.value_and_grad(Objective(stepper.model, config, stepper.capacities), None, stepper.optimizer.parameters, has_aux=True)
     found: list[np.ndarray] = []
     for part in np.arange(BATCH).reshape(case.nodes, parts, -1).swapaxes(0, 1).reshape(parts, -1):
-        inputs = batch_inputs(batch, rows_T.reshape(batch.tokens_BS.shape), Tensor(columns_D), part)
+        inputs = batch_inputs(first, rows_T.reshape(first.tokens_BS.shape), Tensor(columns_D), part)
         values = [value.asnumpy() for value in gradient(*inputs, Tensor(1.0, ms.float32))[1]]
         found = [total + value for total, value in zip(found, values)] if found else values
     return _by_expert(stepper, found, 0, parts)

@@ -17,7 +17,7 @@ from pangu_locmoe.cli import main
 from pangu_locmoe.config import Config
 
 WORKER = Path(__file__).with_name("worker.py")
-STEPS, EVERY, WATCHED = 15, 5, 12
+STEPS, EVERY, WATCHED = 9, 3, 8
 
 
 def config(**parallel: Any) -> Config:
@@ -51,7 +51,7 @@ def job(ranks: int, which: str = "everyday") -> tuple[Path, list[dict[str, Any]]
         arguments = _arguments("four", expert_parallel=2, tensor_parallel=2, exchange="groupwise", ranks_per_node=2)
     if which == "everyday" and ranks == 2:
         _one_after_four()
-        _hand_over("one-after-four", "two-after-one", 10)
+        _hand_over("one-after-four", "two-after-one", 2 * EVERY)
         arguments = _arguments("two-after-one", expert_parallel=2, ranks_per_node=1)
     done = jobs.msrun(ranks, path, WORKER, path, which, *arguments, timeout=900)
     assert done.returncode == 0, jobs.logs(path)
@@ -60,7 +60,7 @@ def job(ranks: int, which: str = "everyday") -> tuple[Path, list[dict[str, Any]]
 
 @functools.cache
 def train_on() -> Path:
-    """All four runs: 4 ranks, their checkpoint of step 5 in 1 process, and that one's of step 10 on 2 ranks."""
+    """All four runs: 4 ranks, their first checkpoint in 1 process, and that one's second on 2 ranks."""
     assert main(_arguments("one", emulated_nodes=2)) == 0
     job(2)
     return folder()
@@ -69,7 +69,7 @@ def train_on() -> Path:
 @functools.cache
 def _one_after_four() -> None:
     job(4)
-    _hand_over("four", "one-after-four", 5)
+    _hand_over("four", "one-after-four", EVERY)
     assert main(_arguments("one-after-four", emulated_nodes=2)) == 0
 
 

@@ -26,7 +26,7 @@ def folder():
 
 
 def test_two_ranks_took_up_what_one_process_wrote(folder):
-    assert "resuming after step 10" in (folder / "everyday-2" / "logs" / "worker_0.log").read_text(encoding="utf-8")
+    assert f"resuming after step {2 * runs.EVERY}" in (folder / "everyday-2" / "logs" / "worker_0.log").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["four", "one-after-four", "two-after-one"])
@@ -45,9 +45,9 @@ def test_weights_and_moments_are_those_of_the_undisturbed_run(folder, name):
         one, other = checkpoints.read_shards(wanted, kind), checkpoints.read_shards(got, kind)
         assert set(one) == set(other)
         for weight in one:
-            np.testing.assert_allclose(other[weight], one[weight], rtol=0, atol=2e-5, err_msg=weight)
+            np.testing.assert_allclose(other[weight], one[weight], rtol=0, atol=2e-5 if kind == "model" else 2e-6, err_msg=weight)
         if kind == "optimizer":
-            assert any(np.abs(one[weight]).max() > 1e-4 for weight in one if "adam_m" in weight and ".experts.3." in weight)
+            assert any(np.abs(one[weight]).max() > 5e-5 for weight in one if "adam_m" in weight and ".experts.3." in weight)
 
 
 def test_every_rank_has_written_its_experts_and_nothing_else(folder):
@@ -66,7 +66,7 @@ def test_every_rank_has_written_its_experts_and_nothing_else(folder):
 
 @pytest.mark.parametrize("kind", ["model", "optimizer"])
 def test_a_missing_ranks_file_is_named(folder, tmp_path, capsys, kind):
-    copy = tmp_path / "run" / "checkpoints" / "step-00000015"
+    copy = tmp_path / "run" / "checkpoints" / f"step-{runs.STEPS:08d}"
     shutil.copytree(checkpoints.latest_whole_checkpoint(folder / "four"), copy)
     file = copy / f"{kind}-rank2.safetensors"
     file.unlink()

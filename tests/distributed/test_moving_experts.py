@@ -20,18 +20,18 @@ from pangu_locmoe.train.checkpoint import latest_whole_checkpoint, read_state
 pytestmark = pytest.mark.alone
 
 WORKER = Path(__file__).with_name("placement_worker.py")
-STEPS, EVERY = 18, 6
+STEPS, EVERY = 22, 10
 START = [[5, 3, 1, 0, 2, 4], [0, 1, 2, 3, 4, 5]]  # for test_experts_begin_where_they_are_put
 
 
-def config(policy: str, start: Any = None) -> Any:
+def config(policy: str, steps: int = STEPS, start: Any = None) -> Any:
     """Each domain's tokens go to its own experts, but text is dealt to nodes by content: the experts may be elsewhere."""
     return tiny.tiny_config(
         model={"num_layers": 4, "num_moe_layers": 2},
         moe={"router": "switch", "levels": 2, "num_experts": 6, "capacity": {"factor": 1.25}},
         data={"sharding": "cluster"},
-        train={"steps": STEPS, "learning_rate": 5e-4, "epsilon": 1e-6, "mode": "pynative"},
-        evaluation={"every": STEPS, "sequences": 2},
+        train={"steps": steps, "schedule": "constant", "learning_rate": 5e-4, "epsilon": 1e-6, "mode": "pynative"},
+        evaluation={"every": steps, "sequences": 2},
         checkpoint={"every": 5, "keep": 9},
         parallel={"expert_parallel": 2, "ranks_per_node": 1},
         placement={"policy": policy, "start": start, "every": EVERY, "min_gain": 0.01, "while_transient": True, "flops_per_second": 1e9, "link_bytes_per_second": 1e7},
@@ -44,7 +44,7 @@ def runs() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="placement-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     arguments = []
-    for name, settings in (("still", ("off",)), ("moved", ("locality",)), ("started", ("off", START))):
+    for name, settings in (("still", ("off",)), ("moved", ("locality",)), ("started", ("off", 6, START))):
         arguments += [tiny.write(config(*settings), folder, name), folder / name]
     done = jobs.msrun(2, folder, WORKER, "train", *arguments, timeout=300)
     assert done.returncode == 0, jobs.logs(folder)
@@ -63,9 +63,10 @@ def events(run_dir: Path) -> list[dict[str, Any]]:
 def test_the_losses_are_those_of_a_run_without_moves(name):
     still, moved = runs() / "still", runs() / name
     for key in ("loss", "cross_entropy", "grad_norm", "max_over_mean_load", "dropped_fraction"):
-        np.testing.assert_allclose(rows(moved, key), rows(still, key), rtol=0, atol=1e-6, err_msg=key)
+        found = rows(moved, key)
+        np.testing.assert_allclose(found, rows(still, key)[: len(found)], rtol=0, atol=1e-6, err_msg=key)
     with np.load(still / "load.npz") as one, np.load(moved / "load.npz") as other:
-        np.testing.assert_array_equal(one["source"], other["source"])
+        np.testing.assert_array_equal(one["source"][: len(found)], other["source"])
 
 
 def test_experts_have_moved_to_their_tokens():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import shutil
 
-import mindspore as ms
 import numpy as np
 import pytest
 from hypothesis import given
@@ -149,7 +148,6 @@ def test_going_back_to_a_size_compiles_nothing_and_changes_nothing():
 
 def test_a_resumed_run_has_the_same_capacities_and_numbers(tmp_path):
     """From a checkpoint in the middle of the transition, through the measurements after it."""
-    ms.runtime.launch_blocking()  # small operators are many times faster so
     config = tiny.tiny_config(
         moe={
             "router": "locmoe_plus",

@@ -11,8 +11,9 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 from train import tiny
 
-from pangu_locmoe.config import load_config
+from pangu_locmoe.config import SampleConfig, load_config
 from pangu_locmoe.moe.capacity import bound_capacity, capacity_bounds
+from pangu_locmoe.restore import restore_generator
 from pangu_locmoe.train.checkpoint import latest_whole_checkpoint, read_state
 from pangu_locmoe.train.schedule import learning_rate
 
@@ -139,3 +140,11 @@ def _events(data: bytes):
         (length,) = struct.unpack("<Q", data[:8])
         yield Event.FromString(data[12 : 12 + length])
         data = data[16 + length :]
+
+
+def test_the_model_continues_chinese_without_broken_characters(run_dir):
+    generator = restore_generator(run_dir)
+    text = generator(["路由把每个词元"], [1], SampleConfig(tokens=24, temperature=0), 1)[0]
+    assert text and "\ufffd" not in text
+    pieces = list(generator.stream(["路由把每个词元"], [1], SampleConfig(tokens=24, temperature=0), 1))
+    assert "".join(piece for (piece,) in pieces) == text
