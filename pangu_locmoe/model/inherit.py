@@ -21,6 +21,7 @@ from pangu_locmoe.errors import CheckpointError
 from pangu_locmoe.model.sigma import PanguSigma
 from pangu_locmoe.moe.capacity import DROPLESS
 from pangu_locmoe.moe.routers import ROUTERS
+from pangu_locmoe.parallel.world import World
 from pangu_locmoe.restore import in_one_process
 from pangu_locmoe.train.checkpoint import find_checkpoint, read_shards, save_checkpoint
 from pangu_locmoe.train.shards import Held, named_arrays, set_parameters
@@ -52,7 +53,7 @@ def inherit(dense: Path, config: Config, output: Path) -> str:
     if ROUTERS[config.moe.router].has_gate:
         mean_weights = compensate(model, own, prepared)
         done += "; outputs divided by the mean probabilities " + ", ".join(f"{weight:.4f}" for weight in mean_weights)
-    save_checkpoint(output, config, folder / "tokenizer.json", model)
+    save_checkpoint(output, config, folder / "tokenizer.json", model, world=World.of(own))
     return done
 
 

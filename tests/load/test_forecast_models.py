@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -69,24 +71,27 @@ class TestArima:
             forecast(noisy_trace(), 121, 5, "arima", order=(5, 1))
 
 
+@functools.cache
+def small_lstm():
+    return forecast(noisy_trace(), 121, 40, "lstm", updates=20, hidden=8)
+
+
 class TestLstm:
     @pytest.fixture(autouse=True)
     def _mindspore(self):
         pytest.importorskip("mindspore", reason="the LSTM needs MindSpore")
 
     def test_a_seed_gives_one_forecast_of_shares(self):
-        trace = noisy_trace()
-        first, again = (forecast(trace, 121, 40, "lstm", updates=20, hidden=8) for _ in range(2))
+        first, again = small_lstm(), forecast(noisy_trace(), 121, 40, "lstm", updates=20, hidden=8)
         np.testing.assert_array_equal(first.share_FLE, again.share_FLE)
         np.testing.assert_allclose(first.share_FLE.sum(axis=2), 1)
         assert first.notes["held_out_gain"] >= 0
 
     def test_it_is_the_window_mean_where_there_is_nothing_to_learn(self):
-        trace = noisy_trace()
-        result = forecast(trace, 121, 10, "lstm", updates=20, hidden=8)
+        trace, result = noisy_trace(), small_lstm()
         if result.notes["held_out_gain"] == 0:
             mean_LE = trace.share_KLE[120 - result.notes["window_rows"] : 120].mean(axis=0)
-            np.testing.assert_allclose(result.share_FLE, [mean_LE] * 10, rtol=0.01)
+            np.testing.assert_allclose(result.share_FLE, [mean_LE] * 40, rtol=0.01)
 
     def test_it_learns_a_trend_from_another_run(self):
         taught, trace = noisy_trace(400, trend=2.0, seed=1), noisy_trace(400, trend=2.0, seed=1)
@@ -101,8 +106,8 @@ class TestLstm:
         trace = noisy_trace()
         changed = trace.load_KLE.copy()
         changed[120:] += 50
-        results = [forecast(Trace(trace.step_K, load), 121, 40, "lstm", updates=20, hidden=8) for load in (trace.load_KLE, changed)]
-        np.testing.assert_array_equal(results[0].share_FLE, results[1].share_FLE)
+        result = forecast(Trace(trace.step_K, changed), 121, 40, "lstm", updates=20, hidden=8)
+        np.testing.assert_array_equal(result.share_FLE, small_lstm().share_FLE)
 
     def test_bad_input_is_named(self):
         trace = noisy_trace()

@@ -81,6 +81,7 @@ def test_accumulation_equals_the_large_batch(accumulation_steps, nodes):
     same(switch_steps(accumulation_steps, nodes), switch_steps(1, nodes))
 
 
+@pytest.mark.slow
 def test_accumulation_equals_the_large_batch_with_hash():
     def config(accumulation_steps):
         return tiny.tiny_config(moe={"router": "hash", **DROPLESS}, train={"learning_rate": 0.003, "accumulation_steps": accumulation_steps})
