@@ -50,22 +50,23 @@ sys.exit(not any(f"{source.path}/".startswith("data/corpus/") for source in sour
 PYTHON
 }
 
+# choose_run_dir STEM: a new directory, STEM or STEM-2 and so on; to resume, the newest.
+choose_run_dir() {
+    local number=2
+    run_dir=$1
+    while [ -e "$run_dir" ] && { [ "$resume" = never ] || [ -e "$1-$number" ]; }; do
+        run_dir=$1-$number
+        number=$((number + 1))
+    done
+}
+
 # prepare_job RANKS RANKS_PER_NODE SUFFIX: Python, the text, the run directory (its default name ends in SUFFIX) and the environment.
 prepare_job() {
     prepare_corpus
     sets=(--set "parallel.ranks_per_node=$2" --set "parallel.expert_parallel=$1" "${sets[@]}")
     # Here and not in the job, whose ranks wait for each other for two minutes and no longer.
     python -m pangu_locmoe prepare "$config" "${sets[@]}" >/dev/null
-    if [ -z "$run_dir" ]; then
-        # A new directory, or the newest to go on with.
-        local stem number=2
-        stem=runs/$(basename "$config" .yaml)-$3
-        run_dir=$stem
-        while [ -e "$run_dir" ] && { [ "$resume" = never ] || [ -e "$stem-$number" ]; }; do
-            run_dir=$stem-$number
-            number=$((number + 1))
-        done
-    fi
+    [ -n "$run_dir" ] || choose_run_dir "runs/$(basename "$config" .yaml)-$3"
     mkdir -p "$run_dir/logs"
     rm -f "$run_dir"/logs/*.log # what an earlier part of the run printed
     local threads=$(($(nproc) / $1))

@@ -51,6 +51,36 @@ def test_train_explains_every_flag_of_the_verb():
     assert [flag for flag in flags if not re.search(rf"^  {flag}\b", text, re.MULTILINE)] == []
 
 
+@pytest.mark.parametrize(
+    "resume, there, wanted",
+    [
+        ("never", [], "job"),
+        ("never", ["job"], "job-2"),
+        ("never", ["job", "job-2"], "job-3"),
+        ("auto", [], "job"),
+        ("auto", ["job"], "job"),
+        ("auto", ["job", "job-2", "job-3"], "job-3"),
+    ],
+)
+def test_a_job_begins_in_a_new_directory_and_goes_on_in_the_newest(tmp_path, resume, there, wanted):
+    for name in there:
+        (tmp_path / name).mkdir()
+    done = bash("-c", f'. scripts/job.sh; resume={resume}; choose_run_dir "{tmp_path}/job"; echo "$run_dir"')
+    assert done.stdout == f"{tmp_path}/{wanted}\n"
+
+
+@pytest.mark.parametrize(
+    "config, code", [("base: ROOT/configs/cpu_smoke.yaml", 0), ("data: {sources: [{path: other/corpus, domain: en}]}", 1), ("data: {no: 1}", 1)]
+)
+def test_the_corpus_is_for_configurations_that_read_it(tmp_path, config, code):
+    file = tmp_path / "config.yaml"
+    file.write_text(config.replace("ROOT", str(ROOT)), encoding="utf-8")
+    assert bash("-c", f'. scripts/job.sh; config={file}; uses_corpus').returncode == code
+    if code == 0:
+        sets = "--set 'data.sources=[{path: other, domain: en}]' --set data.mixture=null"
+        assert bash("-c", f'. scripts/job.sh; config={file}; sets=({sets}); uses_corpus').returncode == 1
+
+
 def test_train_with_a_configuration_that_is_not_there():
     done = bash("scripts/train.sh", "configs/absent.yaml")
     assert (done.returncode, done.stdout) == (2, "")

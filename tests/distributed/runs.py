@@ -53,7 +53,9 @@ def job(ranks: int, which: str = "everyday") -> tuple[Path, list[dict[str, Any]]
         _one_after_four()
         _hand_over("one-after-four", "two-after-one", 2 * EVERY)
         arguments = _arguments("two-after-one", expert_parallel=2, ranks_per_node=1)
-    done = jobs.msrun(ranks, path, WORKER, path, which, *arguments, timeout=900)
+    # All cases take their time, and a rank that compiles on few cores is silent for longer than a dead one should be waited for.
+    timeout, env = (900, None) if which == "everyday" else (3600, jobs.environment(MS_NODE_TIMEOUT="120"))
+    done = jobs.msrun(ranks, path, WORKER, path, which, *arguments, timeout=timeout, env=env)
     assert done.returncode == 0, jobs.logs(path)
     return path, [json.loads((path / f"rank-{rank}.json").read_text(encoding="utf-8")) for rank in range(ranks)]
 
