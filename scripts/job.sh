@@ -64,11 +64,11 @@ choose_run_dir() {
 prepare_job() {
     prepare_corpus
     sets=(--set "parallel.ranks_per_node=$2" --set "parallel.expert_parallel=$1" "${sets[@]}")
+    [ -n "$run_dir" ] || choose_run_dir "runs/$(basename "$config" .yaml)-$3"
+    rm -f "$run_dir"/logs/*.log # what an earlier part of the run printed
     # Here and not in the job, whose ranks wait for each other for two minutes and no longer.
     python -m pangu_locmoe prepare "$config" "${sets[@]}" >/dev/null
-    [ -n "$run_dir" ] || choose_run_dir "runs/$(basename "$config" .yaml)-$3"
     mkdir -p "$run_dir/logs"
-    rm -f "$run_dir"/logs/*.log # what an earlier part of the run printed
     local threads=$(($(nproc) / $1))
     export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
     # Joining takes 10 seconds instead of 30 with short retries. A dead rank ends the job after MS_NODE_TIMEOUT seconds; a
