@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import random
 import re
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,6 @@ import yaml
 from safetensors.numpy import save_file
 from train import tiny
 
-from pangu_locmoe.cli import main
 from pangu_locmoe.data.prepared import prepare
 from pangu_locmoe.errors import CheckpointError, ConfigError
 from pangu_locmoe.parallel.communicator import SingleProcess
@@ -23,74 +20,6 @@ from pangu_locmoe.parallel.world import World
 from pangu_locmoe.train.checkpoint import latest_whole_checkpoint, read_arrays, remove_old
 from pangu_locmoe.train.loop import Trainer
 from pangu_locmoe.train.run import train
-
-
-@pytest.fixture(scope="module")
-def config_file(tmp_path_factory):
-    return tiny.write(tiny.reference_config(), tmp_path_factory.mktemp("config"))
-
-
-def start(config_file: Path, run_dir: Path, log: Path) -> subprocess.Popen[bytes]:
-    arguments = ("train", config_file, "--run-dir", run_dir, "--resume", "auto", "--no-progress")
-    return subprocess.Popen(tiny.command(*arguments), env=tiny.environment(), stdout=log.open("ab"), stderr=subprocess.STDOUT)
-
-
-def last_step(run_dir: Path) -> int:
-    """The last step in the metrics, 0 without."""
-    file = run_dir / "metrics.jsonl"
-    steps = re.findall(r'"step": (\d+)', file.read_text(encoding="utf-8")) if file.exists() else []
-    return int(steps[-1]) if steps else 0
-
-
-def wait_for_step(process: subprocess.Popen[bytes], run_dir: Path, step: int) -> None:
-    for _ in range(6000):
-        if last_step(run_dir) >= step or process.poll() is not None:
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"the run did not come to step {step} in a minute")
-
-
-def assert_undisturbed(run_dir: Path) -> None:
-    """Rows, trace and weights are those of the reference run, bit by bit."""
-    assert tiny.rows(run_dir) == tiny.rows(tiny.reference_run())
-    wanted = tiny.trace(tiny.reference_run())
-    for name, array in tiny.trace(run_dir).items():
-        np.testing.assert_array_equal(array, wanted[name], err_msg=name)
-    for file in ("model.safetensors", "optimizer.safetensors"):
-        arrays = read_arrays(latest_whole_checkpoint(run_dir) / file)
-        for name, array in read_arrays(latest_whole_checkpoint(tiny.reference_run()) / file).items():
-            np.testing.assert_array_equal(arrays[name], array, err_msg=name)
-    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == sorted(
-        path.name for path in (tiny.reference_run() / "checkpoints").iterdir()
-    )
-
-
-@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.slow)])
-def test_a_run_terminated_and_killed_equals_an_undisturbed_one(config_file, tmp_path, kills):
-    run_dir, log = tmp_path / "run", tmp_path / "log"
-    process = start(config_file, run_dir, log)
-    wait_for_step(process, run_dir, 1)  # 39 steps and their evaluations are left, however busy the machine is
-    process.terminate()
-    assert process.wait(timeout=300) == 0
-    said = log.read_text()
-    stopped = re.search(r"stopped by SIGTERM after step (\d+), state saved; continue with --resume auto --run-dir", said)
-    assert stopped and "Traceback" not in said, said[-1500:] + str(last_step(run_dir))
-    assert latest_whole_checkpoint(run_dir).name == f"step-{int(stopped[1]):08d}"
-    assert last_step(run_dir) == int(stopped[1]) < 40
-    moments = []
-    for number in range(kills):
-        # Later each time; the pause puts the kill anywhere within a step or a checkpoint.
-        step, pause = 6 + int(30 / kills * (number + random.random())), random.uniform(0, 0.05)
-        moments.append((step, pause))
-        process = start(config_file, run_dir, log)
-        wait_for_step(process, run_dir, step)
-        time.sleep(pause)
-        process.kill()
-        assert process.wait() in (-signal.SIGKILL, 0), f"{moments}: {log.read_text()}"
-        assert last_step(run_dir) >= step, f"{moments}: {log.read_text()}"
-    assert main(["train", str(config_file), "--run-dir", str(run_dir), "--resume", "auto", "--no-progress"]) == 0
-    assert log.read_text().count("resuming after step") == kills, f"{moments}: {log.read_text()}"
-    assert_undisturbed(run_dir)
 
 
 def test_a_signal_between_two_looks_is_not_lost(tmp_path):
@@ -105,8 +34,6 @@ def test_a_signal_between_two_looks_is_not_lost(tmp_path):
     trainer.world = World(Late(), trainer.topology)
     assert [trainer._stopping(), trainer._stopping()] == [False, True]
 
-
-# The rest resumes one short run, whose end is cheap to come to again.
 
 def short_config(**sections):
     return tiny.tiny_config(

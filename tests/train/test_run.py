@@ -1,20 +1,27 @@
-"""One undisturbed run: what it learns and what it writes."""
+"""One undisturbed run, what it learns and what it writes; and one that is stopped and killed on the way, which comes to the same."""
 
 from __future__ import annotations
 
 import json
 import math
+import random
+import re
+import signal
 import struct
+import subprocess
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 from train import tiny
 
+from pangu_locmoe.cli import main
 from pangu_locmoe.config import SampleConfig, load_config
 from pangu_locmoe.moe.capacity import bound_capacity, capacity_bounds
 from pangu_locmoe.restore import restore_generator
-from pangu_locmoe.train.checkpoint import latest_whole_checkpoint, read_state
+from pangu_locmoe.train.checkpoint import latest_whole_checkpoint, read_arrays, read_state
 from pangu_locmoe.train.schedule import learning_rate
 
 TRAINING_FIELDS = {
@@ -148,3 +155,65 @@ def test_the_model_continues_chinese_without_broken_characters(run_dir):
     assert text and "\ufffd" not in text
     pieces = list(generator.stream(["路由把每个词元"], [1], SampleConfig(tokens=24, temperature=0), 1))
     assert "".join(piece for (piece,) in pieces) == text
+
+
+def start(config_file: Path, run_dir: Path, log: Path) -> subprocess.Popen[bytes]:
+    arguments = ("train", config_file, "--run-dir", run_dir, "--resume", "auto", "--no-progress")
+    return subprocess.Popen(tiny.command(*arguments), env=tiny.environment(), stdout=log.open("ab"), stderr=subprocess.STDOUT)
+
+
+def last_step(run_dir: Path) -> int:
+    """The last step in the metrics, 0 without."""
+    file = run_dir / "metrics.jsonl"
+    steps = re.findall(r'"step": (\d+)', file.read_text(encoding="utf-8")) if file.exists() else []
+    return int(steps[-1]) if steps else 0
+
+
+def wait_for_step(process: subprocess.Popen[bytes], run_dir: Path, step: int) -> None:
+    for _ in range(18000):
+        if last_step(run_dir) >= step or process.poll() is not None:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"the run did not come to step {step} in three minutes")
+
+
+def assert_same_run(run_dir: Path, undisturbed: Path) -> None:
+    """Rows, trace and weights are the same, bit by bit."""
+    assert tiny.rows(run_dir) == tiny.rows(undisturbed)
+    wanted = tiny.trace(undisturbed)
+    for name, array in tiny.trace(run_dir).items():
+        np.testing.assert_array_equal(array, wanted[name], err_msg=name)
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        arrays = read_arrays(latest_whole_checkpoint(run_dir) / file)
+        for name, array in read_arrays(latest_whole_checkpoint(undisturbed) / file).items():
+            np.testing.assert_array_equal(arrays[name], array, err_msg=name)
+    assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {path.name for path in (undisturbed / "checkpoints").iterdir()}
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.slow)])
+def test_a_run_terminated_and_killed_equals_an_undisturbed_one(run_dir, tmp_path, kills):
+    undisturbed, config_file = run_dir, tiny.write(tiny.reference_config(), tmp_path)
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    process = start(config_file, run_dir, log)
+    wait_for_step(process, run_dir, 1)  # 39 steps and their evaluations are left, however busy the machine is
+    process.terminate()
+    assert process.wait(timeout=300) == 0
+    said = log.read_text()
+    stopped = re.search(r"stopped by SIGTERM after step (\d+), state saved; continue with --resume auto --run-dir", said)
+    assert stopped and "Traceback" not in said, said[-1500:] + str(last_step(run_dir))
+    assert latest_whole_checkpoint(run_dir).name == f"step-{int(stopped[1]):08d}"
+    assert last_step(run_dir) == int(stopped[1]) < 40
+    moments = []
+    for number in range(kills):
+        # Later each time; the pause puts the kill anywhere within a step or a checkpoint.
+        step, pause = 6 + int(30 / kills * (number + random.random())), random.uniform(0, 0.05)
+        moments.append((step, pause))
+        process = start(config_file, run_dir, log)
+        wait_for_step(process, run_dir, step)
+        time.sleep(pause)
+        process.kill()
+        assert process.wait() in (-signal.SIGKILL, 0), f"{moments}: {log.read_text()}"
+        assert last_step(run_dir) >= step, f"{moments}: {log.read_text()}"
+    assert main(["train", str(config_file), "--run-dir", str(run_dir), "--resume", "auto", "--no-progress"]) == 0
+    assert log.read_text().count("resuming after step") == kills, f"{moments}: {log.read_text()}"
+    assert_same_run(run_dir, undisturbed)

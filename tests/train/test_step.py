@@ -70,7 +70,7 @@ def test_jitter_and_dropout_do_something():
     assert (both.load_LNE != dropout_only.load_LNE).any()
 
 
-@pytest.mark.parametrize("accumulation_steps, nodes", [(4, 1), (2, 2), pytest.param(4, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("accumulation_steps, nodes", [(2, 2), *(pytest.param(4, nodes, marks=pytest.mark.slow) for nodes in (1, 2))])
 def test_accumulation_equals_the_large_batch(accumulation_steps, nodes):
     """With router losses off and without drops; dropout, jitter and the source nodes' counts are the same too.
 
