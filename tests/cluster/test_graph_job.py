@@ -35,8 +35,8 @@ def assert_the_same(name: str, found: list[dict[str, Any]]) -> None:
             for key in ("skipped", "loss_scale", "traffic", *(() if half else ("load", "dropped", "norm"))):
                 assert compiled[key] == (pytest.approx(ordinary[key], rel=1e-4) if key == "norm" else ordinary[key]), key
     rows = found[0]["compiled"]
-    # The loss scale begins so high that fp16 overflows at first.
-    assert rows[0]["skipped"] == half and not rows[-1]["skipped"]
+    # The loss scale begins so high, or doubles so soon, that fp16 overflows on the way.
+    assert any(row["skipped"] for row in rows) == half and not rows[-1]["skipped"]
     assert sum(np.sum(row["dropped"]) for row in rows) > 0 and rows[0]["traffic"] != [0, 0]
 
 

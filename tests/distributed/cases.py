@@ -144,7 +144,7 @@ GRADIENTS = ("locmoe, nodes", "data parallel", "idle")
 
 
 def possible(ranks: int) -> list[str]:
-    """The cases that fit a number of ranks."""
+    """The cases that fit a number of ranks, and are the single process there: with drops all places must share their experts."""
     return [
         name
         for name, case in CASES.items()
@@ -153,6 +153,7 @@ def possible(ranks: int) -> list[str]:
         and ranks % ((case.expert_parallel or 1) * case.tensor) == 0
         and (ranks // case.nodes) % case.tensor == 0
         and (case.expert_parallel or 1) < ranks
+        and (case.moe["capacity"] == DROPLESS or (case.expert_parallel or ranks // case.tensor) * case.tensor == ranks)
         and BATCH % (ranks * case.train.get("accumulation_steps", 1)) == 0
     ]
 
