@@ -1,6 +1,7 @@
 """HCCL's operators for CPU processes, so that the compiled step of an Ascend job can run: all of them made of MCCL's AllReduce.
 
-`install` puts them where `mindspore.ops` has its own; they are what the documentation says of those, gradients included.
+`install` puts them where `mindspore.ops` has its own; they are what the documentation says of those, gradients included. Primitives
+made beforehand: some functions of `mindspore.ops` make theirs when they are called, which fails in a cell's own `bprop`.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ class _Everyones(nn.Cell):
     def __init__(self, group: str) -> None:
         super().__init__()
         self.place, self.size = GROUPS[group].index(RANK[0]), len(GROUPS[group])
-        self.sum = ops.AllReduce(ops.ReduceOp.SUM, group)
+        self.stack, self.sum = ops.Stack(), ops.AllReduce(ops.ReduceOp.SUM, group)
 
     def construct(self, x_M: Tensor) -> Tensor:
         rows = []
         for place in range(self.size):
             rows.append(x_M if place == self.place else ops.zeros_like(x_M))
-        return self.sum(ops.stack(rows))
+        return self.sum(self.stack(rows))
 
 
 class AllGather(nn.Cell):
@@ -53,20 +54,21 @@ class AlltoAllV(nn.Cell):
     def __init__(self, group: str, block_size: int) -> None:
         super().__init__()
         self.everyones, self.block, self.room = _Everyones(group), block_size, MOST_ROWS * block_size
+        self.concat, self.zeros = ops.Concat(), ops.Zeros()
 
     def construct(self, flat: Tensor, sent: tuple[int, ...], received: tuple[int, ...]) -> Tensor:
         messages = []
         begin = 0
         for rows in sent:
             messages.append(flat[begin * self.block : (begin + rows) * self.block])
-            messages.append(ops.zeros((self.room - rows * self.block,), flat.dtype))
+            messages.append(self.zeros((self.room - rows * self.block,), flat.dtype))
             begin = begin + rows
-        everyones = self.everyones(ops.concat(messages))
+        everyones = self.everyones(self.concat(messages))
         mine = self.everyones.place * self.room
         arrived = []
         for source in range(self.everyones.size):
             arrived.append(everyones[source, mine : mine + received[source] * self.block])
-        return ops.concat(arrived)
+        return self.concat(arrived)
 
 
 def install(rank: int, size: int) -> hccl.HcclOperators:
