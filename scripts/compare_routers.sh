@@ -51,10 +51,7 @@ while [ $# -gt 0 ]; do
                 --shares) shares=$2 ;;
                 --rates) rates=$2 ;;
                 --config) config=$2 ;;
-                --set)
-                    sets+=("$1" "$2")
-                    more+=("$1" "$2")
-                    ;;
+                --set) sets+=("$1" "$2") ;;
                 *) more+=("$1" "$2") ;;
             esac
             shift
@@ -79,4 +76,4 @@ done
 prepare_corpus
 python -m pangu_locmoe prepare "$config" "${sets[@]}" >/dev/null
 exec python scripts/compare_routers.py "$config" --output "${output:-runs/compare}" --seeds "$seeds" --more-seeds "$more_seeds" --steps "$steps" \
-    --timing-steps "$timing_steps" --shares "$shares" --rates "$rates" ${more[@]+"${more[@]}"}
+    --timing-steps "$timing_steps" --shares "$shares" --rates "$rates" "${more[@]}" "${sets[@]}"

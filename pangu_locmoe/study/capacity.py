@@ -88,14 +88,13 @@ def measure(case: Case) -> Any:
 
 def _parts(measured: List[Measured]) -> Tuple[List[Measured], List[Times]]:
     """The cases with losses, and the times of the others."""
-    timed = [row for row in measured if "rounds" in row["case"]]
-    return [row for row in measured if row not in timed], by_run(timed)
+    return [row for row in measured if "rounds" not in row["case"]], by_run([row for row in measured if "rounds" in row["case"]])
 
 
 def curve(measured: List[Measured], router: str, order: str = "affinity") -> Curve:
     """A router's results by factor, the largest first."""
     found: Curve = {}
-    for row in sorted(_parts(measured)[0], key=lambda row: (-row["case"]["factor"], row["case"]["seed"])):
+    for row in sorted(measured, key=lambda row: (-row["case"]["factor"], row["case"]["seed"])):
         if (row["case"]["router"], row["case"]["order"]) == (router, order):
             found.setdefault(row["case"]["factor"], []).append(row["result"])
     return found

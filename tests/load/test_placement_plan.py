@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pangu_locmoe.config import parse_config
 from pangu_locmoe.errors import DataError
 from pangu_locmoe.load.placement import Costs, load_plan, place_trace, plan, save_plan
 from pangu_locmoe.load.trace import Trace, read_trace
+from pangu_locmoe.train.placement import starting_slots
 
 RECORDED = sorted((Path(__file__).parents[1] / "data" / "traces").glob("*.npz"))
 COSTS = Costs.of_model(hidden_size=128, ffn_size=256)
@@ -160,3 +162,49 @@ def test_beats_eplb_on_a_recorded_trace(path, ranks_per_node, replicas):
     assert plans["locality"].after.step_seconds < plans["eplb"].after.step_seconds
     assert plans["locality"].after.step_seconds <= plans["locality"].now.step_seconds * (1 + 1e-8)
     assert plans["locality"].actual_after.step_seconds < plans["eplb"].actual_after.step_seconds
+
+
+def job_config(start: object, **changed: int):
+    """A job that fits the plans of `made_up` on 2 nodes of 2 ranks, apart from what is changed."""
+    sizes = {"num_experts": 8, "num_moe_layers": 2, "expert_parallel": 4, **changed}
+    return parse_config(
+        {
+            "model": {"num_layers": 4, "num_moe_layers": sizes["num_moe_layers"]},
+            "moe": {"router": "switch", "levels": 1, "num_experts": sizes["num_experts"]},
+            "parallel": {"expert_parallel": sizes["expert_parallel"]},
+            "placement": {"start": start},
+        }
+    )
+
+
+def test_a_job_begins_where_a_plan_has_its_experts(tmp_path):
+    result, file = place_trace(made_up(), 2, 2, COSTS, recent_mean), tmp_path / "plan.json"
+    save_plan(result, file)
+    found_LE = starting_slots(job_config(str(file)))
+    np.testing.assert_array_equal(found_LE, result.slot_to_expert)
+    assert (found_LE != np.arange(8)).any()
+    np.testing.assert_array_equal(starting_slots(job_config(found_LE.tolist())), found_LE)
+
+
+@pytest.mark.parametrize(
+    "changed, wanted",
+    [
+        ({"num_moe_layers": 1}, "the plan has 2 layers of 8 slots on 4 ranks, the run 1 of 8 on 4"),
+        ({"num_experts": 16}, "the plan has 2 layers of 8 slots on 4 ranks, the run 2 of 16 on 4"),
+        ({"expert_parallel": 2}, "the plan has 2 layers of 8 slots on 4 ranks, the run 2 of 8 on 2"),
+    ],
+)
+def test_a_plan_for_another_job_is_refused(tmp_path, changed, wanted):
+    file = tmp_path / "plan.json"
+    save_plan(place_trace(made_up(), 2, 2, COSTS, recent_mean), file)
+    with pytest.raises(DataError, match=f"^placement.start = '{file}': {wanted}$"):
+        starting_slots(job_config(str(file), **changed))
+
+
+def test_a_plan_with_replicas_or_no_plan_is_refused(tmp_path):
+    file = tmp_path / "plan.json"
+    save_plan(place_trace(made_up(), 2, 2, COSTS, recent_mean, replicas=4), file)
+    with pytest.raises(DataError, match="the plan has 2 layers of 12 slots"):
+        starting_slots(job_config(str(file)))
+    with pytest.raises(DataError, match=r"absent\.json: not a plan: No such file or directory"):
+        starting_slots(job_config(str(tmp_path / "absent.json")))
