@@ -39,7 +39,10 @@ def starting_slots(config: Config) -> np.ndarray:
     if isinstance(start, list):
         return np.asarray(start)
     assert start is not None
-    plan = load_plan(Path(start))
+    try:
+        plan = load_plan(Path(start))
+    except DataError as error:
+        raise DataError(f"placement.start = {start!r}: {error}") from None
     has = (*plan.slots_LS.shape, plan.nodes * plan.ranks_per_node)
     needs = (model.num_moe_layers, moe.num_experts, config.parallel.expert_parallel)
     if has != needs:

@@ -206,5 +206,6 @@ def test_a_plan_with_replicas_or_no_plan_is_refused(tmp_path):
     save_plan(place_trace(made_up(), 2, 2, COSTS, recent_mean, replicas=4), file)
     with pytest.raises(DataError, match="the plan has 2 layers of 12 slots"):
         starting_slots(job_config(str(file)))
-    with pytest.raises(DataError, match=r"absent\.json: not a plan: No such file or directory"):
-        starting_slots(job_config(str(tmp_path / "absent.json")))
+    absent = tmp_path / "absent.json"
+    with pytest.raises(DataError, match=f"^placement.start = '{absent}': {absent}: not a plan: No such file or directory$"):
+        starting_slots(job_config(str(absent)))
