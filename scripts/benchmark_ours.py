@@ -1,6 +1,6 @@
 """Our side of the speed comparison: pangu_locmoe training steps on the CPU, driven line by line as benchmark_hf.py is.
 
-Uses what `pangu-locmoe train` uses: parse_config, PanguSigma and Stepper, with every statistic a run records copied to the
+Uses what `pangu-locmoe train` uses: parse_config, PanguSigma and LocalStepper, with every statistic a run records copied to the
 host; only the text is replaced by random tokens. With ``--gate D,E`` it times the two gates instead and prints one JSON line.
 """
 
@@ -65,7 +65,7 @@ def run_config(arguments: argparse.Namespace) -> Dict[str, Any]:
 
 
 class Trainer:
-    """One model and its Stepper, endless random batches of shape [batch, sequence]."""
+    """One model and its LocalStepper, endless random batches of shape [batch, sequence]."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         import mindspore as ms
@@ -74,15 +74,13 @@ class Trainer:
         from pangu_locmoe.data.loader import Batch
         from pangu_locmoe.model.sigma import PanguSigma
         from pangu_locmoe.model.size import num_params
-        from pangu_locmoe.moe.capacity import initial_capacity
-        from pangu_locmoe.train.step import Stepper
+        from pangu_locmoe.train.step import LocalStepper
 
         config = parse_config(run_config(arguments))
-        capacity = initial_capacity(config.moe.capacity, arguments.batch * arguments.sequence, arguments.experts)
         self.versions = {"mindspore": ms.__version__}
         self.parameters = num_params(config)
         self.learning_rate = arguments.learning_rate
-        self.stepper = Stepper(PanguSigma(config), config, (capacity,) * arguments.num_moe_layers)
+        self.stepper = LocalStepper(PanguSigma(config), config)
         generator = np.random.default_rng(arguments.seed)
         shape = (arguments.batch, arguments.sequence)
         positions_BS = np.tile(np.arange(arguments.sequence, dtype=np.int32), (arguments.batch, 1))

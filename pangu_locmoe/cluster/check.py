@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 from pangu_locmoe.cluster.memory import Memory, estimate
-from pangu_locmoe.cluster.plan import Operation, Weight, buffer_megabytes, differences, node_bytes, plan, topology_groups
+from pangu_locmoe.cluster.plan import Weight, buffer_megabytes, differences, plan
 from pangu_locmoe.config import Config
 from pangu_locmoe.errors import ConfigError, TopologyError
 from pangu_locmoe.model.size import num_params
 from pangu_locmoe.moe.static import certain_drops
+from pangu_locmoe.parallel.operation import Operation, node_bytes, topology_groups
 from pangu_locmoe.parallel.topology import Topology
 from pangu_locmoe.simulate.devices import Device
 

@@ -19,9 +19,7 @@ from mindspore.common.initializer import Zero
 from mindspore.nn.utils import no_init_parameters
 from mindspore.ops.operations import comm_ops
 
-from pangu_locmoe.cluster import reduction
 from pangu_locmoe.cluster.graph import communication
-from pangu_locmoe.cluster.step import RECURSION_LIMIT, GraphParts
 from pangu_locmoe.config import Config, parse_config
 from pangu_locmoe.model import attention, block, fused, sigma
 from pangu_locmoe.moe import sharded
@@ -29,8 +27,9 @@ from pangu_locmoe.parallel import tensor as slices
 from pangu_locmoe.parallel.gradients import kind, pieces
 from pangu_locmoe.parallel.hccl import HcclOperators
 from pangu_locmoe.parallel.world import World
-from pangu_locmoe.train import buffers, optimizer
-from pangu_locmoe.train.step import Objective
+from pangu_locmoe.train import optimizer
+from pangu_locmoe.train.step import Objective, cells
+from pangu_locmoe.train.step.graph import RECURSION_LIMIT, graph_parts
 
 _NUMBER = Tensor(1.0, ms.float32)
 
@@ -50,7 +49,7 @@ def compile_step(config: Config, num_ranks: int, rank: int) -> Dict[str, Any]:
         parameters = list(model.trainable_params())
         own = pieces(parameters, world.topology, rank) if config.parallel.shard_optimizer else None
         adam = optimizer.AdamW.of(parameters, config.train, own)
-        parts = GraphParts(config, adam, world.topology, communicator)
+        parts = graph_parts(config, adam, world.topology, communicator)
     capacities = (1,) * config.model.num_moe_layers  # not used with static sizes, but for not being dropless
     texts = [_front_end(parts.step(Objective(model, config, capacities)), _inputs(config, world.topology.num_places))]
     if parts.buffers is not None:
@@ -108,7 +107,7 @@ def _without_values() -> None:
     for module in (block, sigma, slices):
         module.Tensor = tensor  # type: ignore[attr-defined,assignment]
     sharded.expert_weights = expert_weights  # type: ignore[attr-defined,assignment]
-    for module in (optimizer, buffers, reduction):
+    for module in (optimizer, cells):
         module.zeros = zeros  # type: ignore[attr-defined]
 
 

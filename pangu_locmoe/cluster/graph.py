@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Iterator, List, Tuple
 
-from pangu_locmoe.cluster.plan import Operation, Shape
+from pangu_locmoe.parallel.operation import Operation, Shape
 
 _OPERATOR = re.compile(r"^\s*%\d+\([^)]*\) = (?:PrimFunc_)?(\w+)\(.* primitive_attrs: \{.*\bgroup: \"([^\"]+)\"")
 _TENSOR = re.compile(r"<Tensor\[(\w+)\], \(([\d, ]*)\)")

@@ -15,9 +15,10 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Dict, List, Sequence
 
-from pangu_locmoe.cluster.plan import ITEM_BYTES, Weight, buffer_megabytes, weight_piece
+from pangu_locmoe.cluster.plan import Weight, buffer_megabytes, weight_piece
 from pangu_locmoe.config import Config
 from pangu_locmoe.moe.static import group_slots
+from pangu_locmoe.parallel.operation import ITEM_BYTES
 from pangu_locmoe.parallel.topology import Topology
 
 _FP32 = 4

@@ -9,48 +9,16 @@ import dataclasses
 import math
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Iterator, List, Optional, Sequence
 
 from pangu_locmoe.config import Config
 from pangu_locmoe.moe.static import group_slots
 from pangu_locmoe.parallel.gradients import holders_of, piece
 from pangu_locmoe.parallel.hccl import group_name
+from pangu_locmoe.parallel.operation import IR_NAMES, ITEM_BYTES, Operation, Shape
 from pangu_locmoe.parallel.tensor import Piece
 from pangu_locmoe.parallel.topology import Topology
-
-ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
-IR_NAMES = {"fp32": "Float32", "fp16": "Float16", "bf16": "BFloat16"}
-Shape = Tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Operation:
-    """One communication operator of the step's graph.
-
-    kind: AlltoAllV, AllReduce, AllGather or ReduceScatter.
-    group: its name. direction: forward, backward or update; empty where it is not known.
-    dtype: as the graph writes it. shape, result: of this rank's operand and result.
-    sent: rows to each rank of the group (AlltoAllV), else empty.
-    """
-
-    kind: str
-    group: str
-    direction: str
-    dtype: str
-    shape: Shape
-    result: Shape
-    sent: Tuple[int, ...] = ()
-
-    @property
-    def bytes(self) -> int:
-        """Size of this rank's operand."""
-        return math.prod(self.shape) * (4 if self.dtype == "Float32" else 2)
-
-    def describe(self) -> str:
-        return f"{self.kind} on {self.group}, {self.dtype} {list(self.shape)} -> {list(self.result)}"
-
-    def to_dict(self) -> Dict[str, Any]:
-        return {**dataclasses.asdict(self), "bytes": self.bytes}
+from pangu_locmoe.train.step.traffic import exchanges
 
 
 @dataclass(frozen=True)
@@ -70,26 +38,6 @@ def plan(config: Config, topology: Topology, rank: int, weights: Sequence[Weight
         *_statistics(config, topology),
         *_reductions(config, topology, rank, weights),
     ]
-
-
-def exchanges(config: Config, topology: Topology, rank: int) -> Iterator[Operation]:
-    """Rows to the experts and back; the gradient takes the same ways in the other direction. Groupwise, a place gathers its shares."""
-    tokens = config.micro_batch * config.model.seq_length // topology.num_places
-    group, features = topology.expert_group(rank), config.model.hidden_size
-    size, place = len(group), group.index(rank)
-    chunks = config.parallel.overlap_chunks
-    rows_RR = (group_slots(config.moe.capacity, topology, rank, tokens) // chunks).reshape(size, size, -1).sum(axis=2)
-    sharers = topology.tensor_group(rank) if config.parallel.exchange == "groupwise" else (rank,)
-    dtype, name, gathering = IR_NAMES[config.train.precision], group_name(group, topology.num_ranks), group_name(sharers, topology.num_ranks)
-    for direction in ("forward", "backward"):
-        for matrix_RR in (rows_RR, rows_RR.T):
-            share_RR = matrix_RR // len(sharers)  # a place divides its slots evenly
-            sent, arrived = share_RR[place], int(share_RR[:, place].sum())
-            move = Operation("AlltoAllV", name, direction, dtype, (int(sent.sum()) * features,), (arrived * features,), tuple(sent.tolist()))
-            yield from [move] * config.model.num_moe_layers * chunks
-            if len(sharers) > 1:
-                gather = Operation("AllGather", gathering, direction, dtype, (arrived, features), (arrived * len(sharers), features))
-                yield from [gather] * config.model.num_moe_layers * chunks
 
 
 def _tensor_sums(config: Config, topology: Topology, rank: int) -> Iterator[Operation]:
@@ -169,11 +117,6 @@ def _reductions(config: Config, topology: Topology, rank: int, weights: Sequence
             yield Operation("AllReduce", group_name(group, size), "update", "Float32", (1,), (1,))
 
 
-def topology_groups(topology: Topology, rank: int) -> Dict[str, Tuple[int, ...]]:
-    """All groups that a rank can be in, by HCCL's name."""
-    return {group_name(ranks, topology.num_ranks): ranks for ranks in topology.groups(rank).values()}
-
-
 def differences(planned: Sequence[Operation], compiled: Sequence[Operation]) -> List[str]:
     """One line for every operator of which plan and graph have different numbers, whatever their direction."""
     planned, compiled = ([dataclasses.replace(operation, direction="") for operation in operations] for operations in (planned, compiled))
@@ -183,18 +126,6 @@ def differences(planned: Sequence[Operation], compiled: Sequence[Operation]) -> 
         for operation in dict.fromkeys([*planned, *compiled])
         if wanted[operation] != got[operation]
     ]
-
-
-def node_bytes(operation: Operation, ranks: Sequence[int], topology: Topology, rank: int) -> Tuple[int, int]:
-    """Bytes of an AlltoAllV, or an AllGather, to other ranks in this rank's node, and to other nodes."""
-    row_bytes = operation.bytes // max(1, sum(operation.sent))
-    inside = between = 0
-    for target, rows in zip(ranks, operation.sent or [1] * len(ranks)):
-        if topology.node_of_rank(target) != topology.node_of_rank(rank):
-            between += rows * row_bytes
-        elif target != rank:
-            inside += rows * row_bytes
-    return inside, between
 
 
 def buffer_megabytes(config: Config, num_ranks: int) -> int:

@@ -56,7 +56,7 @@ class ShardedMoELayer(nn.Cell):
         self.log_local_E = np.log(losses.local_distribution(local_NE, moe.locality_smoothing))[self.node]
 
     def place(self, expert_of_slot_E: np.ndarray) -> None:
-        """Say which expert each slot holds, int [E], a permutation. Weights are not touched: `train.placement` moves them."""
+        """Say which expert each slot holds, int [E], a permutation. Weights are not touched: `train.step.moving` moves them."""
         self.expert_of_slot_E = expert_of_slot_E
         # An argument of the compiled part, because an attribute would be a constant of it.
         self.slot_of_expert_E = Tensor(np.argsort(expert_of_slot_E).astype(np.int32))

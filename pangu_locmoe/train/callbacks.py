@@ -6,7 +6,6 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import Any, Dict
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -18,10 +17,8 @@ from pangu_locmoe.files import write_atomic
 from pangu_locmoe.load.trace import Trace, TraceWriter
 from pangu_locmoe.parallel.timeline import chrome_trace
 from pangu_locmoe.parallel.topology import Topology
-from pangu_locmoe.train.metrics import MetricsFile
+from pangu_locmoe.train.metrics import MetricsFile, Row
 from pangu_locmoe.train.step import StepResult
-
-Row = Dict[str, Any]
 
 
 class Callback:

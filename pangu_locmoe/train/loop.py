@@ -9,27 +9,24 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, Dict, List, NoReturn, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NoReturn, Optional, Sequence
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
-from pangu_locmoe.cluster.step import GraphStepper
 from pangu_locmoe.config import Config
 from pangu_locmoe.data.clusters import nodes_by_content
 from pangu_locmoe.data.loader import BatchLoader
 from pangu_locmoe.data.prepared import Prepared
 from pangu_locmoe.data.sampler import BatchSampler
-from pangu_locmoe.errors import CheckpointError, ConfigError, DivergenceError
+from pangu_locmoe.errors import CheckpointError, DivergenceError
+from pangu_locmoe.load.trace import Trace
 from pangu_locmoe.model.sigma import PanguSigma
 from pangu_locmoe.moe.domains import allowed_experts
-from pangu_locmoe.parallel.hccl import HcclOperators
 from pangu_locmoe.parallel.topology import Topology
 from pangu_locmoe.parallel.world import World
 from pangu_locmoe.train import callbacks as jobs
-from pangu_locmoe.train.between_steps import BetweenSteps
-from pangu_locmoe.train.capacities import CapacityPolicy
 from pangu_locmoe.train.checkpoint import (
     check_tokenizer,
     damage,
@@ -42,12 +39,12 @@ from pangu_locmoe.train.checkpoint import (
     save_checkpoint,
     step_folders,
 )
-from pangu_locmoe.train.distributed import DistributedStepper
 from pangu_locmoe.train.evaluate import Evaluator
 from pangu_locmoe.train.metrics import training_row
+from pangu_locmoe.train.policies import make_policies
 from pangu_locmoe.train.schedule import learning_rate
 from pangu_locmoe.train.shards import Held
-from pangu_locmoe.train.step import Stepper, StepResult
+from pangu_locmoe.train.step import StepResult, make_stepper
 
 
 class Trainer:
@@ -74,10 +71,8 @@ class Trainer:
             folder = find_checkpoint(init_from)
             check_tokenizer(folder, prepared.path / "tokenizer.json")
             load_weights(folder, self.model)
-        num_tokens = config.micro_batch * config.model.seq_length * self.topology.expert_parallel // self.topology.num_places
-        self.capacity_policy = CapacityPolicy(config, num_tokens)
-        self.stepper = _stepper(self.model, config, self.capacity_policy.initial(), self.world)
-        self.between = BetweenSteps(config, self.world, self.stepper) if isinstance(self.stepper, DistributedStepper) else None
+        self.stepper = make_stepper(self.model, config, self.world)
+        self.policies = make_policies(config, self.stepper, self._load_trace)
         self.loader = BatchLoader(prepared, _sampler(config, prepared, self.topology), config.data.reset_at_document_end)
         self.evaluator = Evaluator(self.model, config, prepared, self.world)
         self.step = 0
@@ -106,15 +101,14 @@ class Trainer:
                 raise CheckpointError(f"{damage(broken[-1])}; no older checkpoint is whole: begin again in another --run-dir")
             return False
         state = read_state(folder)
-        if self.between is not None:
-            self.between.restore(state)
+        for policy in self.policies:
+            policy.restore(state)
         load_weights(folder, self.model)
         load_optimizer(folder, self.stepper.optimizer, Held.by(self.model))
         self.loader.load_state_dict(state["data"])
         self.step, self.best = state["step"], state["best"]
         if self.stepper.loss_scale is not None:
             self.stepper.loss_scale.value, self.stepper.loss_scale.good_steps = state["loss_scale"]
-        self.stepper.set_capacities(tuple(state["capacities"]))
         return True
 
     def run(self, progress: bool = True) -> Optional[str]:
@@ -158,19 +152,15 @@ class Trainer:
         result = self.stepper(batch, self.step + 1, rate)
         self.step += 1
         row = training_row(
-            config, self.topology, self.step, result, rate, time.perf_counter() - started, self.stepper.capacities, self.between.slot_to_expert if self.between else None
+            config, self.topology, self.step, result, rate, time.perf_counter() - started, self.stepper.capacities, self.stepper.expert_of_slot_LE
         )
         self._check_finite(result)
         if self.stepper.loss_scale is not None:
             row["loss_scale"] = self.stepper.loss_scale.value
         for callback in self._callbacks:
             callback.on_step(self.step, result, row)
-        changed = self.capacity_policy(self.step, result, self.stepper.capacities)
-        if changed is not None:
-            self.stepper.set_capacities(changed[0])
-            self._tell(changed[1])
-        if self.between is not None:
-            for event in self.between(self.step, result, self._trace):
+        for policy in self.policies:
+            for event in policy(self.step, result):
                 self._tell(event)
         last = self.step == config.train.steps
         improved = (last or self.step % config.evaluation.every == 0) and self._evaluate()
@@ -200,10 +190,10 @@ class Trainer:
             "step": self.step,
             "data": self.loader.state_dict(),
             "best": self.best,
-            "capacities": list(self.stepper.capacities),
             "loss_scale": [scale.value, scale.good_steps] if scale is not None else None,
-            **(self.between.state() if self.between is not None else {}),
         }
+        for policy in self.policies:
+            state.update(policy.state())
         folder = self.run_dir / "checkpoints" / f"step-{self.step:08d}"
         tokenizer_file = self.prepared.path / "tokenizer.json"
         save_checkpoint(folder, self.config, tokenizer_file, self.model, self.stepper.optimizer, state, self.world)
@@ -237,21 +227,12 @@ class Trainer:
         ]
         return [*made, *([jobs.ShowProgress(self.config, last)] if progress else []), *self._added]
 
+    def _load_trace(self) -> Trace:
+        assert self._trace is not None  # rank 0 is asked
+        return self._trace.trace
+
     def _on_signal(self, number: int, frame: Optional[FrameType]) -> None:
         self._signal = number
-
-
-def _stepper(model: PanguSigma, config: Config, capacities: Tuple[int, ...], world: World) -> Stepper:
-    if world.exchange is None:
-        if config.trace.timeline is not None:
-            raise ConfigError(f"trace.timeline = {config.trace.timeline}: shows what the ranks of a job do, and there is 1 process; must be null")
-        return Stepper(model, config, capacities)
-    compiled = config.train.mode == "graph"
-    if compiled and config.parallel.sizes == "static" and isinstance(world.communicator, HcclOperators):
-        return GraphStepper(model, config, capacities, world.topology, world.exchange)
-    if compiled:
-        model.compile_parts()
-    return DistributedStepper(model, config, capacities, world.topology, world.exchange)
 
 
 def _sampler(config: Config, prepared: Prepared, topology: Topology) -> BatchSampler:

@@ -14,15 +14,17 @@ from pangu_locmoe.moe.capacity import DROPLESS, cosine_statistic
 from pangu_locmoe.parallel.topology import Topology
 from pangu_locmoe.train.step import StepResult
 
+Row = Dict[str, Any]
+
 
 def training_row(
     config: Config, topology: Topology, step: int, result: StepResult, learning_rate: float, seconds: float, capacities: tuple[int, ...],
-    slot_to_expert_LE: Optional[np.ndarray] = None,
+    expert_of_slot_LE: Optional[np.ndarray] = None,
 ) -> Dict[str, Any]:
     """One training row; what has no meaning in this run is null.
 
     delta is the configured statistic of the cosines between tokens and the gates of their experts, over all MoE layers;
-    local_fraction the share of tokens whose expert is in the node they come from; `slot_to_expert_LE` says where experts were. Where a
+    local_fraction the share of tokens whose expert is in the node they come from; `expert_of_slot_LE` says where experts were. Where a
     token may have several experts, tokens in all of these are its assignments to experts, experts_per_token says how many it asked for
     on average, and unrouted_fraction is the share of tokens that no expert kept. In a job of several processes also what all
     ranks sent each other inside nodes and between them (payload), and the seconds of the slowest rank in the exchange and in the
@@ -41,7 +43,7 @@ def training_row(
         "capacity": max(capacities) if capacities and DROPLESS not in capacities else None,
         "dropped_fraction": int(result.dropped_LE.sum()) / routed if routed else 0.0,
         "max_over_mean_load": float((load_LE.max(axis=1) / load_LE.mean(axis=1)).mean()) if routed else None,
-        "local_fraction": topology.local_fraction(result.load_LNE, slot_to_expert_LE) if routed and topology.num_nodes > 1 else None,
+        "local_fraction": topology.local_fraction(result.load_LNE, expert_of_slot_LE) if routed and topology.num_nodes > 1 else None,
         "experts_per_token": routed / len(load_LE) / (config.train.batch_size * config.model.seq_length) if result.unrouted is not None else None,
         "unrouted_fraction": result.unrouted,
         "delta": cosine_statistic(result.cosine_LT, config.moe.capacity.statistic) if gated else None,

@@ -9,15 +9,14 @@ from small import small_config
 
 from pangu_locmoe.cluster.memory import estimate
 from pangu_locmoe.cluster.plan import Weight
-from pangu_locmoe.cluster.reduction import reduced_buffers
 from pangu_locmoe.config.models import ParallelConfig
 from pangu_locmoe.model.sigma import PanguSigma
 from pangu_locmoe.parallel.exchange import Exchange
 from pangu_locmoe.parallel.gradients import kind, pieces
 from pangu_locmoe.parallel.hccl import HcclOperators
 from pangu_locmoe.parallel.topology import Topology
-from pangu_locmoe.train.buffers import gradient_buffers
 from pangu_locmoe.train.optimizer import AdamW
+from pangu_locmoe.train.step.cells import gradient_buffers, reduced_buffers
 
 WEIGHTS = [Weight("word_table", (300, 32), "whole"), Weight("position_table", (8, 32), "whole"), Weight("norm1.gamma", (32,), "whole")]
 

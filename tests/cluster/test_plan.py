@@ -10,11 +10,13 @@ import pytest
 from small import small_config
 
 from pangu_locmoe.cluster.graph import communication
-from pangu_locmoe.cluster.plan import Operation, Weight, buffer_megabytes, differences, node_bytes, plan
-from pangu_locmoe.cluster.step import planned_traffic, refuse_graph
+from pangu_locmoe.cluster.plan import Weight, buffer_megabytes, differences, plan
 from pangu_locmoe.config import CapacityConfig, load_config
 from pangu_locmoe.moe.static import certain_drops, group_slots
+from pangu_locmoe.parallel.operation import Operation, node_bytes
 from pangu_locmoe.parallel.topology import Topology
+from pangu_locmoe.train.step.graph import refuse_graph
+from pangu_locmoe.train.step.traffic import planned_traffic
 
 WEIGHTS = [Weight("word_table", (300, 16), "whole"), Weight("blocks.1.moe.experts.w_in", (2, 16, 24), "expert")]
 

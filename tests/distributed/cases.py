@@ -18,13 +18,12 @@ from mindspore import Tensor
 from pangu_locmoe.config import Config, parse_config
 from pangu_locmoe.data.loader import Batch
 from pangu_locmoe.model.sigma import PanguSigma
-from pangu_locmoe.moe.capacity import initial_capacity
 from pangu_locmoe.noise import draw_keys
 from pangu_locmoe.parallel.communicator import Communicator
 from pangu_locmoe.parallel.gradients import is_expert, kind
 from pangu_locmoe.parallel.world import World
-from pangu_locmoe.train import distributed, placement
-from pangu_locmoe.train.step import Objective, Stepper, StepResult, batch_inputs
+from pangu_locmoe.train.step import Objective, Stepper, StepResult, counts, make_stepper
+from pangu_locmoe.train.step.objective import batch_inputs
 
 VOCAB, LENGTH, BATCH, EXPERTS, DOMAINS = 300, 16, 24, 12, 4
 STEPS, RATE = 20, 5e-4
@@ -176,7 +175,7 @@ def batch(step: int) -> Batch:
     return _batch((step - 1) % 3)
 
 
-def make_stepper(case: Case, communicator: Optional[Communicator] = None) -> Stepper:
+def stepper_of(case: Case, communicator: Optional[Communicator] = None) -> Stepper:
     """A rank's fresh model and optimizer, as Trainer makes them."""
     ranks = communicator.size if communicator else 1
     config = case.config(ranks)
@@ -186,13 +185,7 @@ def make_stepper(case: Case, communicator: Optional[Communicator] = None) -> Ste
         for block in model.blocks:
             if block.sparse:
                 block.moe.router.table.set_data(Tensor(np.zeros_like(block.moe.router.table.asnumpy())))
-    tokens = config.micro_batch * LENGTH * world.topology.expert_parallel // world.topology.num_places
-    capacities = (initial_capacity(config.moe.capacity, tokens, EXPERTS),) * config.model.num_moe_layers
-    if world.exchange is None:
-        return Stepper(model, config, capacities)
-    if config.train.mode == "graph":
-        model.compile_parts()
-    return distributed.DistributedStepper(model, config, capacities, world.topology, world.exchange)
+    return make_stepper(model, config, world)
 
 
 def row(result: StepResult) -> dict[str, Any]:
@@ -211,7 +204,7 @@ class Run:
     """One process or one rank of a case, step by step."""
 
     def __init__(self, case: Case, communicator: Optional[Communicator] = None) -> None:
-        self.stepper, self.moves = make_stepper(case, communicator), case.moves and communicator is not None
+        self.stepper, self.moves = stepper_of(case, communicator), case.moves and communicator is not None
         self._rows: list[dict[str, Any]] = []
 
     def rows(self, steps: int) -> list[dict[str, Any]]:
@@ -235,32 +228,32 @@ def shuffle_experts(stepper: Stepper, seed: int) -> None:
     """Another place for every expert, and another one in each layer."""
     random = np.random.default_rng(seed)
     wanted_LE = np.stack([random.permutation(EXPERTS) for _ in stepper.model.moe_layers])
-    placement.move_experts(stepper.model, stepper.optimizer, stepper.exchange, wanted_LE)  # type: ignore[attr-defined]
-    np.testing.assert_array_equal(placement.slot_to_expert(stepper.model), wanted_LE)
+    stepper.move_experts(wanted_LE)
+    np.testing.assert_array_equal(stepper.expert_of_slot_LE, wanted_LE)
 
 
 def reduced_gradients(case: Case, communicator: Communicator) -> dict[str, np.ndarray]:
     """What a rank's optimizer is given at the first step; experts by their global id."""
-    stepper = make_stepper(case, communicator)
+    stepper = stepper_of(case, communicator)
     kept: list[Any] = []
-    before = distributed.reduce_gradients
+    before = counts.reduce_gradients
 
     def keep(*arguments: Any) -> Any:
         kept.append(before(*arguments))
         return kept[-1]
 
-    distributed.reduce_gradients = keep
+    counts.reduce_gradients = keep
     try:
         stepper(batch(1), 1, RATE)
     finally:
-        distributed.reduce_gradients = before
-    first = stepper.topology.experts_of_rank(communicator.rank).start  # type: ignore[attr-defined]
+        counts.reduce_gradients = before
+    first = stepper.world.topology.experts_of_rank(communicator.rank).start
     return _by_expert(stepper, [gradient.asnumpy() for gradient in kept[0]], first, stepper.config.train.accumulation_steps)
 
 
 def single_gradients(case: Case) -> dict[str, np.ndarray]:
     """The same of the single process, without the stepper: the mean over its micro-batches."""
-    stepper = make_stepper(case)
+    stepper = stepper_of(case)
     config, first, parts = stepper.config, batch(1), stepper.config.train.accumulation_steps
     rows_T, columns_D = draw_keys(config.train.seed, 1, first.tokens_BS.size, config.model.hidden_size)
     gradient = ms.value_and_grad(Objective(stepper.model, config, stepper.capacities), None, stepper.optimizer.parameters, has_aux=True)

@@ -17,10 +17,10 @@ from pangu_locmoe.parallel import world
 def main() -> int:
     communicator = world.join()
     world.join = lambda: communicator  # a process joins once
-    from pangu_locmoe.train import placement
+    from pangu_locmoe.train.step import moving
 
     if sys.argv[1] == "kill" and communicator.rank == 1:
-        before = placement.ops.assign
+        before = moving.ops.assign
 
         def assign(parameter, value):
             result = before(parameter, value)
@@ -28,7 +28,7 @@ def main() -> int:
                 os.kill(os.getpid(), signal.SIGKILL)
             return result
 
-        placement.ops.assign = assign
+        moving.ops.assign = assign
     for config, run_dir in zip(sys.argv[2::2], sys.argv[3::2]):
         code = cli.main(["train", config, "--run-dir", run_dir, "--resume", "auto", "--no-progress"])
         if code:

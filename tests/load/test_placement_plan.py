@@ -12,7 +12,7 @@ from pangu_locmoe.config import parse_config
 from pangu_locmoe.errors import DataError
 from pangu_locmoe.load.placement import Costs, load_plan, place_trace, plan, save_plan
 from pangu_locmoe.load.trace import Trace, read_trace
-from pangu_locmoe.train.placement import starting_slots
+from pangu_locmoe.train.policies.placement import starting_slots
 
 RECORDED = sorted((Path(__file__).parents[1] / "data" / "traces").glob("*.npz"))
 COSTS = Costs.of_model(hidden_size=128, ffn_size=256)

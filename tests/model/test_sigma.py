@@ -16,7 +16,7 @@ from pangu_locmoe.data.packing import positions_and_segments
 from pangu_locmoe.model.sigma import PanguSigma
 from pangu_locmoe.moe.capacity import DROPLESS
 from pangu_locmoe.noise import draw_keys
-from pangu_locmoe.train.step import Objective, Stepper
+from pangu_locmoe.train.step import LocalStepper, Objective
 
 BATCH, LENGTH, VOCAB, HIDDEN, EOD = 4, 8, 300, 16, 299
 RANDOM = np.random.default_rng(23)
@@ -241,7 +241,7 @@ def test_training_goes_on_with_an_expert_that_gets_no_tokens():
     layer = model.blocks[1].moe
     layer.router.table.set_data(integers(np.array([0, 1, 3])[np.arange(VOCAB) % 3]))
     start = layer.experts.w_in.asnumpy().copy()  # the update is in place
-    stepper = Stepper(model, config, (DROPLESS,))
+    stepper = LocalStepper(model, config, capacities=(DROPLESS,))
     losses = []
     for step in range(1, 5):
         result = stepper(BATCH_OF_FOUR, step, 0.01)

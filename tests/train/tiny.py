@@ -21,9 +21,8 @@ from pangu_locmoe.data.loader import Batch, BatchLoader
 from pangu_locmoe.data.prepared import Prepared, prepare
 from pangu_locmoe.data.sampler import BatchSampler
 from pangu_locmoe.model.sigma import PanguSigma
-from pangu_locmoe.moe.capacity import initial_capacity
 from pangu_locmoe.train.run import train
-from pangu_locmoe.train.step import Stepper, StepResult
+from pangu_locmoe.train.step import LocalStepper, StepResult
 
 DOMAINS = ("en", "zh", "code")
 # Few words that always follow each other in one of a few ways, so that 30 steps are enough to learn something.
@@ -106,10 +105,9 @@ def batches(config: Config, prepared: Prepared) -> Iterator[Batch]:
     return BatchLoader(prepared, sampler, config.data.reset_at_document_end)
 
 
-def make_stepper(config: Config) -> Stepper:
+def make_stepper(config: Config) -> LocalStepper:
     """A fresh model and its optimizer."""
-    capacity = initial_capacity(config.moe.capacity, config.micro_batch * config.model.seq_length, config.moe.num_experts)
-    return Stepper(PanguSigma(config, prepare(config, False).token_counts), config, (capacity,) * config.model.num_moe_layers)
+    return LocalStepper(PanguSigma(config, prepare(config, False).token_counts), config)
 
 
 def steps(config: Config, count: int) -> list[StepResult]:

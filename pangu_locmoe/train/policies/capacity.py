@@ -8,7 +8,7 @@ Letters: T tokens that share the experts of a layer in one micro-batch, L MoE la
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Mapping
 
 import numpy as np
 
@@ -22,59 +22,69 @@ from pangu_locmoe.moe.capacity import (
     initial_capacity,
     transition_capacity,
 )
-from pangu_locmoe.train.step import StepResult
+from pangu_locmoe.train.metrics import Row
+from pangu_locmoe.train.step import Stepper, StepResult
 
 EVERY, HYSTERESIS = 100, 0.2
 
-Capacities = Tuple[int, ...]
 
-
-class CapacityPolicy:
+class Capacity:
     """Each layer's capacity, step by step.
 
     Args:
         config: the run.
-        num_tokens: T.
+        stepper: whose capacities change.
     """
 
-    def __init__(self, config: Config, num_tokens: int) -> None:
-        self._config, self._capacity, self._num_tokens = config, config.moe.capacity, num_tokens
-        self._upper = initial_capacity(config.moe.capacity, num_tokens, config.moe.num_experts)
-        self._transition = config.moe.token_choice.transition_steps if config.moe.token_choice is not None else 0
+    def __init__(self, config: Config, stepper: Stepper) -> None:
+        self._config, self._capacity, self._stepper = config, config.moe.capacity, stepper
+        self._upper = initial_capacity(
+            config.moe.capacity, stepper.num_tokens, config.moe.num_experts
+        )
+        choice = config.moe.token_choice
+        self._transition = choice.transition_steps if choice is not None else 0
         self._every = EVERY if self._capacity.every is None else self._capacity.every
-        self._hysteresis = HYSTERESIS if self._capacity.hysteresis is None else self._capacity.hysteresis
+        self._hysteresis = (
+            HYSTERESIS if self._capacity.hysteresis is None else self._capacity.hysteresis
+        )
+        if self._scheduled(0) != self._upper:
+            stepper.set_capacities((self._scheduled(0),) * config.model.num_moe_layers)
 
-    def initial(self) -> Capacities:
-        """At the start of a run."""
-        return (self._scheduled(0),) * self._config.model.num_moe_layers
-
-    def __call__(self, step: int, result: StepResult, now: Capacities) -> Optional[Tuple[Capacities, Dict[str, Any]]]:
-        """The capacities from now on and an event row where the run has something to report; None after every other step."""
+    def __call__(self, step: int, result: StepResult) -> Iterator[Row]:
         if self._measures(step) and len(result.cosine_LT):
-            return self._measure(step, result, now)
-        if step <= self._transition and self._scheduled(step) != self._scheduled(step - 1):
+            yield self._measure(step, result)
+        elif step <= self._transition and self._scheduled(step) != self._scheduled(step - 1):
             capacity = self._scheduled(step)
-            return (capacity,) * len(now), {"step": step, "event": "token_choice", "capacity": capacity}
-        return None
+            self._stepper.set_capacities((capacity,) * len(self._stepper.capacities))
+            yield {"step": step, "event": "token_choice", "capacity": capacity}
+
+    def state(self) -> Dict[str, Any]:
+        return {"capacities": list(self._stepper.capacities)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._stepper.set_capacities(tuple(state["capacities"]))
 
     def _scheduled(self, step: int) -> int:
-        return transition_capacity(step, self._transition, self._num_tokens, self._upper)
+        return transition_capacity(step, self._transition, self._stepper.num_tokens, self._upper)
 
     def _measures(self, step: int) -> bool:
         if self._capacity.policy == "bound":
             return step == self._capacity.warmup_steps
-        return self._capacity.policy == "dynamic" and step >= max(self._capacity.warmup_steps, self._transition) and step % self._every == 0
+        if self._capacity.policy != "dynamic" or step % self._every:
+            return False
+        return step >= max(self._capacity.warmup_steps, self._transition)
 
-    def _measure(self, step: int, result: StepResult, now: Capacities) -> Tuple[Capacities, Dict[str, Any]]:
+    def _measure(self, step: int, result: StepResult) -> Row:
         model, capacities = self._config.model, []
+        first = model.num_layers - 1 - model.num_moe_layers
         layers: List[Dict[str, Any]] = []
         for index, cosines_T in enumerate(result.cosine_LT):
             delta = cosine_statistic(np.clip(cosines_T, -1, 1), self._capacity.statistic)
             bounds = capacity_bounds(model.hidden_size, self._config.moe.num_experts, delta)
-            capacities.append(self._next(bounds, now[index]))
+            capacities.append(self._next(bounds, self._stepper.capacities[index]))
             layers.append(
                 {
-                    "layer": model.num_layers - 1 - model.num_moe_layers + index,
+                    "layer": first + index,
                     "delta": delta,
                     "exact": bounds.exact,
                     "erfc": bounds.erfc,
@@ -82,7 +92,8 @@ class CapacityPolicy:
                     "capacity": capacities[-1],
                 }
             )
-        return tuple(capacities), {"step": step, "event": "capacity", "layers": layers}
+        self._stepper.set_capacities(tuple(capacities))
+        return {"step": step, "event": "capacity", "layers": layers}
 
     def _next(self, bounds: CapacityBounds, now: int) -> int:
         if self._capacity.policy == "bound":

@@ -1,7 +1,7 @@
-"""Experts change ranks at a step boundary, with their optimizer state: who computes them changes, never what is computed.
+"""Experts follow their tokens (`placement` in the YAML): plans made from the load trace while a run trains.
 
-Letters: L MoE layers, E experts and as many slots of an expert-parallel group, R its ranks, G = E / R slots of a rank,
-K rows of the trace, N nodes of the job, M nodes of a group.
+Letters: L MoE layers, E experts and as many slots of an expert-parallel group, K rows of the trace, N nodes of the job, M nodes
+of a group.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Callable, Dict, Iterator, Mapping, Optional
 
 import numpy as np
-from mindspore import Tensor, nn, ops
+from mindspore import Tensor
 from mindspore import dtype as mstype
 
 from pangu_locmoe.config import Config
@@ -21,12 +21,65 @@ from pangu_locmoe.load.forecast import mean_share
 from pangu_locmoe.load.placement import Costs, Plan, load_plan, place_trace
 from pangu_locmoe.load.state import states
 from pangu_locmoe.load.trace import Trace
-from pangu_locmoe.model.sigma import PanguSigma
 from pangu_locmoe.parallel.communicator import Communicator
-from pangu_locmoe.parallel.exchange import Exchange
 from pangu_locmoe.parallel.topology import Topology
+from pangu_locmoe.train.metrics import Row
+from pangu_locmoe.train.step import Stepper, StepResult
 
 VALUE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+
+
+class Placement:
+    """Experts begin where placement.start has them, and move to where the plans of placement.policy want them.
+
+    Args:
+        config: the run.
+        stepper: whose experts move; a rank's of a job.
+        trace: the load trace so far; rank 0 asks for it.
+    """
+
+    def __init__(self, config: Config, stepper: Stepper, trace: Callable[[], Trace]) -> None:
+        self._config, self._stepper, self._trace = config, stepper, trace
+        if config.placement.start is not None:
+            stepper.move_experts(starting_slots(config))
+
+    @staticmethod
+    def wanted(config: Config, stepper: Stepper) -> bool:
+        """Whether experts of the run can be elsewhere than in order."""
+        placed = config.placement.policy != "off" or config.placement.start is not None
+        return placed and stepper.world.exchange is not None
+
+    def __call__(self, step: int, result: StepResult) -> Iterator[Row]:
+        config = self._config
+        planned = config.placement.policy != "off" and step % config.placement.every == 0
+        if planned and step < config.train.steps:
+            yield from self._place_experts(step)
+
+    def state(self) -> Dict[str, Any]:
+        return {"slot_to_expert": self._expert_of_slot_LE.tolist()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        if "slot_to_expert" not in state:
+            return
+        # Weights stay: the checkpoint's are read to where its experts were.
+        for layer, slots in zip(self._stepper.model.moe_layers.values(), state["slot_to_expert"]):
+            layer.place(np.asarray(slots))
+
+    @property
+    def _expert_of_slot_LE(self) -> np.ndarray:
+        now_LE = self._stepper.expert_of_slot_LE
+        assert now_LE is not None
+        return now_LE
+
+    def _place_experts(self, step: int) -> Iterator[Row]:
+        """Plan from the trace, and move what the plan moves."""
+        started, now_LE, world = time.perf_counter(), self._expert_of_slot_LE, self._stepper.world
+        plan = None
+        if world.is_first:
+            plan = plan_placement(self._config, world.topology, self._trace(), step, now_LE)
+        self._stepper.move_experts(agree(plan, now_LE, world.communicator))
+        if plan is not None:
+            yield event(step, plan, started)
 
 
 def starting_slots(config: Config) -> np.ndarray:
@@ -118,49 +171,3 @@ def event(step: int, plan: Plan, started: float) -> Dict[str, Any]:
         "inter_node_bytes_after": plan.after.inter_node_bytes,
         "seconds": time.perf_counter() - started,
     }
-
-
-def slot_to_expert(model: PanguSigma) -> np.ndarray:
-    """Which expert is in each slot of an expert-parallel group, int [L, E]."""
-    return np.stack([layer.expert_of_slot_E for layer in model.moe_layers.values()])
-
-
-def move_experts(model: PanguSigma, optimizer: nn.Cell, exchange: Exchange, wanted_LE: np.ndarray) -> None:
-    """Bring every expert and its moments to the slot where `wanted_LE` has it; all ranks call this with the same.
-
-    Args:
-        model: this rank's part.
-        optimizer: its AdamW.
-        exchange: the way to the ranks that share the experts; its ledger counts what moves.
-        wanted_LE: an expert for each slot, int [L, E], each row a permutation.
-    """
-    state = {parameter.name: parameter for parameter in optimizer.get_parameters()}
-    for layer, wanted_E in zip(model.moe_layers.values(), wanted_LE):
-        if np.array_equal(wanted_E, layer.expert_of_slot_E):
-            continue
-        leaving_G, matrix_RR, arriving_G = _route(layer.expert_of_slot_E, wanted_E, len(exchange.ranks), exchange.place)
-        for weight in (layer.experts.w_in, layer.experts.w_out):
-            for parameter in (weight, state[f"adam_m.{weight.name}"], state[f"adam_v.{weight.name}"]):
-                rows_GX = ops.gather(ops.reshape(parameter, (parameter.shape[0], -1)), Tensor(leaving_G), 0)
-                rows_GX = ops.gather(exchange.move_own(rows_GX, matrix_RR), Tensor(arriving_G), 0)
-                ops.assign(parameter, ops.reshape(rows_GX, parameter.shape))
-        layer.place(wanted_E)
-
-
-def _route(now_E: np.ndarray, wanted_E: np.ndarray, num_ranks: int, place: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The order in which this rank's experts leave, who sends how many to whom, and where those that arrive belong.
-
-    Returns:
-        leaving_G: places of this rank's experts, sorted by destination; int32.
-        matrix_RR: experts from each rank to each, int64.
-        arriving_G: for each of this rank's places, which of the arrivals (sorted by source) takes it; int32.
-    """
-    own = len(now_E) // num_ranks
-    target_E = np.argsort(wanted_E)[now_E] // own  # where the expert in each slot goes
-    source_E = np.arange(len(now_E)) // own
-    matrix_RR = np.zeros((num_ranks, num_ranks), dtype=np.int64)
-    np.add.at(matrix_RR, (source_E, target_E), 1)
-    leaving_G = np.argsort(target_E[place * own : (place + 1) * own], kind="stable")
-    arrivals_G = now_E[target_E == place]  # by source, and in the source's order
-    arriving_G = np.argsort(arrivals_G)[np.searchsorted(np.sort(arrivals_G), wanted_E[place * own : (place + 1) * own])]
-    return leaving_G.astype(np.int32), matrix_RR, arriving_G.astype(np.int32)

@@ -1,21 +1,126 @@
-"""A step in several compiled parts: gradients are added up in buffers, and what to do with them is decided after a look at their norm.
+"""The compiled parts of a step: one graph, or those before and after a look at the gradient's norm.
 
-Accumulation needs it, and fp16's loss scaling.
+Accumulation needs that look, and so does fp16's loss scaling: then gradients are added up in buffers, and what to do with
+them is decided on the host. What is done with gradients in between, the reduction, is handed in: a single process has
+nothing to reduce, the ranks of a job have HCCL's operators (reduction.py).
 """
 
 from __future__ import annotations
 
-from typing import Dict, Sequence, Tuple
+from typing import Dict, Optional, Sequence, Tuple
 
 import mindspore as ms
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
+from pangu_locmoe.config.models import TrainConfig
 from pangu_locmoe.train.optimizer import AdamW, zeros
+from pangu_locmoe.train.step.objective import Objective
 
 
-def gradient_buffers(parameters: Sequence[Parameter]) -> ParameterTuple:
-    """Zeros for each parameter's gradient, fp32."""
-    return ParameterTuple([zeros(parameter.shape, f"gradient.{parameter.name}") for parameter in parameters])
+class StepParts:
+    """The cells of a step.
+
+    Args:
+        train: whether there are buffers.
+        optimizer: of this process's parameters.
+        reduce: gradients, and a factor or None -> reduced gradients and the norm of the whole
+            gradient, as `ReduceAlone`.
+        gathers: as of `Update`.
+    """
+
+    def __init__(
+        self,
+        train: TrainConfig,
+        optimizer: AdamW,
+        reduce: nn.Cell,
+        gathers: Sequence[nn.Cell] = (),
+    ) -> None:
+        self.optimizer, self.reduce = optimizer, reduce
+        self.update = Update(optimizer, gathers)
+        self.buffers: Optional[ParameterTuple] = None
+        if train.has_buffers:
+            self.buffers = gradient_buffers(optimizer.parameters)
+            self.reduced = reduced_buffers(optimizer, self.buffers)
+
+    def step(self, objective: Objective) -> nn.Cell:
+        """The step, or with buffers the part of it that fills them."""
+        if self.buffers is None:
+            return WholeStep(objective, self.optimizer, self.reduce, self.update)
+        return Accumulate(objective, self.optimizer.parameters, self.buffers)
+
+    def after(self) -> Tuple[nn.Cell, nn.Cell, nn.Cell]:
+        """With buffers: the norm, the update, and what to do instead of it."""
+        assert self.buffers is not None
+        apply, clear = (
+            UpdateFromBuffers(self.update, self.buffers, self.reduced, apply)
+            for apply in (True, False)
+        )
+        return ReduceBuffers(self.reduce, self.buffers, self.reduced), apply, clear
+
+
+class WholeStep(nn.Cell):
+    """Forward, backward, reduction and update in one graph."""
+
+    def __init__(
+        self, objective: Objective, optimizer: AdamW, reduce: nn.Cell, update: nn.Cell
+    ) -> None:
+        super().__init__(auto_prefix=False)
+        self.gradient = ms.value_and_grad(objective, None, optimizer.parameters, has_aux=True)
+        self.reduce, self.update = reduce, update
+
+    def construct(
+        self, learning_rate: Tensor, step: Tensor, *inputs: Tensor
+    ) -> Tuple[Tensor, Dict[str, Tensor], Tensor]:
+        """`inputs` as for the objective. Returns this process's losses and statistics, and the norm of the whole gradient."""
+        (_, losses, stats), gradients = self.gradient(*inputs)
+        reduced, norm = self.reduce(gradients, None)
+        self.update(reduced, learning_rate, step, norm)
+        return losses, stats, norm
+
+
+class ReduceAlone(nn.Cell):
+    """The reduction of a single process: its gradients are those of the job."""
+
+    def __init__(self, optimizer: AdamW) -> None:
+        super().__init__(auto_prefix=False)
+        self.optimizer = optimizer
+
+    def construct(
+        self, gradients: Tuple[Tensor, ...], factor: Optional[Tensor]
+    ) -> Tuple[Tuple[Tensor, ...], Tensor]:
+        """Returns the gradients times `factor` (None, a constant of the graph: as they are), and their norm."""
+        if factor is not None:
+            scaled = []
+            for gradient in gradients:
+                scaled.append(gradient * factor)
+            gradients = tuple(scaled)
+        return gradients, ops.sqrt(self.optimizer.squared_norm(gradients))
+
+
+class Update(nn.Cell):
+    """AdamW from reduced gradients; then each parameter is put together from the pieces that the ranks have updated.
+
+    Args:
+        optimizer: of this process's parameters.
+        gathers: for each parameter what makes it of its pieces, used where the optimizer has one;
+            empty where it has none.
+    """
+
+    def __init__(self, optimizer: AdamW, gathers: Sequence[nn.Cell] = ()) -> None:
+        super().__init__(auto_prefix=False)
+        self.optimizer, self.gathers = optimizer, list(gathers)
+        self.divided, self.count = optimizer.divided, len(optimizer.parameters)
+        self.parameters, self.updated = optimizer.parameters, optimizer.updated
+
+    def construct(
+        self, gradients: Tuple[Tensor, ...], learning_rate: Tensor, step: Tensor, norm: Tensor
+    ) -> Tensor:
+        self.optimizer.update(gradients, learning_rate, step, norm)
+        for index in range(self.count):
+            if self.divided[index]:
+                whole = self.gathers[index](self.updated[index])
+                ops.assign(self.parameters[index], whole)
+        return norm
 
 
 class Accumulate(nn.Cell):
@@ -34,30 +139,50 @@ class Accumulate(nn.Cell):
         return losses, stats
 
 
-class BufferedNorm(nn.Cell):
-    """Global norm of the buffered gradients."""
+class ReduceBuffers(nn.Cell):
+    """The reduction of gradients that were added up in buffers; the result stays in `reduced`."""
 
-    def __init__(self, optimizer: AdamW, buffers: ParameterTuple) -> None:
+    def __init__(self, reduce: nn.Cell, buffers: ParameterTuple, reduced: ParameterTuple) -> None:
         super().__init__(auto_prefix=False)
-        self.optimizer, self.buffers = optimizer, buffers
+        self.reduce, self.buffers, self.reduced = reduce, buffers, reduced
+        self.count = len(buffers)
 
-    def construct(self) -> Tensor:
-        return ops.sqrt(self.optimizer.squared_norm(self.buffers))
+    def construct(self, factor: Tensor) -> Tensor:
+        """Returns the norm of the whole gradient times `factor`."""
+        gradients, norm = self.reduce(tuple(self.buffers), factor)
+        for index in range(self.count):
+            ops.assign(self.reduced[index], gradients[index])
+        return norm
 
 
-class BufferedUpdate(nn.Cell):
-    """Update from the buffers and clear them, or only clear them."""
+class UpdateFromBuffers(nn.Cell):
+    """Update from reduced gradients and clear the buffers, or only clear them."""
 
-    def __init__(self, optimizer: AdamW, buffers: ParameterTuple, apply: bool) -> None:
+    def __init__(
+        self, update: nn.Cell, buffers: ParameterTuple, reduced: ParameterTuple, apply: bool
+    ) -> None:
         super().__init__(auto_prefix=False)
-        self.optimizer, self.buffers, self.apply_update = optimizer, buffers, apply
+        self.update, self.buffers, self.reduced, self.apply_update = update, buffers, reduced, apply
 
-    def construct(self, factor: Tensor, norm: Tensor, learning_rate: Tensor, step: Tensor) -> Tensor:
+    def construct(self, learning_rate: Tensor, step: Tensor, norm: Tensor) -> Tensor:
         if self.apply_update:
-            gradients = []
-            for buffer in self.buffers:
-                gradients.append(buffer * factor)
-            self.optimizer.update(tuple(gradients), learning_rate, step, norm)
+            self.update(tuple(self.reduced), learning_rate, step, norm)
         for buffer in self.buffers:
             ops.assign(buffer, ops.zeros_like(buffer))
         return norm
+
+
+def gradient_buffers(parameters: Sequence[Parameter]) -> ParameterTuple:
+    """Zeros for each parameter's gradient, fp32."""
+    return ParameterTuple([zeros(p.shape, f"gradient.{p.name}") for p in parameters])
+
+
+def reduced_buffers(optimizer: AdamW, buffers: ParameterTuple) -> ParameterTuple:
+    """Where reduced gradients stay: in the buffers they come from, or of a piece's size in buffers of their own."""
+    results = zip(buffers, optimizer.updated, optimizer.divided)
+    return ParameterTuple(
+        [
+            zeros(updated.shape, f"reduced.{updated.name}") if divided else buffer
+            for buffer, updated, divided in results
+        ]
+    )

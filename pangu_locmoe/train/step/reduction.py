@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import List, Optional, Tuple
 
-from mindspore import ParameterTuple, Tensor, nn, ops
+from mindspore import Tensor, nn, ops
 
 from pangu_locmoe.parallel.gradients import holders, kinds, share, with_axis_first
 from pangu_locmoe.parallel.hccl import HcclOperators
 from pangu_locmoe.parallel.tensor import Piece
 from pangu_locmoe.parallel.topology import Topology
-from pangu_locmoe.train.optimizer import AdamW, zeros
+from pangu_locmoe.train.optimizer import AdamW
 
 
 class Reduce(nn.Cell):
@@ -38,15 +38,18 @@ class Reduce(nn.Cell):
         self.any_pieces = any(optimizer.divided)
         self.over_world = _Sum(communicator, tuple(range(topology.num_ranks)) if self.any_pieces else (rank,))
 
-    def construct(self, gradients: Tuple[Tensor, ...], factor: Tensor) -> Tuple[Tuple[Tensor, ...], Tensor]:
-        """Returns the reduced gradients times `factor`, and the norm of the whole gradient."""
+    def construct(
+        self, gradients: Tuple[Tensor, ...], factor: Optional[Tensor]
+    ) -> Tuple[Tuple[Tensor, ...], Tensor]:
+        """Returns the reduced gradients times `factor` (None, a constant of the graph: as they are), and the norm of the whole gradient."""
         reduced = []
         whole = []
         slices = []
         experts = []
         pieces = []
         for index in range(self.count):
-            gradient = self.sums[index](gradients[index]) * (self.shares[index] * factor)
+            scale = self.shares[index] if factor is None else self.shares[index] * factor
+            gradient = self.sums[index](gradients[index]) * scale
             if self.kinds[index] == "expert":
                 experts.append(gradient)
             elif self.kinds[index] == "slice":
@@ -64,61 +67,16 @@ class Reduce(nn.Cell):
         return tuple(reduced), ops.sqrt(total)
 
 
-class Update(nn.Cell):
-    """AdamW from reduced gradients; then each parameter is put together from the pieces that the ranks have updated."""
-
-    def __init__(self, optimizer: AdamW, topology: Topology, communicator: HcclOperators) -> None:
-        super().__init__(auto_prefix=False)
-        self.optimizer, self.divided, self.count = optimizer, optimizer.divided, len(optimizer.parameters)
-        self.parameters, self.updated = optimizer.parameters, optimizer.updated
-        gathers: List[nn.Cell] = []
-        for parameter, piece in zip(optimizer.parameters, optimizer.pieces):
+def gathers(optimizer: AdamW, topology: Topology, communicator: HcclOperators) -> List[nn.Cell]:
+    """What makes each parameter of the pieces that the ranks have updated; nothing where it is updated whole."""
+    cells: List[nn.Cell] = []
+    for parameter, piece in zip(optimizer.parameters, optimizer.pieces):
+        if piece is None:
+            cells.append(nn.Identity())
+        else:
             ranks = holders(parameter, topology, communicator.rank)
-            gathers.append(nn.Identity() if piece is None else _GatherPieces(communicator, ranks, piece.cut.axis))
-        self.gathers = gathers
-
-    def construct(self, gradients: Tuple[Tensor, ...], learning_rate: Tensor, step: Tensor, norm: Tensor) -> Tensor:
-        self.optimizer.update(gradients, learning_rate, step, norm)
-        for index in range(self.count):
-            if self.divided[index]:
-                ops.assign(self.parameters[index], self.gathers[index](self.updated[index]))
-        return norm
-
-
-class ReduceBuffers(nn.Cell):
-    """`Reduce` of gradients that were added up in buffers; the result stays in `reduced`."""
-
-    def __init__(self, reduce: Reduce, buffers: ParameterTuple, reduced: ParameterTuple) -> None:
-        super().__init__(auto_prefix=False)
-        self.reduce, self.buffers, self.reduced, self.count = reduce, buffers, reduced, len(buffers)
-
-    def construct(self, factor: Tensor) -> Tensor:
-        """Returns the norm of the whole gradient."""
-        gradients, norm = self.reduce(tuple(self.buffers), factor)
-        for index in range(self.count):
-            ops.assign(self.reduced[index], gradients[index])
-        return norm
-
-
-class UpdateFromBuffers(nn.Cell):
-    """Update from reduced gradients and clear the buffers, or only clear them."""
-
-    def __init__(self, update: Update, buffers: ParameterTuple, reduced: ParameterTuple, apply: bool) -> None:
-        super().__init__(auto_prefix=False)
-        self.update, self.buffers, self.reduced, self.apply_update = update, buffers, reduced, apply
-
-    def construct(self, learning_rate: Tensor, step: Tensor, norm: Tensor) -> Tensor:
-        if self.apply_update:
-            self.update(tuple(self.reduced), learning_rate, step, norm)
-        for buffer in self.buffers:
-            ops.assign(buffer, ops.zeros_like(buffer))
-        return norm
-
-
-def reduced_buffers(optimizer: AdamW, buffers: ParameterTuple) -> ParameterTuple:
-    """Where reduced gradients stay: in the buffers they come from, or of a piece's size in buffers of their own."""
-    results = zip(buffers, optimizer.updated, optimizer.divided)
-    return ParameterTuple([zeros(updated.shape, f"reduced.{updated.name}") if divided else buffer for buffer, updated, divided in results])
+            cells.append(_GatherPieces(communicator, ranks, piece.cut.axis))
+    return cells
 
 
 class _Sum(nn.Cell):

@@ -1,58 +1,32 @@
-"""One optimizer step: forward, backward, clip, update.
+"""One optimizer step: forward, backward, reduction, clip, update. What all ways to make one have in common.
 
-In fp32 or bf16 without accumulation the whole step is one compiled graph. Accumulation and fp16's loss scaling need a
-look between backward and update, so there a step is K compiled backward passes and one compiled update.
-
-Letters: B batch, S sequence, T = B*S tokens, L MoE layers, N source nodes, E experts.
+Letters: B batch, S sequence, T tokens that share the experts of a layer in one micro-batch, L MoE layers, E experts.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, Callable, ClassVar, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import mindspore as ms
 import numpy as np
-from mindspore import ParameterTuple, Tensor, nn, ops
+from mindspore import Tensor
 
-from pangu_locmoe.config import Config
+from pangu_locmoe.config import CapacityConfig, Config
 from pangu_locmoe.data.loader import Batch
 from pangu_locmoe.model.sigma import PanguSigma
-from pangu_locmoe.noise import draw_keys
+from pangu_locmoe.moe.capacity import initial_capacity
+from pangu_locmoe.moe.slot_factors import starting_factors
 from pangu_locmoe.parallel.exchange import Ledger
-from pangu_locmoe.parallel.tensor import Piece
-from pangu_locmoe.parallel.timeline import Span
-from pangu_locmoe.train.buffers import Accumulate, BufferedNorm, BufferedUpdate, gradient_buffers
+from pangu_locmoe.parallel.gradients import pieces
+from pangu_locmoe.parallel.world import World
 from pangu_locmoe.train.optimizer import AdamW
+from pangu_locmoe.train.step import moving
+from pangu_locmoe.train.step.objective import Objective, micro_batches
+from pangu_locmoe.train.step.result import Report, StepResult, step_result
 
-KEPT_STEPS = 6  # compiled ones, each for its capacities
-LOSSES = ("loss", "cross_entropy", "balance_loss", "locality_loss", "z_loss")
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one step did, on the host.
-
-    losses: loss, cross_entropy, balance_loss, locality_loss, z_loss; the router losses weighted, so that they add up.
-    grad_norm: global norm before clipping.
-    load_LNE, dropped_LE: assignments of tokens to experts, int64. cosine_LT: fp32. Empty without MoE layers.
-    layer_sums: one number for each layer, finite exactly where the layer's output was.
-    skipped: fp16 overflow; no update was made.
-    unrouted: share of the tokens without any expert, where one may have several; else None.
-    traffic: what all ranks exchanged; None in a single process.
-    spans: what each rank did when, in the step of trace.timeline.
-    """
-
-    losses: Dict[str, float]
-    grad_norm: float
-    load_LNE: np.ndarray
-    dropped_LE: np.ndarray
-    cosine_LT: np.ndarray
-    layer_sums: np.ndarray
-    skipped: bool = False
-    unrouted: Optional[float] = None
-    traffic: Optional[Ledger] = None
-    spans: Optional[List[List[Span]]] = None
+KEPT_STEPS = 6  # compiled ones, each for its capacities and slot factors
 
 
 @dataclass
@@ -72,124 +46,103 @@ class LossScale:
             self.value, self.good_steps = self.value * 2, 0
 
 
-class Objective(nn.Cell):
-    """Cross entropy plus the weighted router losses, times a loss scale: L = L_ce + alpha L_aux + mu L_loc (LocMoE)."""
-
-    def __init__(self, model: PanguSigma, config: Config, capacities: Tuple[int, ...]) -> None:
-        super().__init__(auto_prefix=False)
-        moe = config.moe
-        self.model, self.capacities = model, capacities
-        self.balance, self.locality, self.z = moe.balance_loss, config.locality_weight, moe.z_loss
-
-    def construct(
-        self,
-        tokens_BS: Tensor,
-        targets_BS: Tensor,
-        positions_BS: Tensor,
-        segments_BS: Tensor,
-        domains_B: Tensor,
-        row_keys_T: Tensor,
-        column_keys_D: Tensor,
-        scale: Tensor,
-    ) -> Tuple[Tensor, Tensor, Dict[str, Tensor]]:
-        """Returns the scaled loss, the five unscaled LOSSES as fp32 [5], and the model's statistics."""
-        noise = (row_keys_T, column_keys_D)
-        logits_TV, stats = self.model(tokens_BS, positions_BS, segments_BS, domains_B, noise, self.capacities, True)
-        cross_entropy = self.model.vocabulary.cross_entropy(logits_TV, ops.reshape(targets_BS, (-1,)))
-        balance, locality, z = self.balance * stats["balance_loss"], self.locality * stats["locality_loss"], self.z * stats["z_loss"]
-        loss = cross_entropy + balance + locality + z
-        return loss * scale, ops.stop_gradient(ops.stack((loss, cross_entropy, balance, locality, z))), stats
-
-
-class FusedStep(nn.Cell):
-    """Forward, backward and update in one graph."""
-
-    def __init__(self, objective: Objective, optimizer: AdamW) -> None:
-        super().__init__(auto_prefix=False)
-        self.optimizer = optimizer
-        self.gradient = ms.value_and_grad(objective, None, optimizer.parameters, has_aux=True)
-
-    def construct(self, learning_rate: Tensor, step: Tensor, *inputs: Tensor) -> Tuple[Tensor, Dict[str, Tensor], Tensor]:
-        """`inputs` as for the objective. Returns the losses, the statistics and the gradient's norm."""
-        (_, losses, stats), gradients = self.gradient(*inputs)
-        return losses, stats, self.optimizer(gradients, learning_rate, step)
-
-
-class Stepper:
+class Stepper(ABC):
     """Runs optimizer steps; owns the optimizer's state and the loss scale.
+
+    A step is a backward pass for each micro-batch, the reduction of what they add up to, a look at
+    its norm, and the update. Subclasses say how each is computed. The norm is the same on all ranks,
+    so that all skip together.
+
+    Between steps the `set_` methods and `move_experts` change what the next one is; all ranks of a
+    job must call them alike.
 
     Args:
         model: what to train, in place.
         config: the run.
-        capacities: slots for each expert in each MoE layer; `set_capacities` compiles anew for those not met of late.
+        world: this process's place in the job; None: a single process.
+        capacities: slots for each expert in each MoE layer, over the whole expert-parallel group;
+            None: the configuration's for the start of a run.
+
+    Attributes:
+        num_tokens: T.
+        capacities: now.
+        factors: local and remote slots now, with numbers for `auto`.
+        loss_scale: None without fp16.
     """
 
-    _accumulates: ClassVar[bool] = True  # gradients in buffers between compiled parts, where a step has several of them
-
-    def __init__(self, model: PanguSigma, config: Config, capacities: Tuple[int, ...]) -> None:
-        self.config, self.model = config, model
+    def __init__(
+        self,
+        model: PanguSigma,
+        config: Config,
+        world: Optional[World] = None,
+        capacities: Optional[Tuple[int, ...]] = None,
+    ) -> None:
+        self.model, self.config, self.world = model, config, world or World.of(config)
+        train, topology = config.train, self.world.topology
         self.parameters = list(model.trainable_params())
-        train = config.train
-        self.optimizer = AdamW.of(self.parameters, train, self._pieces())
-        self.loss_scale = LossScale(train.loss_scale, train.loss_scale_window) if train.precision == "fp16" else None
-        self._buffers: Optional[ParameterTuple] = None
-        if self._accumulates and train.has_buffers:
-            self._buffers = gradient_buffers(self.parameters)
-            compiled = self._compiler()
-            self._norm = compiled(BufferedNorm(self.optimizer, self._buffers))
-            self._apply = compiled(BufferedUpdate(self.optimizer, self._buffers, True))
-            self._clear = compiled(BufferedUpdate(self.optimizer, self._buffers, False))
-        self._steps: Dict[Tuple[int, ...], Callable[..., Any]] = {}  # the latest used last
-        self.set_capacities(capacities)
+        own = None
+        if config.parallel.shard_optimizer:
+            own = pieces(self.parameters, topology, self.world.communicator.rank)
+        self.optimizer = AdamW.of(self.parameters, train, own)
+        self.loss_scale: Optional[LossScale] = None
+        if train.precision == "fp16":
+            self.loss_scale = LossScale(train.loss_scale, train.loss_scale_window)
+        tokens = config.micro_batch * config.model.seq_length
+        self.num_tokens = tokens * topology.expert_parallel // topology.num_places
+        if capacities is None:
+            start = initial_capacity(config.moe.capacity, self.num_tokens, config.moe.num_experts)
+            capacities = (start,) * config.model.num_moe_layers
+        self.capacities = capacities
+        self.factors = starting_factors(config.moe.capacity)
+        self._steps: Dict[Any, Callable[..., Any]] = {}  # the latest used last
 
     def set_capacities(self, capacities: Tuple[int, ...]) -> None:
-        """Use other capacities from the next step on; the step of capacities that were used of late is used again."""
+        """Use other capacities from the next step on."""
         self.capacities = capacities
-        self._step = self._steps.pop(capacities) if capacities in self._steps else self._compile(capacities)
-        self._steps[capacities] = self._step
-        if len(self._steps) > KEPT_STEPS:
-            del self._steps[next(iter(self._steps))]
+        self._use_step()
 
-    def _pieces(self) -> Optional[List[Optional[Piece]]]:
-        """What of each parameter this process updates; None: all of all."""
-        return None
+    def set_factors(self, factors: CapacityConfig) -> None:
+        """Train with other local and remote factors from the next step on (static sizes)."""
+        self.factors = factors
+        for layer in self.model.moe_layers.values():
+            layer.set_factors(factors)
+        self._use_step()
 
-    def _compile(self, capacities: Tuple[int, ...]) -> Callable[..., Any]:
-        """The step, or with buffers the part of it that fills them."""
-        objective = Objective(self.model, self.config, capacities)
-        if self._buffers is None:
-            return self._compiler()(FusedStep(objective, self.optimizer))
-        return self._compiler()(Accumulate(objective, self.optimizer.parameters, self._buffers))
+    @property
+    def expert_of_slot_LE(self) -> Optional[np.ndarray]:
+        """Where experts are, int [L, E]; None where they cannot move: in a single process, or without any."""
+        if self.world.exchange is None or not self.model.moe_layers:
+            return None
+        return moving.expert_of_slot(self.model)
 
-    def _compiler(self) -> Callable[[nn.Cell], Callable[..., Any]]:
-        return ms.jit if self.config.train.mode == "graph" else _as_is
+    def move_experts(self, wanted_LE: np.ndarray) -> None:
+        """Bring experts and their moments to other ranks: an expert for each slot, int [L, E]."""
+        assert self.world.exchange is not None
+        moving.move_experts(self.model, self.optimizer, self.world.exchange, wanted_LE)
 
     def __call__(self, batch: Batch, step: int, learning_rate: float) -> StepResult:
         """Train on one global batch. `step` counts from 1."""
-        rows_T, columns_D = draw_keys(self.config.train.seed, step, batch.tokens_BS.size, self.config.model.hidden_size)
-        keys_BS, columns = rows_T.reshape(batch.tokens_BS.shape), Tensor(columns_D)
+        inputs = micro_batches(batch, step, self.config, self.world)
         rate, number = Tensor(learning_rate, ms.float32), Tensor(step, ms.int32)
-        if self._buffers is None:
-            inputs = batch_inputs(batch, keys_BS, columns, slice(None))
-            losses, stats, norm = self._step(rate, number, *inputs, Tensor(1.0, ms.float32))
-            return _result([(losses, stats)], float(norm.asnumpy()))
-        return self._accumulated(batch, keys_BS, columns, rate, number)
+        reports, norm, skipped = self._advance(inputs, rate, number)
+        rows_divided = self.config.parallel.sequence_parallel
+        return step_result(reports, norm, skipped, self._traffic(), self.world, rows_divided)
 
-    def _accumulated(self, batch: Batch, keys_BS: np.ndarray, columns: Tensor, rate: Tensor, number: Tensor) -> StepResult:
+    def _advance(
+        self, inputs: Sequence[Tuple[Tensor, ...]], rate: Tensor, number: Tensor
+    ) -> Tuple[List[Report], float, bool]:
+        """The step itself: a report for each micro-batch, the norm, and whether fp16 overflowed, so that there is no update."""
         scale = self.loss_scale.value if self.loss_scale else 1.0
-        micro_batches = self.config.train.accumulation_steps
-        outputs = []
-        for part in _node_parts(len(batch.domains_B), self.config.parallel.emulated_nodes, micro_batches):
-            outputs.append(self._step(*batch_inputs(batch, keys_BS, columns, part), Tensor(scale, ms.float32)))
-        factor = 1.0 / (scale * micro_batches)
-        norm = float(self._norm().asnumpy()) * factor
-        skipped = self._overflows(norm)
-        update = self._clear if skipped else self._apply
-        update(Tensor(factor, ms.float32), Tensor(norm, ms.float32), rate, number)
-        return _result(outputs, norm, skipped)
+        factor = 1.0 / (scale * len(inputs))
+        reports = [self._backward(*each, Tensor(scale, ms.float32)) for each in inputs]
+        norm = self._reduce(factor)
+        value = float(norm.asnumpy())
+        skipped = self._overflows(value)
+        self._update(rate, number, norm, skipped)
+        return reports, value, skipped
 
     def _overflows(self, norm: float) -> bool:
-        """Whether fp16 overflowed, so that this step makes no update; the loss scale follows.
+        """Whether fp16 overflowed; the loss scale follows.
 
         Without loss scaling a norm that is not finite is a divergence, which the loop reports.
         """
@@ -199,34 +152,33 @@ class Stepper:
         self.loss_scale.update(overflow)
         return overflow
 
+    def _use_step(self) -> None:
+        """The step of the capacities and factors there are; one that was used of late is used again, compiled as it is."""
+        key = (self.capacities, self.factors)
+        self._step = self._steps.pop(key) if key in self._steps else self._make_step()
+        self._steps[key] = self._step
+        if len(self._steps) > KEPT_STEPS:
+            del self._steps[next(iter(self._steps))]
 
-def _as_is(cell: nn.Cell) -> Callable[..., Any]:
-    return cell
+    def _objective(self) -> Objective:
+        return Objective(self.model, self.config, self.capacities)
 
+    @abstractmethod
+    def _make_step(self) -> Callable[..., Any]:
+        """What `_step` is with the capacities and factors there are."""
 
-def batch_inputs(batch: Batch, keys_BS: np.ndarray, columns: Tensor, part: Any) -> tuple[Tensor, ...]:
-    """The objective's inputs, but for the loss scale, from some sequences of a batch."""
-    arrays = (batch.tokens_BS, batch.targets_BS, batch.positions_BS, batch.segments_BS, batch.domains_B)
-    return (*(Tensor(array[part]) for array in arrays), Tensor(keys_BS[part].reshape(-1)), columns)
+    @abstractmethod
+    def _backward(self, *inputs: Tensor) -> Report:
+        """Add a micro-batch's gradients to those of the step; `inputs` as for the objective."""
 
+    @abstractmethod
+    def _reduce(self, factor: float) -> Tensor:
+        """Reduce the step's gradients over ranks, times `factor`; returns their norm."""
 
-def _node_parts(batch_size: int, num_nodes: int, micro_batches: int) -> list[np.ndarray]:
-    """Sequence numbers of each micro-batch: an equal share of each node's run, so that micro-batches too come in node runs."""
-    places = np.arange(batch_size).reshape(num_nodes, micro_batches, -1)
-    return [places[:, part].reshape(-1) for part in range(micro_batches)]
+    @abstractmethod
+    def _update(self, rate: Tensor, number: Tensor, norm: Tensor, skipped: bool) -> None:
+        """Update from the step's gradients unless it is skipped, and forget them."""
 
-
-def _result(outputs: list[tuple[Tensor, Dict[str, Tensor]]], norm: float, skipped: bool = False) -> StepResult:
-    losses = np.mean([losses.asnumpy() for losses, _ in outputs], axis=0, dtype=np.float64)
-    stats = [{name: value.asnumpy() for name, value in stats.items()} for _, stats in outputs]
-    sparse = "load_LNE" in stats[0]
-    return StepResult(
-        losses=dict(zip(LOSSES, losses.tolist())),
-        grad_norm=norm,
-        load_LNE=sum(s["load_LNE"] for s in stats).astype(np.int64) if sparse else np.zeros((0, 1, 0), np.int64),
-        dropped_LE=sum(s["dropped_LE"] for s in stats).astype(np.int64) if sparse else np.zeros((0, 0), np.int64),
-        cosine_LT=np.concatenate([s["cosine_LT"] for s in stats], axis=1) if sparse else np.zeros((0, 0), np.float32),
-        layer_sums=np.sum([s["layer_sums"] for s in stats], axis=0),
-        skipped=skipped,
-        unrouted=float(np.mean([s["unrouted_L"] for s in stats])) if "unrouted_L" in stats[0] else None,
-    )
+    def _traffic(self) -> Optional[Ledger]:
+        """What all ranks exchanged in the step; None in a single process."""
+        return None

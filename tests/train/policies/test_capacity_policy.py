@@ -12,9 +12,17 @@ from hypothesis import strategies as st
 from train import tiny
 
 from pangu_locmoe.data.prepared import prepare
-from pangu_locmoe.moe.capacity import DROPLESS, RATIO, capacity_bounds, dynamic_capacity, factor_capacity, transition_capacity
-from pangu_locmoe.train.capacities import CapacityPolicy
+from pangu_locmoe.moe.capacity import (
+    DROPLESS,
+    RATIO,
+    capacity_bounds,
+    dynamic_capacity,
+    factor_capacity,
+    initial_capacity,
+    transition_capacity,
+)
 from pangu_locmoe.train.checkpoint import read_arrays
+from pangu_locmoe.train.policies.capacity import Capacity
 from pangu_locmoe.train.run import train
 from pangu_locmoe.train.step import KEPT_STEPS, StepResult
 
@@ -64,17 +72,27 @@ def result_of(*deltas: float) -> StepResult:
     return StepResult({}, 0.0, empty, empty[:, 0], np.array(deltas)[:, None], np.zeros(1))
 
 
+class Capacities:
+    """What a policy sees of a stepper."""
+
+    def __init__(self, config):
+        start = initial_capacity(config.moe.capacity, TOKENS, EXPERTS)
+        self.num_tokens, self.capacities = TOKENS, (start,) * config.model.num_moe_layers
+
+    def set_capacities(self, capacities):
+        self.capacities = capacities
+
+
 def follow(config, deltas, steps):
-    """Capacities after each step, and the events."""
-    policy = CapacityPolicy(config, TOKENS)
-    now, found, events = policy.initial(), [], []
+    """Capacities at first and after each step, and the events."""
+    stepper = Capacities(config)
+    policy = Capacity(config, stepper)
+    first, found, events = stepper.capacities, [], []
     for step in range(1, steps + 1):
-        changed = policy(step, result_of(*deltas(step)), now)
-        if changed is not None:
-            now = changed[0]
-            events.append(changed[1])
-        found.append(now)
-    return policy.initial(), found, events
+        events.extend(policy(step, result_of(*deltas(step))))
+        assert policy.state() == {"capacities": list(stepper.capacities)}
+        found.append(stepper.capacities)
+    return first, found, events
 
 
 def config_of(**moe):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import mindspore as ms
 
@@ -51,11 +51,10 @@ def main() -> int:
     from cluster import stand_ins
     from small import small_config
 
-    from pangu_locmoe.cluster.step import GraphStepper
     from pangu_locmoe.data.loader import Batch
     from pangu_locmoe.model.sigma import PanguSigma
     from pangu_locmoe.parallel.world import World
-    from pangu_locmoe.train.distributed import DistributedStepper
+    from pangu_locmoe.train.step import CountsStepper, GraphStepper
 
     operators = stand_ins.install(mccl.rank, mccl.size)
 
@@ -68,7 +67,7 @@ def main() -> int:
         )
         world = World.of(config, communicator)
         model = PanguSigma(config, None, world.topology, world.exchange, world.tensor)
-        stepper = kind(model, config, (8,) * config.model.num_moe_layers, world.topology, world.exchange)
+        stepper = kind(model, config, world, (8,) * config.model.num_moe_layers)
         found = []
         for step in range(1, STEPS + 1):
             random = np.random.default_rng(step)
@@ -90,7 +89,7 @@ def main() -> int:
         return found
 
     case, found = CASES[sys.argv[2]], {}
-    for kind, communicator, stepper in (("ordinary", mccl, DistributedStepper), ("compiled", operators, GraphStepper)):
+    for kind, communicator, stepper in (("ordinary", mccl, CountsStepper), ("compiled", operators, GraphStepper)):
         found[kind] = rows(case, communicator, stepper)
     (Path(sys.argv[1]) / f"rank-{mccl.rank}.json").write_text(json.dumps(found), encoding="utf-8")
     return 0

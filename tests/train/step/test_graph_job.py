@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cluster import graph_job
 from distributed import jobs
+from train.step import graph_job
 
 pytestmark = pytest.mark.alone
 
