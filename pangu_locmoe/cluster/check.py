@@ -19,7 +19,7 @@ from pangu_locmoe.cluster.plan import Weight, buffer_megabytes, differences, pla
 from pangu_locmoe.config import Config
 from pangu_locmoe.errors import ConfigError, TopologyError
 from pangu_locmoe.model.size import num_params
-from pangu_locmoe.moe.static import certain_drops
+from pangu_locmoe.moe.slot_sizes import certain_drops
 from pangu_locmoe.parallel.operation import Operation, node_bytes, topology_groups
 from pangu_locmoe.parallel.topology import Topology
 from pangu_locmoe.simulate.devices import Device

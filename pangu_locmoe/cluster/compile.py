@@ -22,7 +22,7 @@ from mindspore.ops.operations import comm_ops
 from pangu_locmoe.cluster.graph import communication
 from pangu_locmoe.config import Config, parse_config
 from pangu_locmoe.model import attention, block, fused, sigma
-from pangu_locmoe.moe import sharded
+from pangu_locmoe.moe import layer as moe_layer
 from pangu_locmoe.parallel import tensor as slices
 from pangu_locmoe.parallel.gradients import kind, pieces
 from pangu_locmoe.parallel.hccl import HcclOperators
@@ -95,7 +95,7 @@ def _without_values() -> None:
             return Tensor(shape=value.shape, dtype=ms.float32, init=Zero())
         return Tensor(value, *arguments, **keywords)
 
-    def expert_weights(config: Config, layer: int, held: range) -> List[np.ndarray]:
+    def expert_weights(config: Config, layer: int, held: np.ndarray) -> List[np.ndarray]:
         hidden, inner = config.model.hidden_size, config.model.ffn_size
         return [np.broadcast_to(np.float32(0), (len(held), *shape)) for shape in ((hidden, inner), (inner, hidden))]
 
@@ -106,7 +106,7 @@ def _without_values() -> None:
         module.normal = shape_only  # type: ignore[attr-defined]
     for module in (block, sigma, slices):
         module.Tensor = tensor  # type: ignore[attr-defined,assignment]
-    sharded.expert_weights = expert_weights  # type: ignore[attr-defined,assignment]
+    moe_layer.expert_weights = expert_weights  # type: ignore[attr-defined,assignment]
     for module in (optimizer, cells):
         module.zeros = zeros  # type: ignore[attr-defined]
 

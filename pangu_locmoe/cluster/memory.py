@@ -17,7 +17,7 @@ from typing import Any, Dict, List, Sequence
 
 from pangu_locmoe.cluster.plan import Weight, buffer_megabytes, weight_piece
 from pangu_locmoe.config import Config
-from pangu_locmoe.moe.static import group_slots
+from pangu_locmoe.moe.slot_sizes import group_slots
 from pangu_locmoe.parallel.operation import ITEM_BYTES
 from pangu_locmoe.parallel.topology import Topology
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Iterator, List, Optional, Sequence
 
 from pangu_locmoe.config import Config
-from pangu_locmoe.moe.static import group_slots
+from pangu_locmoe.moe.slot_sizes import group_slots
 from pangu_locmoe.parallel.gradients import holders_of, piece
 from pangu_locmoe.parallel.hccl import group_name
 from pangu_locmoe.parallel.operation import IR_NAMES, ITEM_BYTES, Operation, Shape

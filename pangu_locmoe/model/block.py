@@ -14,10 +14,8 @@ from pangu_locmoe.config import Config, ModelConfig
 from pangu_locmoe.model.attention import Attention
 from pangu_locmoe.model.functional import Gelu, LayerNorm
 from pangu_locmoe.model.init import normal
-from pangu_locmoe.moe.distributed import DistributedMoELayer
 from pangu_locmoe.moe.layer import MoELayer, MoEStats
 from pangu_locmoe.moe.routers.base import RouterContext
-from pangu_locmoe.moe.static import StaticMoELayer
 from pangu_locmoe.noise import Noise, dropout
 from pangu_locmoe.parallel.exchange import Exchange
 from pangu_locmoe.parallel.tensor import Cut, TensorGroup
@@ -55,11 +53,7 @@ class DecoderBlock(nn.Cell):
         self.enter, self.own_rows = tensor.enter_rows, tensor.own_rows
         self.enter2 = tensor.whole_rows if self.sparse else tensor.enter_rows
         if context is not None:
-            if exchange is None:
-                self.moe = MoELayer(config, context)
-            else:
-                layer = StaticMoELayer if config.parallel.sizes == "static" else DistributedMoELayer
-                self.moe = layer(config, context, exchange, tensor)
+            self.moe = MoELayer.of(config, context, exchange, tensor)
         else:
             self.ffn = FeedForward(config.model, seed, tensor)
 

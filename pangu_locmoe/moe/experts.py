@@ -5,12 +5,14 @@ Letters: E experts, G groups, C slots in a group, D hidden, F inner width.
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Optional, Sequence, Tuple
 
 import numpy as np
 from mindspore import Tensor, nn, ops
 
+from pangu_locmoe.config import Config
 from pangu_locmoe.model.functional import Gelu
+from pangu_locmoe.model.init import normal
 from pangu_locmoe.parallel.tensor import Cut, TensorGroup
 
 
@@ -41,3 +43,24 @@ class Experts(nn.Cell):
         if expert_of_group_G is not None:
             w_in, w_out = ops.gather(w_in, expert_of_group_G, 0), ops.gather(w_out, expert_of_group_G, 0)
         return self.leave(self.matmul(self.gelu(self.matmul(self.enter(x_GCD), w_in)), w_out))
+
+
+def expert_weights(
+    config: Config, layer: int, experts: Sequence[int]
+) -> Tuple[np.ndarray, np.ndarray]:
+    """Initial weights fp32 [E, D, F] and [E, F, D].
+
+    Those of one expert depend on its global id only, not on who holds it.
+
+    Args:
+        config: the run.
+        layer: index among the MoE layers.
+        experts: which, in order.
+    """
+    model = config.model
+    w_in_DF, w_out_FD = (model.hidden_size, model.ffn_size), (model.ffn_size, model.hidden_size)
+    out_std = model.init_std / (2 * model.num_layers) ** 0.5
+    seeds = [[config.train.seed, 3, layer, int(expert)] for expert in experts]
+    w_in_EDF = np.stack([normal([*seed, 0], w_in_DF, model.init_std) for seed in seeds])
+    w_out_EFD = np.stack([normal([*seed, 1], w_out_FD, out_std) for seed in seeds])
+    return w_in_EDF, w_out_EFD

@@ -41,7 +41,7 @@ def grouped_rows(slot_of_row_M: np.ndarray, slots: int, num_experts: int) -> Tup
     The operator does not work with an expert without rows, and its gradient would be missing.
 
     Args:
-        slot_of_row_M: as `distributed.assign_slots` gives them: one-based, an expert's slots after another's; 0: dropped.
+        slot_of_row_M: as `transport.counts.assign_slots` gives them: one-based, an expert's slots after another's; 0: dropped.
         slots: of each expert.
         num_experts: G.
 

@@ -42,8 +42,8 @@ class Held:
     def by(cls, model: nn.Cell) -> Held:
         """All of the model, or one rank's part."""
         layers, tensor = model.moe_layers, model.tensor
-        experts = {name: layer.held_experts.tolist() for name, layer in layers.items()}
-        return cls(experts, max((layer.num_experts for layer in layers.values()), default=0), tensor.place, tensor.size)
+        experts = {name: layer.transport.held_experts.tolist() for name, layer in layers.items()}
+        return cls(experts, max((layer.transport.num_experts for layer in layers.values()), default=0), tensor.place, tensor.size)
 
     def names(self, parameter: Parameter) -> List[str]:
         """Checkpoint names of what a parameter holds: an experts' parameter [E, ...] has one for each."""

@@ -25,9 +25,7 @@ from pangu_locmoe.moe.capacity import factor_capacity  # noqa: E402
 from pangu_locmoe.moe.domains import allowed_experts  # noqa: E402
 from pangu_locmoe.moe.layer import MoELayer  # noqa: E402
 from pangu_locmoe.moe.routers.base import RouterContext  # noqa: E402
-from pangu_locmoe.moe.static import StaticMoELayer  # noqa: E402
 from pangu_locmoe.parallel.exchange import Exchange  # noqa: E402
-from pangu_locmoe.parallel.tensor import TensorGroup  # noqa: E402
 from pangu_locmoe.parallel.topology import Topology  # noqa: E402
 
 TOKENS, HIDDEN, EXPERTS, FACTOR = 16, 16, 4, 1.25
@@ -69,9 +67,9 @@ held = topology.experts_of_rank(rank)
 for router, chunks in (("switch", 1), ("switch", 5), ("locmoe_plus", 1), ("locmoe_plus", 5)):
     config = config_of(router, chunks)
     exchange.ledger.take()
-    got = outcome(StaticMoELayer(config, context(config, topology), exchange, TensorGroup.alone()), rank)
+    got = outcome(MoELayer.of(config, context(config, topology), exchange), rank)
     assert exchange.ledger.take().inter_node_messages == (size // 2) * 4 * chunks
-    ordinary = MoELayer(config, context(config, Topology(1, 1, 1, EXPERTS)))
+    ordinary = MoELayer.of(config, context(config, Topology(1, 1, 1, EXPERTS)))
     alone = [outcome(ordinary, source) for source in range(size)]
     for mine, wanted in zip(got[:3], alone[rank][:3]):
         close(mine, wanted, 2e-6)

@@ -12,7 +12,7 @@ from small import small_config
 from pangu_locmoe.cluster.graph import communication
 from pangu_locmoe.cluster.plan import Weight, buffer_megabytes, differences, plan
 from pangu_locmoe.config import CapacityConfig, load_config
-from pangu_locmoe.moe.static import certain_drops, group_slots
+from pangu_locmoe.moe.slot_sizes import certain_drops, group_slots
 from pangu_locmoe.parallel.operation import Operation, node_bytes
 from pangu_locmoe.parallel.topology import Topology
 from pangu_locmoe.train.step.graph import refuse_graph

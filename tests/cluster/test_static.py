@@ -10,15 +10,15 @@ from numeric import LayerObjective, close, integers, no_noise, tensor
 from small import small_config
 
 from pangu_locmoe.config import CapacityConfig
-from pangu_locmoe.moe import static
 from pangu_locmoe.moe.capacity import DROPLESS, factor_capacity
 from pangu_locmoe.moe.domains import allowed_experts
 from pangu_locmoe.moe.layer import MoELayer
 from pangu_locmoe.moe.routers.base import RouterContext
-from pangu_locmoe.moe.static import SlotExchange, StaticMoELayer, certain_drops, group_slots, source_slots
+from pangu_locmoe.moe.slot_sizes import certain_drops, group_slots, source_slots
+from pangu_locmoe.moe.transport import slots
+from pangu_locmoe.moe.transport.slots import SlotExchange
 from pangu_locmoe.parallel.communicator import SingleProcess
 from pangu_locmoe.parallel.exchange import Exchange
-from pangu_locmoe.parallel.tensor import TensorGroup
 from pangu_locmoe.parallel.topology import Topology
 
 TOKENS, HIDDEN, EXPERTS = 32, 16, 4
@@ -36,7 +36,7 @@ def one_source(config):
     """The static layer of a world of one, and the ordinary one."""
     allowed_KE = allowed_experts(config)
     context = RouterContext(0, allowed_KE, Topology(1, 1, 1, EXPERTS), np.ones((len(allowed_KE), 300), np.int64))
-    return StaticMoELayer(config, context, Exchange(SingleProcess(), [0], [0]), TensorGroup.alone()), MoELayer(config, context)
+    return MoELayer.of(config, context, Exchange(SingleProcess(), [0], [0])), MoELayer.of(config, context)
 
 
 @pytest.mark.parametrize("router", ["hash", "switch", "locmoe"])
@@ -80,8 +80,8 @@ def test_recomputed_experts_have_the_same_gradients():
 
 
 def test_the_compiled_layer_equals_the_uncompiled_one(monkeypatch):
-    monkeypatch.setattr(static, "_mover", lambda exchange, matrix_RR, features: nn.Identity())
-    monkeypatch.setattr(static, "_gather", lambda exchange: Row())
+    monkeypatch.setattr(slots, "_mover", lambda exchange, matrix_RR, features: nn.Identity())
+    monkeypatch.setattr(slots, "_gather", lambda exchange: Row())
     layer, _ = one_source(with_factors(1.0, 1.0, router="switch", z_loss=0.1))
     weights = ms.ParameterTuple(layer.trainable_params())
     function = ms.value_and_grad(LayerObjective(layer, 8, SENS_TD), 0, weights)
@@ -181,5 +181,5 @@ def test_bytes_between_nodes_follow_the_remote_factor():
 def test_tensors_are_constants():
     """What the graph takes for constants must not be parameters."""
     layer, _ = one_source(with_factors(1.0, 1.0))
-    assert isinstance(layer.trained.slots_E, Tensor)
+    assert isinstance(layer.transport.trained.layout_2E, Tensor)
     assert {parameter.name.rpartition(".")[2] for parameter in layer.get_parameters()} == {"w_in", "w_out"}

@@ -109,7 +109,7 @@ def test_a_rank_reads_only_its_share(folder, monkeypatch):
         if ".experts." in parameter.name:
             parameter.set_data(parameter[1:3].copy(), slice_shape=True)
     for layer in model.moe_layers.values():
-        monkeypatch.setattr(type(layer), "held_experts", np.array([1, 2]))
+        monkeypatch.setattr(type(layer.transport), "held_experts", np.array([1, 2]))
     checkpoints.load_weights(written, model)
     assert {key.split(".experts.")[1].split(".")[0] for key in read if ".experts." in key} == {"1", "2"}
     assert len(read) == len(set(read))

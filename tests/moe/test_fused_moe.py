@@ -18,13 +18,13 @@ from pangu_locmoe.model import fused as on_device
 from pangu_locmoe.moe import fused
 from pangu_locmoe.moe.capacity import DROPLESS
 from pangu_locmoe.moe.dispatch import Combine, Dispatch
-from pangu_locmoe.moe.distributed import DistributedMoELayer, assign_slots
 from pangu_locmoe.moe.domains import allowed_experts
 from pangu_locmoe.moe.fused import PermuteTokens, UnpermuteTokens, grouped_rows
+from pangu_locmoe.moe.layer import MoELayer
 from pangu_locmoe.moe.routers.base import RouterContext
+from pangu_locmoe.moe.transport.counts import assign_slots
 from pangu_locmoe.parallel.communicator import SingleProcess
 from pangu_locmoe.parallel.exchange import Exchange
-from pangu_locmoe.parallel.tensor import TensorGroup
 from pangu_locmoe.parallel.topology import Topology
 
 RANDOM = np.random.default_rng(29)
@@ -108,7 +108,7 @@ def layer_of(config):
     """A world of one."""
     allowed_KE = allowed_experts(config)
     context = RouterContext(0, allowed_KE, Topology(1, 1, 1, EXPERTS), np.ones((len(allowed_KE), 300), np.int64))
-    return DistributedMoELayer(config, context, Exchange(SingleProcess(), [0], [0], False), TensorGroup.alone())
+    return MoELayer.of(config, context, Exchange(SingleProcess(), [0], [0], False))
 
 
 @pytest.mark.parametrize("capacity", [DROPLESS, 4], ids=["dropless", "drops"])

@@ -26,7 +26,7 @@ ROUTERS = ["hash", "switch", "locmoe", "locmoe_plus"]
 
 def make(config) -> MoELayer:
     allowed_KE = allowed_experts(config)
-    return MoELayer(config, RouterContext(0, allowed_KE, Topology.from_config(config), np.ones((len(allowed_KE), 300), np.int64)))
+    return MoELayer.of(config, RouterContext(0, allowed_KE, Topology.from_config(config), np.ones((len(allowed_KE), 300), np.int64)))
 
 
 def run(layer: MoELayer, capacity: int, x_TD=X_TD, training=True):

@@ -20,10 +20,8 @@ from pangu_locmoe.moe.domains import allowed_experts
 from pangu_locmoe.moe.gate import grap_weights
 from pangu_locmoe.moe.layer import MoELayer
 from pangu_locmoe.moe.routers.base import RouterContext
-from pangu_locmoe.moe.static import StaticMoELayer
 from pangu_locmoe.parallel.communicator import SingleProcess
 from pangu_locmoe.parallel.exchange import Exchange
-from pangu_locmoe.parallel.tensor import TensorGroup
 from pangu_locmoe.parallel.topology import Topology
 from pangu_locmoe.train.evaluate import TokenLosses
 
@@ -41,7 +39,7 @@ def plus_config(threshold: float = 0.6, max_experts: int = 3, parallel=None, **m
 
 def make(config) -> MoELayer:
     allowed_KE = allowed_experts(config)
-    return MoELayer(config, RouterContext(0, allowed_KE, Topology.from_config(config), np.ones((len(allowed_KE), 300), np.int64)))
+    return MoELayer.of(config, RouterContext(0, allowed_KE, Topology.from_config(config), np.ones((len(allowed_KE), 300), np.int64)))
 
 
 @functools.cache
@@ -190,7 +188,7 @@ def test_static_sizes_give_the_same():
         parallel={"expert_parallel": 2, "sizes": "static"}, z_loss=0.1, capacity={"local_factor": factor, "remote_factor": 0.1}
     )
     context = RouterContext(0, allowed_experts(config), Topology(1, 1, 1, EXPERTS), np.ones((2, 300), np.int64))
-    shared, ordinary = StaticMoELayer(config, context, Exchange(SingleProcess(), [0], [0]), TensorGroup.alone()), MoELayer(config, context)
+    shared, ordinary = MoELayer.of(config, context, Exchange(SingleProcess(), [0], [0])), MoELayer.of(config, context)
     capacity = factor_capacity(factor, TOKENS, EXPERTS)
     found, wanted = run(shared, capacity), run(ordinary, capacity)
     close(found[0], wanted[0], 2e-6)

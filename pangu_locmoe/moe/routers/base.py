@@ -1,5 +1,9 @@
 """What a router is, the registry, and what all routers with a gate have in common.
 
+The contract of a router is its plan (moe/plan.py), and what training adds to the loss for it: a loss that
+follows from everybody's counts and mean probabilities is computed by `losses_of` from what all ranks have
+shared; a loss that is a mean over tokens may be in the plan. Either is the same on any number of ranks.
+
 Letters: T tokens, D hidden, E experts, A assignments (moe/plan.py), N source nodes, K domains, V vocabulary.
 """
 
@@ -15,7 +19,7 @@ from mindspore.common import dtype as mstype
 
 from pangu_locmoe.config import Config
 from pangu_locmoe.moe import losses
-from pangu_locmoe.moe.plan import RoutingPlan
+from pangu_locmoe.moe.plan import RoutingPlan, Shared
 from pangu_locmoe.noise import Noise
 from pangu_locmoe.parallel.topology import Topology
 
@@ -39,12 +43,17 @@ class RouterContext:
 
 
 class Router(nn.Cell):
-    """A router maps T tokens to experts. Subclass it in a file of this folder with `name="..."` to register it."""
+    """A router maps T tokens to experts. Subclass it in a file of this folder with `name="..."` to register it.
+
+    has_gate: affinities differ, and there is an angle between token and gate.
+    has_balance_loss, has_locality_loss: `losses_of` computes it, unless the plan has its own.
+    has_token_choice: how many experts a token has follows moe.token_choice.
+    """
 
     has_gate: ClassVar[bool] = True
     has_balance_loss: ClassVar[bool] = True
     has_locality_loss: ClassVar[bool] = False
-    has_token_choice: ClassVar[bool] = False  # how many experts a token has follows moe.token_choice
+    has_token_choice: ClassVar[bool] = False
 
     def __init_subclass__(cls, name: Optional[str] = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -55,6 +64,12 @@ class Router(nn.Cell):
         super().__init__(auto_prefix=True)
         self.num_experts = config.moe.num_experts
         self.choices = self.max_choices(config)
+        # Where experts are at first: a loss that followed them would make placement change what is learned.
+        local_NE = context.topology.local_NE
+        local_share_NE = losses.local_distribution(local_NE, config.moe.locality_smoothing)
+        self.log_local_NE = Tensor(np.log(local_share_NE))
+        self.has_experts_N = Tensor((local_NE.sum(axis=1) > 0).astype(np.float32))
+        self.several_nodes = context.topology.num_nodes > 1
 
     @classmethod
     def max_choices(cls, config: Config) -> int:
@@ -91,7 +106,8 @@ class Router(nn.Cell):
         """Route T tokens.
 
         Args:
-            x_TD: LayerNormed hidden states, fp32 [T, D]; N equal contiguous runs of tokens, one for each source node.
+            x_TD: LayerNormed hidden states of this process's tokens, fp32. In a job those are some of the batch, so that
+                a plan may depend on each token alone, and a loss in it is a mean over tokens.
             tokens_T: token ids, int32.
             domains_T: domain ids, int32.
             noise: keys of this step's randomness (pangu_locmoe/noise.py).
@@ -99,20 +115,42 @@ class Router(nn.Cell):
         """
         raise NotImplementedError
 
+    def losses_of(
+        self, own: Dict[str, Tensor], shared: Shared, training: bool
+    ) -> Dict[str, Tensor]:
+        """balance_loss, locality_loss and z_loss of a layer, fp32 scalars, not yet multiplied by their weights.
+
+        Args:
+            own: has the losses of this process's plan, if it has any.
+            shared: of all ranks; any function of it is the same on all numbers of them.
+            training: a constant of the compiled graph.
+        """
+        zero = ops.zeros((), mstype.float32)
+        balance, locality, z_loss = zero, zero, zero
+        if "balance_loss" in own:
+            balance = own["balance_loss"]
+        elif self.has_balance_loss:
+            balance = losses.balance_loss(shared["probs_NE"], shared["load_NE"])
+        if "locality_loss" in own:
+            locality = own["locality_loss"]
+        elif self.has_locality_loss and self.several_nodes and training:
+            locality = losses.locality_loss(
+                shared["probs_NE"], shared["log_probs_NE"], self.log_local_NE, self.has_experts_N
+            )
+        if "z_loss" in own:
+            z_loss = own["z_loss"]
+        return {"balance_loss": balance, "locality_loss": locality, "z_loss": z_loss}
+
 
 class GatedRouter(Router):
     """Token -> logits -> softmax inside the domain's group -> the likeliest expert (`choose`), output scaled by its probability."""
 
     def __init__(self, config: Config, context: RouterContext) -> None:
         super().__init__(config, context)
-        allowed_KE, topology = context.allowed_KE, context.topology
+        allowed_KE = context.allowed_KE
         self.two_level = not allowed_KE.all()
         self.group_mask_KE = Tensor(np.where(allowed_KE, 0.0, -1e9).astype(np.float32))
-        self.has_locality = self.has_locality_loss and topology.num_nodes > 1
         self.has_z_loss = config.moe.z_loss > 0
-        local_NE = topology.local_NE
-        self.log_local_NE = Tensor(np.log(losses.local_distribution(local_NE, config.moe.locality_smoothing)))
-        self.has_experts_N = Tensor((local_NE.sum(axis=1) > 0).astype(np.float32))
         self.experts_E = Tensor(np.arange(self.num_experts, dtype=np.int32))
 
     def logits(self, x_TD: Tensor, noise: Noise, training: bool) -> Tensor:
@@ -139,14 +177,7 @@ class GatedRouter(Router):
         expert_A, one_hot_AE, weight_A, affinity_A = self.choose(logits_TE, probs_TE)
         # A token's first assignment is its best.
         expert_T = expert_A[:: self.choices] if self.choices > 1 else expert_A
-        load_E = ops.reduce_sum(one_hot_AE, 0)
-        if self.choices > 1:
-            load_E = load_E * (probs_TE.shape[0] / ops.reduce_sum(load_E))  # f_i is a share of the assignments
-        locality, z_loss = ops.zeros((), probs_TE.dtype), ops.zeros((), probs_TE.dtype)
-        if self.has_locality and training:
-            locality = losses.locality_loss(probs_TE, self.log_local_NE, self.has_experts_N)
-        if self.has_z_loss:
-            z_loss = losses.z_loss(masked_TE)
+        z_loss = losses.z_loss(masked_TE) if self.has_z_loss else ops.zeros((), probs_TE.dtype)
         return {
             "expert_A": expert_A,
             "one_hot_AE": one_hot_AE,
@@ -154,7 +185,5 @@ class GatedRouter(Router):
             "weight_A": weight_A,
             "affinity_A": ops.stop_gradient(affinity_A),
             "cosine_T": ops.stop_gradient(self.cosine(x_TD, logits_TE, expert_T)),
-            "balance_loss": losses.balance_loss(probs_TE, load_E),
-            "locality_loss": locality,
             "z_loss": z_loss,
         }

@@ -72,7 +72,6 @@ class HashRouter(Router, name="hash"):
         expert_T = ops.gather(self.table, index_T, 0)
         one_hot_TE = ops.cast(ops.equal(ops.expand_dims(expert_T, 1), self.experts_E), x_TD.dtype)
         ones_T = ops.ones_like(x_TD[:, 0])
-        zero = ops.zeros((), x_TD.dtype)
         return {
             "expert_A": expert_T,
             "one_hot_AE": one_hot_TE,
@@ -80,7 +79,4 @@ class HashRouter(Router, name="hash"):
             "weight_A": ones_T,
             "affinity_A": ones_T,
             "cosine_T": ops.zeros_like(ones_T),
-            "balance_loss": zero,
-            "locality_loss": zero,
-            "z_loss": zero,
         }

@@ -63,7 +63,7 @@ class Placement:
             return
         # Weights stay: the checkpoint's are read to where its experts were.
         for layer, slots in zip(self._stepper.model.moe_layers.values(), state["slot_to_expert"]):
-            layer.place(np.asarray(slots))
+            layer.transport.place(np.asarray(slots))
 
     @property
     def _expert_of_slot_LE(self) -> np.ndarray:

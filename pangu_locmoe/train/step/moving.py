@@ -14,7 +14,7 @@ from pangu_locmoe.parallel.exchange import Exchange
 
 def expert_of_slot(model: PanguSigma) -> np.ndarray:
     """Which expert is in each slot of an expert-parallel group, int [L, E]."""
-    return np.stack([layer.expert_of_slot_E for layer in model.moe_layers.values()])
+    return np.stack([layer.transport.expert_of_slot_E for layer in model.moe_layers.values()])
 
 
 def move_experts(model: PanguSigma, optimizer: nn.Cell, exchange: Exchange, wanted_LE: np.ndarray) -> None:
@@ -28,15 +28,15 @@ def move_experts(model: PanguSigma, optimizer: nn.Cell, exchange: Exchange, want
     """
     state = {parameter.name: parameter for parameter in optimizer.get_parameters()}
     for layer, wanted_E in zip(model.moe_layers.values(), wanted_LE):
-        if np.array_equal(wanted_E, layer.expert_of_slot_E):
+        if np.array_equal(wanted_E, layer.transport.expert_of_slot_E):
             continue
-        leaving_G, matrix_RR, arriving_G = _route(layer.expert_of_slot_E, wanted_E, len(exchange.ranks), exchange.place)
+        leaving_G, matrix_RR, arriving_G = _route(layer.transport.expert_of_slot_E, wanted_E, len(exchange.ranks), exchange.place)
         for weight in (layer.experts.w_in, layer.experts.w_out):
             for parameter in (weight, state[f"adam_m.{weight.name}"], state[f"adam_v.{weight.name}"]):
                 rows_GX = ops.gather(ops.reshape(parameter, (parameter.shape[0], -1)), Tensor(leaving_G), 0)
                 rows_GX = ops.gather(exchange.move_own(rows_GX, matrix_RR), Tensor(arriving_G), 0)
                 ops.assign(parameter, ops.reshape(rows_GX, parameter.shape))
-        layer.place(wanted_E)
+        layer.transport.place(wanted_E)
 
 
 def _route(now_E: np.ndarray, wanted_E: np.ndarray, num_ranks: int, place: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -105,7 +105,7 @@ class Stepper(ABC):
         """Train with other local and remote factors from the next step on (static sizes)."""
         self.factors = factors
         for layer in self.model.moe_layers.values():
-            layer.set_factors(factors)
+            layer.transport.set_factors(factors)
         self._use_step()
 
     @property

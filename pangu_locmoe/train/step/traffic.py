@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Iterator
 
 from pangu_locmoe.config import Config
-from pangu_locmoe.moe.static import group_slots
+from pangu_locmoe.moe.slot_sizes import group_slots
 from pangu_locmoe.parallel.exchange import Ledger
 from pangu_locmoe.parallel.hccl import group_name
 from pangu_locmoe.parallel.operation import IR_NAMES, Operation, node_bytes, topology_groups

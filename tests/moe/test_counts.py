@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pangu_locmoe.moe.capacity import DROPLESS
-from pangu_locmoe.moe.distributed import assign_slots
+from pangu_locmoe.moe.transport.counts import assign_slots
 
 
 @st.composite

@@ -1,0 +1,85 @@
+"""Everything in this process, which may stand for several nodes: rows go into their experts' buffers.
+
+Letters: T tokens, A assignments (moe/plan.py), D hidden, E experts, G groups of C slots, P = G*C slots,
+N nodes.
+"""
+
+from __future__ import annotations
+
+from typing import Optional, Tuple
+
+import numpy as np
+from mindspore import Tensor, ops
+
+from pangu_locmoe.config import Config
+from pangu_locmoe.moe import dispatch
+from pangu_locmoe.moe.capacity import DROPLESS
+from pangu_locmoe.moe.experts import Experts
+from pangu_locmoe.moe.losses import log_of
+from pangu_locmoe.moe.plan import RoutingPlan, Shared
+from pangu_locmoe.moe.transport.base import Packed, Transport
+from pangu_locmoe.parallel.topology import Topology
+
+
+class LocalTransport(Transport):
+    """The tokens of all nodes and all experts are here: N equal contiguous runs of tokens, one a node."""
+
+    def __init__(self, config: Config, topology: Topology) -> None:
+        super().__init__(config, topology)
+        self.nodes_here = topology.num_nodes
+
+    @property
+    def held_experts(self) -> np.ndarray:
+        """All, in order."""
+        return np.arange(self.num_experts)
+
+    def layout(
+        self, num_tokens: int, capacity: int, training: bool
+    ) -> Tuple[Optional[Tensor], int]:
+        return None, capacity
+
+    def pack(
+        self,
+        x_AD: Tensor,
+        plan: RoutingPlan,
+        load_E: Tensor,
+        layout: Optional[Tensor],
+        room: int,
+        training: bool,
+    ) -> Packed:
+        affinity_A = plan["affinity_A"] if self.by_affinity and room != DROPLESS else None
+        rank_A = dispatch.rank_within_expert(plan["one_hot_AE"], affinity_A)
+        packed = {}
+        if room == DROPLESS:
+            slot_of_A, expert_of_group_G = dispatch.block_slots(plan["expert_A"], rank_A, load_E)
+            packed["expert_of_group_G"] = expert_of_group_G
+        else:
+            slot_of_A = dispatch.capacity_slots(plan["expert_A"], rank_A, room)
+        groups, slots = self._groups(x_AD.shape[0], room)
+        token_of_slot_P = dispatch.token_of_slot(slot_of_A, groups * slots)
+        packed["rows_PD"] = self.dispatch(x_AD, token_of_slot_P, slot_of_A)
+        packed["token_of_slot_P"], packed["slot_of_token_A"] = token_of_slot_P, slot_of_A
+        return packed
+
+    def share(self, load_ME: Tensor, probs_ME: Tensor) -> Shared:
+        return {"load_NE": load_ME, "probs_NE": probs_ME, "log_probs_NE": log_of(probs_ME)}
+
+    def carry(
+        self, experts: Experts, packed: Packed, shared: Shared, capacity: int, training: bool
+    ) -> Tuple[Tensor, Tensor]:
+        rows_PD = packed["rows_PD"]
+        groups, slots = self._groups(packed["slot_of_token_A"].shape[0], capacity)
+        x_GCD = ops.reshape(rows_PD, (groups, slots, rows_PD.shape[1]))
+        load_E = ops.reduce_sum(packed["load_ME"], 0)
+        if capacity == DROPLESS:
+            y_GCD, dropped_E = experts(x_GCD, packed["expert_of_group_G"]), ops.zeros_like(load_E)
+        else:
+            y_GCD, dropped_E = experts(x_GCD, None), ops.relu(load_E - float(capacity))
+        return ops.reshape(y_GCD, rows_PD.shape), dropped_E
+
+    def _groups(self, num_assignments: int, capacity: int) -> Tuple[int, int]:
+        """G and C."""
+        if capacity != DROPLESS:
+            return self.num_experts, capacity
+        blocks = dispatch.num_blocks(num_assignments, self.num_experts)
+        return blocks, dispatch.block_size(num_assignments, self.num_experts)
