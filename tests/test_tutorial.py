@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pangu_locmoe.cli import main
+from pangu_locmoe.config.routers import ROUTER_TRAITS
 from pangu_locmoe.moe.routers import ROUTERS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,6 +41,7 @@ def clone(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", sys.path.copy())
     yield tmp_path
     ROUTERS.pop(NAME, None)
+    ROUTER_TRAITS.pop(NAME, None)
     sys.modules.pop("cosine_router", None)
 
 

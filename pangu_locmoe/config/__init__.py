@@ -7,6 +7,7 @@ Anything that is not known, not of the right type or not possible stops here wit
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ __all__ = [
     "json_schema",
     "load_config",
     "parse_config",
+    "refuse",
 ]
 
 
@@ -59,10 +61,15 @@ def parse_config(values: dict[str, Any]) -> Config:
         config = Config.model_validate(values)
     except ValidationError as error:
         raise ConfigError("\n".join(explain(error.errors()))) from None
-    problems = [f"{key} = {_lookup(config, key)!r}: {rule}" for key, rule in broken_rules(config)]
-    if problems:
-        raise ConfigError("\n".join(problems))
+    refuse(config, broken_rules(config))
     return config
+
+
+def refuse(config: Config, problems: Iterable[tuple[str, str]]) -> None:
+    """Raise a ConfigError with a line for each (key, rule) that is broken, if there are any."""
+    lines = [f"{key} = {_lookup(config, key)!r}: {rule}" for key, rule in problems]
+    if lines:
+        raise ConfigError("\n".join(lines))
 
 
 def json_schema() -> str:

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterator
 
 from pangu_locmoe.config.models import Config
+from pangu_locmoe.config.routers import ROUTER_TRAITS
 
 
 def broken_rules(config: Config) -> Iterator[tuple[str, str]]:
@@ -28,21 +29,13 @@ def _broken_model_rules(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _broken_moe_rules(config: Config) -> Iterator[tuple[str, str]]:
-    # Imported here because routers are registered where their code is, and that imports MindSpore.
-    from pangu_locmoe.moe.routers import ROUTERS, outside
-
     model, moe, domains = config.model, config.moe, config.domains
-    if ":" in moe.router and moe.router not in ROUTERS:
-        try:
-            outside.register(moe.router)
-        except ValueError as error:
-            yield "moe.router", str(error)
-            return
-    if moe.router in ROUTERS:
-        yield from ROUTERS[moe.router].broken_rules(config)
-    else:
-        nearest = difflib.get_close_matches(moe.router, ROUTERS, n=1)
-        yield "moe.router", f"must be one of {', '.join(ROUTERS)}, or module:Class" + (f"; did you mean {nearest[0]}?" if nearest else "")
+    if moe.router in ROUTER_TRAITS:
+        yield from ROUTER_TRAITS[moe.router].broken_rules(config)
+    elif ":" not in moe.router:
+        nearest = difflib.get_close_matches(moe.router, ROUTER_TRAITS, n=1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        yield "moe.router", f"must be one of {', '.join(ROUTER_TRAITS)}, or module:Class{hint}"
     statistic = moe.capacity.statistic
     if isinstance(statistic, float) and not 0 <= statistic <= 1:
         yield "moe.capacity.statistic", "must be min, median, mean, max or a quantile between 0 and 1"
@@ -165,23 +158,20 @@ def _broken_train_rules(config: Config) -> Iterator[tuple[str, str]]:
         yield "train.fused", f"flash attention needs heads of a multiple of 16 up to 512 features: model.hidden_size / model.num_heads is {head_size}"
 
 
-_USERS = {
-    "jitter": ("switch",),
-    "z_loss": ("switch", "locmoe", "locmoe_plus"),
-    "gate_scale": ("locmoe", "locmoe_plus"),
-    "locality_loss": ("locmoe", "locmoe_plus"),
-}
-"""The routers that use a key; with others it does nothing, and is no error because one key should switch the router."""
-
-
 def doubtful_settings(config: Config) -> Iterator[str]:
     """Yield a line for every setting that works but does not do what its user may hope."""
     moe, data = config.moe, config.data
-    for key, routers in _USERS.items():
-        value = getattr(moe, key)
-        if value and moe.router not in routers and ":" not in moe.router:
-            yield f"moe.{key} = {value}: not used by moe.router = {moe.router!r}, but by {', '.join(routers)}"
-    if moe.router in ("locmoe", "locmoe_plus") and moe.locality_loss and data.sharding == "iid":
+    # No error: one key should switch the router.
+    if moe.router in ROUTER_TRAITS:
+        for key in type(moe).model_fields:
+            users = [name for name, traits in ROUTER_TRAITS.items() if key in traits.uses]
+            if users and getattr(moe, key) and moe.router not in users:
+                yield (
+                    f"moe.{key} = {getattr(moe, key)}: not used by moe.router = {moe.router!r}, "
+                    f"but by {', '.join(users)}"
+                )
+    has_locality_loss = moe.router in ROUTER_TRAITS and ROUTER_TRAITS[moe.router].has_locality_loss
+    if has_locality_loss and moe.locality_loss and data.sharding == "iid":
         yield (
             f"moe.locality_loss = {moe.locality_loss} with data.sharding: iid: all nodes read the same mixture, so no routing can be "
             "local for all of them, and the loss can only cost"
@@ -196,5 +186,5 @@ def doubtful_settings(config: Config) -> Iterator[str]:
                 f"moe.capacity.local_factor = {local} with the experts of a layer on {nodes} nodes: once all tokens stay in their node, "
                 f"{1 - local / nodes:.0%} of them find no slot; {nodes} would hold all"
             )
-    if moe.router in ("locmoe", "locmoe_plus") and config.parallel.emulated_nodes == 1 and config.parallel.ranks_per_node is None:
+    if has_locality_loss and config.parallel.emulated_nodes == 1 and config.parallel.ranks_per_node is None:
         yield f"moe.router = {moe.router!r} on one node: everything is local, the locality loss is left out; parallel.emulated_nodes studies it"

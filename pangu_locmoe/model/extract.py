@@ -12,7 +12,7 @@ from pangu_locmoe.config.models import ParallelConfig, PlacementConfig
 from pangu_locmoe.errors import CheckpointError
 from pangu_locmoe.model.sigma import PanguSigma
 from pangu_locmoe.moe.domains import allowed_experts
-from pangu_locmoe.moe.routers import ROUTERS
+from pangu_locmoe.moe.routers import router_class
 from pangu_locmoe.train.checkpoint import find_checkpoint, read_config, read_shards, save_checkpoint
 from pangu_locmoe.train.shards import Held, set_parameters
 
@@ -54,8 +54,9 @@ def sub_config(config: Config, domain: str, experts: range) -> Config:
     parent = config.moe.cut_from or CutFromConfig(num_experts=config.moe.num_experts, first_expert=0)
     cut_from = CutFromConfig(num_experts=parent.num_experts, first_expert=parent.first_expert + experts.start)
     chosen = config.moe.token_choice
-    if ROUTERS[config.moe.router].has_token_choice:
-        most = min(ROUTERS[config.moe.router].max_choices(config), len(experts))
+    router = router_class(config)
+    if router.traits.has_token_choice:
+        most = min(router.max_choices(config), len(experts))
         chosen = (chosen or TokenChoiceConfig()).model_copy(update={"max_experts": most})
     # What only a job of several ranks has: slots of a static exchange, experts that move.
     capacity = config.moe.capacity.model_copy(update={"local_factor": None, "remote_factor": None})
@@ -74,7 +75,7 @@ def cut_arrays(arrays: Mapping[str, np.ndarray], config: Config, domain: int, ex
             if int(expert) in experts:
                 kept[f"{block}.moe.experts.{int(expert) - experts.start}.{weight}"] = array
         elif ".moe.router." in name:
-            kept[name] = ROUTERS[config.moe.router].cut(config, name.rpartition(".")[2], array, domain, experts)
+            kept[name] = router_class(config).cut(config, name.rpartition(".")[2], array, domain, experts)
         elif name == "word_table" and config.model.domain_embeddings:
             kept[name] = array.reshape(len(config.domains), config.model.vocab_size, -1)[domain]
         else:

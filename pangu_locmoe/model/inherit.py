@@ -20,7 +20,7 @@ from pangu_locmoe.data.prepared import Prepared, prepare
 from pangu_locmoe.errors import CheckpointError
 from pangu_locmoe.model.sigma import PanguSigma
 from pangu_locmoe.moe.capacity import DROPLESS
-from pangu_locmoe.moe.routers import ROUTERS
+from pangu_locmoe.moe.routers import router_class
 from pangu_locmoe.parallel.world import World
 from pangu_locmoe.restore import in_one_process
 from pangu_locmoe.train.checkpoint import find_checkpoint, read_shards, save_checkpoint
@@ -50,7 +50,7 @@ def inherit(dense: Path, config: Config, output: Path) -> str:
     model = PanguSigma(own, prepared.token_counts)
     copy_dense(read_shards(folder, "model"), model, str(folder))
     done = f"{output}: {config.moe.num_experts} experts in each of {config.model.num_moe_layers} layers from {folder}"
-    if ROUTERS[config.moe.router].has_gate:
+    if router_class(config).traits.has_gate:
         mean_weights = compensate(model, own, prepared)
         done += "; outputs divided by the mean probabilities " + ", ".join(f"{weight:.4f}" for weight in mean_weights)
     save_checkpoint(output, config, folder / "tokenizer.json", model, world=World.of(own))

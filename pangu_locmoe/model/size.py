@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pangu_locmoe.config import Config
-from pangu_locmoe.moe.routers import ROUTERS
+from pangu_locmoe.moe.routers import router_class
 
 
 def num_params(config: Config) -> int:
     """All trainable parameters."""
     return _dense_params(config) + config.model.num_moe_layers * (
-        config.moe.num_experts * _ffn_params(config) + ROUTERS[config.moe.router].num_params(config)
+        config.moe.num_experts * _ffn_params(config) + router_class(config).num_params(config)
     )
 
 
@@ -17,7 +17,7 @@ def num_active_params(config: Config) -> int:
     """Trainable parameters that one token meets at most: its experts in each sparse layer, most often one, and one word-embedding slot."""
     model = config.model
     unused_slots = max(0, len(config.domains) - 1) if model.domain_embeddings else 0
-    router = ROUTERS[config.moe.router]
+    router = router_class(config)
     sparse = model.num_moe_layers * (router.max_choices(config) * _ffn_params(config) + router.num_params(config))
     return _dense_params(config) + sparse - unused_slots * model.vocab_size * model.hidden_size
 

@@ -15,7 +15,7 @@ from pangu_locmoe.config import Config
 from pangu_locmoe.moe import dispatch
 from pangu_locmoe.moe.experts import Experts, expert_weights
 from pangu_locmoe.moe.plan import LOSSES
-from pangu_locmoe.moe.routers import ROUTERS, Router
+from pangu_locmoe.moe.routers import Router, router_class
 from pangu_locmoe.moe.routers.base import RouterContext
 from pangu_locmoe.moe.transport import Transport, make_transport
 from pangu_locmoe.noise import Noise
@@ -61,7 +61,7 @@ class MoELayer(nn.Cell):
         transport = make_transport(config, context.topology, exchange)
         weights = expert_weights(config, context.layer, transport.held_experts)
         experts = Experts(*weights, tensor or TensorGroup.alone())
-        return cls(ROUTERS[config.moe.router](config, context), transport, experts)
+        return cls(router_class(config)(config, context), transport, experts)
 
     def construct(
         self,

@@ -61,7 +61,7 @@ def cases(quick: bool) -> List[Case]:
     for seed in seeds:
         for router in routers():
             for order in ("affinity", "position"):
-                if order == "position" and (quick or not ROUTERS[router].has_gate or ROUTERS[router].has_token_choice):
+                if order == "position" and (quick or not ROUTERS[router].traits.has_gate or ROUTERS[router].traits.has_token_choice):
                     continue
                 for factor in factors if order == "affinity" else factors[3:]:
                     values = [*changes, f"moe.capacity.factor={factor}", f"moe.capacity.drop_order={order}"]

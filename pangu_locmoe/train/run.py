@@ -18,6 +18,7 @@ from pangu_locmoe.files import write_atomic
 from pangu_locmoe.generate import Generator
 from pangu_locmoe.model.fused import on_ascend
 from pangu_locmoe.model.size import num_active_params, num_params
+from pangu_locmoe.moe.routers import router_class
 from pangu_locmoe.parallel.communicator import Communicator, SingleProcess
 from pangu_locmoe.parallel.selfcheck import check_groups, check_same_run, check_same_step
 from pangu_locmoe.parallel.world import World
@@ -47,6 +48,7 @@ def train(
     """
     communicator = communicator or SingleProcess()
     check_same_run(config, communicator)
+    router_class(config)  # before anything starts
     _check_device(config)
     _check_run_dir(config, run_dir, resume)
     started = time.perf_counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,10 @@ from mindspore import Tensor
 from numeric import no_noise
 from small import small_config
 
+from pangu_locmoe.config.routers import ROUTER_TRAITS
+from pangu_locmoe.errors import ConfigError
 from pangu_locmoe.model.sigma import PanguSigma
-from pangu_locmoe.moe.routers import ROUTERS
+from pangu_locmoe.moe.routers import ROUTERS, router_class
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "routing.md"
 
@@ -26,7 +29,65 @@ def documented_router(tmp_path):
     spec = importlib.util.spec_from_file_location("first_features", file)
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
     yield "first_features"
-    del ROUTERS["first_features"]
+    del ROUTERS["first_features"], ROUTER_TRAITS["first_features"]
+
+
+@pytest.fixture
+def own_module(tmp_path, monkeypatch):
+    """Where modules of a user's own are found; what they register is forgotten afterwards."""
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    names = set(ROUTERS)
+    yield tmp_path
+    for name in set(ROUTERS) - names:
+        del ROUTERS[name], ROUTER_TRAITS[name]
+
+
+def own_config(router: str, **moe: object):
+    return small_config(moe={"router": router, **moe})
+
+
+def refusal(router: str, **moe: object) -> str:
+    with pytest.raises(ConfigError) as raised:
+        router_class(own_config(router, **moe))
+    (line,) = str(raised.value).splitlines()
+    return line
+
+
+def test_a_module_or_class_that_is_not_there_is_refused_where_the_router_is_needed(own_module):
+    (own_module / "empty_module.py").write_text("")
+    (own_module / "broken_module.py").write_text("1 / 0\n")
+    line = refusal("no_such_module:Mine")
+    assert line.startswith("moe.router = 'no_such_module:Mine': no_such_module cannot be imported")
+    assert "ZeroDivisionError" in refusal("broken_module:Mine")
+    assert "no subclass of Router named 'Mine'" in refusal("empty_module:Mine")
+    line = refusal("json:JSONDecoder")
+    assert "json/__init__.py) has no subclass of Router named 'JSONDecoder'" in line
+
+
+def test_a_router_of_ones_own_says_what_it_cannot_work_with(own_module):
+    (own_module / "gateless.py").write_text(
+        "from pangu_locmoe.config.routers import RouterTraits\n"
+        "from pangu_locmoe.moe.routers import Router\n"
+        "class Mine(Router):\n"
+        "    traits = RouterTraits(has_gate=False)\n"
+    )
+    assert router_class(own_config("gateless:Mine")).traits.has_gate is False
+    line = refusal("gateless:Mine", capacity={"policy": "bound"})
+    assert line.startswith("moe.capacity.policy = 'bound': needs a router with a gate: gateless:Mine")
+
+
+def test_traits_as_they_were_written_before_are_refused_with_what_to_write(own_module):
+    (own_module / "older.py").write_text(
+        "from pangu_locmoe.moe.routers import Router\n"
+        "class Mine(Router):\n"
+        "    has_locality_loss = True\n"
+    )
+    line = refusal("older:Mine")
+    assert "write traits = RouterTraits(has_locality_loss=True)" in line
+
+
+def test_the_table_of_traits_is_that_of_the_classes():
+    assert {name: router.traits for name, router in ROUTERS.items()} == ROUTER_TRAITS
 
 
 def test_the_documented_router_routes(documented_router):

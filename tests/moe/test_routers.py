@@ -8,6 +8,7 @@ from mindspore import Tensor
 from numeric import close, integers, no_noise, softmax, tensor
 from small import small_config
 
+from pangu_locmoe.config.routers import ROUTER_TRAITS
 from pangu_locmoe.errors import ConfigError
 from pangu_locmoe.moe.domains import allowed_experts, group_sizes
 from pangu_locmoe.moe.gate import grap_weights
@@ -56,7 +57,7 @@ def losses_of(config, x_TD, tokens_T, domains_T, training=True):
 
 def test_the_registry_has_the_papers_routers():
     assert {"hash", "switch", "locmoe", "locmoe_plus"} <= set(ROUTERS)
-    assert [name for name, router in ROUTERS.items() if not router.has_gate] == ["hash"]
+    assert [name for name, router in ROUTERS.items() if not router.traits.has_gate] == ["hash"]
 
 
 def test_a_new_router_is_one_class():
@@ -66,7 +67,7 @@ def test_a_new_router_is_one_class():
     try:
         assert small_config(moe={"router": "first"}).moe.router == "first"
     finally:
-        del ROUTERS["first"]
+        del ROUTERS["first"], ROUTER_TRAITS["first"]
     with pytest.raises(ConfigError, match=r"moe\.router = 'first'"):
         small_config(moe={"router": "first"})
 
@@ -99,7 +100,7 @@ def test_no_token_leaves_its_domains_group(router):
         plan = route(layer, 30 * x_TD, tokens_T, domains_T)
         assert allowed_KE[domains_T, plan["expert_A"]].all()
         used |= set(plan["expert_A"])
-        if ROUTERS[router].has_gate:
+        if ROUTERS[router].traits.has_gate:
             probs_TE = plan["probs_TE"]
             assert not probs_TE[~allowed_KE[domains_T]].any()
             close(probs_TE.sum(1), np.ones(TOKENS), 1e-6)

@@ -10,7 +10,7 @@ Letters: T tokens, D hidden, E experts, A assignments (moe/plan.py), N source no
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Dict, Optional, Tuple, Type
 
 import numpy as np
@@ -18,12 +18,15 @@ from mindspore import Tensor, nn, ops
 from mindspore.common import dtype as mstype
 
 from pangu_locmoe.config import Config
+from pangu_locmoe.config.routers import ROUTER_TRAITS, RouterTraits
 from pangu_locmoe.moe import losses
 from pangu_locmoe.moe.plan import RoutingPlan, Shared
 from pangu_locmoe.noise import Noise
 from pangu_locmoe.parallel.topology import Topology
 
 ROUTERS: Dict[str, Type[Router]] = {}
+
+_TRAITS = [field.name for field in fields(RouterTraits)]
 
 
 @dataclass(frozen=True)
@@ -45,20 +48,20 @@ class RouterContext:
 class Router(nn.Cell):
     """A router maps T tokens to experts. Subclass it in a file of this folder with `name="..."` to register it.
 
-    has_gate: affinities differ, and there is an angle between token and gate.
-    has_balance_loss, has_locality_loss: `losses_of` computes it, unless the plan has its own.
-    has_token_choice: how many experts a token has follows moe.token_choice.
+    traits: what it is, for those who do not build it (config/routers.py).
     """
 
-    has_gate: ClassVar[bool] = True
-    has_balance_loss: ClassVar[bool] = True
-    has_locality_loss: ClassVar[bool] = False
-    has_token_choice: ClassVar[bool] = False
+    traits: ClassVar[RouterTraits] = RouterTraits()
 
     def __init_subclass__(cls, name: Optional[str] = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        old = [key for key in vars(cls) if key in _TRAITS]
+        if old:
+            written = ", ".join(f"{key}={getattr(cls, key)}" for key in old)
+            raise TypeError(f"{cls.__name__} has {', '.join(old)}: write traits = RouterTraits({written})")
         if name is not None:
             ROUTERS[name] = cls
+            ROUTER_TRAITS.setdefault(name, cls.traits)
 
     def __init__(self, config: Config, context: RouterContext) -> None:
         super().__init__(auto_prefix=True)
@@ -79,10 +82,7 @@ class Router(nn.Cell):
     @classmethod
     def broken_rules(cls, config: Config) -> Iterator[tuple[str, str]]:
         """Yield (key, rule) for every setting this router cannot work with."""
-        if not cls.has_gate and config.moe.capacity.policy in ("bound", "dynamic"):
-            yield "moe.capacity.policy", f"needs a router with a gate: {config.moe.router} has no angle between token and gate"
-        if not cls.has_token_choice and config.moe.token_choice is not None:
-            yield "moe.token_choice", f"is for locmoe_plus: a token of {config.moe.router} has one expert"
+        yield from cls.traits.broken_rules(config)
 
     @classmethod
     def num_params(cls, config: Config) -> int:
@@ -129,11 +129,11 @@ class Router(nn.Cell):
         balance, locality, z_loss = zero, zero, zero
         if "balance_loss" in own:
             balance = own["balance_loss"]
-        elif self.has_balance_loss:
+        elif self.traits.has_balance_loss:
             balance = losses.balance_loss(shared["probs_NE"], shared["load_NE"])
         if "locality_loss" in own:
             locality = own["locality_loss"]
-        elif self.has_locality_loss and self.several_nodes and training:
+        elif self.traits.has_locality_loss and self.several_nodes and training:
             locality = losses.locality_loss(
                 shared["probs_NE"], shared["log_probs_NE"], self.log_local_NE, self.has_experts_N
             )

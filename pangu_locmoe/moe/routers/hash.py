@@ -11,6 +11,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, ops
 
 from pangu_locmoe.config import Config
+from pangu_locmoe.config.routers import ROUTER_TRAITS
 from pangu_locmoe.moe.plan import RoutingPlan
 from pangu_locmoe.moe.routers.base import Router, RouterContext
 from pangu_locmoe.noise import Noise
@@ -42,8 +43,7 @@ def balanced_table(counts_V: np.ndarray, experts: np.ndarray, generator: np.rand
 class HashRouter(Router, name="hash"):
     """Expert = table[domain, token], weight 1, no gate and no loss (PanGu-Sigma; LocMoE's baseline)."""
 
-    has_gate = False
-    has_balance_loss = False
+    traits = ROUTER_TRAITS["hash"]
 
     def __init__(self, config: Config, context: RouterContext) -> None:
         super().__init__(config, context)

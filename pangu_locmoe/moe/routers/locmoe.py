@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from mindspore import Tensor
 
 from pangu_locmoe.config import Config
+from pangu_locmoe.config.routers import ROUTER_TRAITS
 from pangu_locmoe.moe import gate
 from pangu_locmoe.moe.routers.base import GatedRouter, RouterContext
 from pangu_locmoe.noise import Noise
@@ -15,7 +14,7 @@ from pangu_locmoe.noise import Noise
 class LocMoERouter(GatedRouter, name="locmoe"):
     """G_i = scale * mean of the i-th block of features: a gate without parameters (LocMoE, GrAP)."""
 
-    has_locality_loss = True
+    traits = ROUTER_TRAITS["locmoe"]
 
     def __init__(self, config: Config, context: RouterContext) -> None:
         super().__init__(config, context)
@@ -26,14 +25,6 @@ class LocMoERouter(GatedRouter, name="locmoe"):
         self.scale = config.moe.gate_scale or (hidden_size / gate_experts) ** 0.5
         self.gate_norm = (gate_experts / hidden_size) ** 0.5
         self.pooling = gate.GroupedAveragePooling(gate_experts)
-
-    @classmethod
-    def broken_rules(cls, config: Config) -> Iterator[tuple[str, str]]:
-        yield from super().broken_rules(config)
-        cut_from, moe = config.moe.cut_from, config.moe
-        key, blocks = ("moe.cut_from.num_experts", cut_from.num_experts) if cut_from is not None else ("moe.num_experts", moe.num_experts)
-        if config.model.num_moe_layers and config.model.hidden_size % blocks:
-            yield "model.hidden_size", f"must be divisible by {key} ({blocks}) for GrAP's blocks of features"
 
     def logits(self, x_TD: Tensor, noise: Noise, training: bool) -> Tensor:
         return self.pooling(x_TD)[:, self.first : self.first + self.num_experts] * self.scale

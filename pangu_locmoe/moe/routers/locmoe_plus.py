@@ -5,13 +5,13 @@ Letters: T tokens, D hidden, E experts, K experts a token may propose to, A = T*
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Tuple
 
 from mindspore import Tensor, ops
 from mindspore.common import dtype as mstype
 
-from pangu_locmoe.config import Config, TokenChoiceConfig
+from pangu_locmoe.config import Config
+from pangu_locmoe.config.routers import ROUTER_TRAITS, token_choice
 from pangu_locmoe.moe import gate
 from pangu_locmoe.moe.routers.base import RouterContext
 from pangu_locmoe.moe.routers.locmoe import LocMoERouter
@@ -30,7 +30,7 @@ class LocMoEPlusRouter(LocMoERouter, name="locmoe_plus"):
     the default gate_scale, s = sqrt(d) and p is LocMoE's for an input of norm sqrt(d), which a LayerNormed one nearly has.
     """
 
-    has_token_choice = True
+    traits = ROUTER_TRAITS["locmoe_plus"]
 
     def __init__(self, config: Config, context: RouterContext) -> None:
         super().__init__(config, context)
@@ -40,21 +40,6 @@ class LocMoEPlusRouter(LocMoERouter, name="locmoe_plus"):
     @classmethod
     def max_choices(cls, config: Config) -> int:
         return min(token_choice(config).max_experts, config.moe.num_experts)
-
-    @classmethod
-    def broken_rules(cls, config: Config) -> Iterator[tuple[str, str]]:
-        yield from super().broken_rules(config)
-        moe, chosen = config.moe, token_choice(config)
-        if moe.token_choice is not None and chosen.max_experts > moe.num_experts:
-            yield "moe.token_choice.max_experts", f"must be at most moe.num_experts ({moe.num_experts})"
-        if moe.capacity.drop_order == "position":
-            yield "moe.capacity.drop_order", "must be affinity for locmoe_plus, whose experts choose by it"
-        if chosen.transition_steps and moe.capacity.policy == "dropless":
-            yield "moe.token_choice.transition_steps", "has no capacity to shrink to with moe.capacity.policy: dropless: must be 0"
-        if chosen.transition_steps and config.parallel.sizes == "static":
-            yield "moe.token_choice.transition_steps", "needs parallel.sizes: counts: the slots of a static step do not follow the schedule"
-        if moe.capacity.policy == "bound" and chosen.transition_steps > moe.capacity.warmup_steps:
-            yield "moe.token_choice.transition_steps", f"must be at most moe.capacity.warmup_steps ({moe.capacity.warmup_steps}), when the bound is measured"
 
     def logits(self, x_TD: Tensor, noise: Noise, training: bool) -> Tensor:
         return super().logits(gate.scaled_to_norm(x_TD, self.norm), noise, training)
@@ -81,8 +66,3 @@ class LocMoEPlusRouter(LocMoERouter, name="locmoe_plus"):
 
     def cosine(self, x_TD: Tensor, logits_TE: Tensor, expert_T: Tensor) -> Tensor:
         return gate.chosen(logits_TE, expert_T) * (1.0 / (self.scale * self.gate_norm * self.norm))
-
-
-def token_choice(config: Config) -> TokenChoiceConfig:
-    """moe.token_choice, or its defaults."""
-    return config.moe.token_choice or TokenChoiceConfig()

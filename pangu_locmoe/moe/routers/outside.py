@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 
+from pangu_locmoe.config.routers import ROUTER_TRAITS
 from pangu_locmoe.moe.routers.base import ROUTERS, Router
 
 
@@ -27,4 +28,4 @@ def register(name: str) -> None:
     found = getattr(module, class_name, None)
     if not (isinstance(found, type) and issubclass(found, Router)):
         raise ValueError(f"{module_name} ({module.__file__}) has no subclass of Router named {class_name!r}")
-    ROUTERS[name] = found
+    ROUTERS[name], ROUTER_TRAITS[name] = found, found.traits

@@ -7,6 +7,7 @@ from mindspore import Parameter, Tensor
 
 from pangu_locmoe import noise as noises
 from pangu_locmoe.config import Config
+from pangu_locmoe.config.routers import ROUTER_TRAITS
 from pangu_locmoe.moe import gate
 from pangu_locmoe.moe.routers.base import GatedRouter, RouterContext
 from pangu_locmoe.noise import Noise
@@ -14,6 +15,8 @@ from pangu_locmoe.noise import Noise
 
 class SwitchRouter(GatedRouter, name="switch"):
     """G_i = w_i . x, top-1, scaled by its probability (Switch Transformer; LocMoE's baseline)."""
+
+    traits = ROUTER_TRAITS["switch"]
 
     def __init__(self, config: Config, context: RouterContext) -> None:
         super().__init__(config, context)

@@ -21,7 +21,7 @@ from pangu_locmoe.config import Config
 from pangu_locmoe.moe import dispatch
 from pangu_locmoe.moe.experts import Experts
 from pangu_locmoe.moe.plan import RoutingPlan, Shared
-from pangu_locmoe.moe.routers import ROUTERS
+from pangu_locmoe.moe.routers import router_class
 from pangu_locmoe.parallel.exchange import Exchange
 from pangu_locmoe.parallel.topology import Topology
 
@@ -40,11 +40,11 @@ class Transport(nn.Cell):
 
     def __init__(self, config: Config, topology: Topology) -> None:
         super().__init__()
-        router = ROUTERS[config.moe.router]
+        router = router_class(config)
         self.topology, self.num_experts = topology, config.moe.num_experts
         self.choices = router.max_choices(config)
         # Without a gate all affinities are alike, and a stable sort by them is a waste.
-        self.by_affinity = config.moe.capacity.drop_order == "affinity" and router.has_gate
+        self.by_affinity = config.moe.capacity.drop_order == "affinity" and router.traits.has_gate
         self.dispatch: nn.Cell = dispatch.Dispatch()
         self.combine: nn.Cell = dispatch.Combine()
         self.nodes_here = 1
