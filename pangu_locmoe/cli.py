@@ -151,7 +151,7 @@ def _simulate(options: argparse.Namespace) -> int:
     from pangu_locmoe.simulate import Assumptions, Device, simulate
 
     load = None if options.load is None else cli_load.read(options.load)
-    assumptions = Assumptions(tensor_parallel=options.tensor_parallel)
+    assumptions = Assumptions(tensor_parallel=options.tensor_parallel, ranks_per_node=options.ranks_per_node)
     device = Device.named(options.device, options.devices) if options.devices else Device.named(options.device)
     result = simulate(load_config(options.config, options.set), options.nodes, options.router, device, load, options.load_router, assumptions)
     print(json.dumps(result.to_dict()) if options.json else result.format())
@@ -235,6 +235,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--devices", type=Path, metavar="FILE.yaml", help="another file of devices")
     verb.add_argument("--load", type=Path, metavar="TRACE", help="one router's routing from a run directory or trace, instead of assumed")
     verb.add_argument("--load-router", metavar="NAME", help="whose routing that is (the only router, or moe.router)")
+    verb.add_argument("--ranks-per-node", type=int, metavar="R", help="ranks in each node (the device's)")
     verb.add_argument("--tensor-parallel", type=int, metavar="T", help="modelled only: ranks that share one layer's matrices")
     verb.add_argument("--json", action="store_true", help="print JSON")
 

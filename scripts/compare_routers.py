@@ -103,7 +103,7 @@ class Comparison:
         run_dir = self.output / "loss" / f"{variant.name}-seed{seed}"
         if not (run_dir / "summary.json").exists():
             shutil.rmtree(run_dir, ignore_errors=True)
-            command = [sys.executable, "-m", "pangu_locmoe", "train", self.config, *self._sets(variant, seed, [f"parallel.emulated_nodes={NODES}"])]
+            command = [sys.executable, "-m", "pangu_locmoe", "train", self.config, *self._sets(variant, seed)]
             self._call([*command, "--run-dir", str(run_dir), "--no-progress"], f"{variant.name} seed {seed}: {self.steps} steps in one process")
             shutil.rmtree(run_dir / "checkpoints" / f"step-{self.steps:08d}")
         return run_dir
@@ -117,8 +117,8 @@ class Comparison:
             checkpoint = f"checkpoints/step-{self.steps - self.timing_steps:08d}"
             shutil.copytree(source / checkpoint, run_dir / checkpoint)
             shutil.copy(source / "config.yaml", run_dir)
-            command = ["bash", "scripts/emulate_cluster.sh", self.config, *self._sets(variant, seed, ["parallel.emulated_nodes=1", "evaluation.sequences=4"])]
-            command += ["--nodes", str(NODES), "--ranks-per-node", str(RANKS_PER_NODE), "--rate", rate]
+            command = ["bash", "scripts/emulate_cluster.sh", self.config, *self._sets(variant, seed), "--set", "evaluation.sequences=4"]
+            command += ["--ranks-per-node", str(RANKS_PER_NODE), "--rate", rate]
             self._call([*command, "--run-dir", str(run_dir), "--resume", "auto", "--no-progress"], f"{variant.name} seed {seed}: {self.timing_steps} steps at {rate}")
             shutil.rmtree(run_dir / "checkpoints")
         return run_dir
@@ -162,9 +162,9 @@ class Comparison:
         say(f"{variant.name} at {rate}: step {step:.3f} s, exchange {exchange:.3f} s, {exchange / step:.1%}")
         return 0.0 if rate == "unlimited" else 1 / float(rate.removesuffix("mbit")), exchange, step - exchange
 
-    def _sets(self, variant: Variant, seed: int, more: List[str]) -> List[str]:
-        values = [f"train.steps={self.steps}", f"train.seed={seed}", f"checkpoint.every={self.steps - self.timing_steps}", "checkpoint.keep=2"]
-        return [word for value in [*self.sets, *values, *variant.settings(self.steps), *more] for word in ("--set", value)]
+    def _sets(self, variant: Variant, seed: int) -> List[str]:
+        values = [f"parallel.nodes={NODES}", f"train.steps={self.steps}", f"train.seed={seed}", f"checkpoint.every={self.steps - self.timing_steps}", "checkpoint.keep=2"]
+        return [word for value in [*self.sets, *values, *variant.settings(self.steps)] for word in ("--set", value)]
 
     def _call(self, command: List[str], what: str) -> None:
         started = time.monotonic()

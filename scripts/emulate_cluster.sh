@@ -8,13 +8,13 @@ usage: bash scripts/emulate_cluster.sh [CONFIG] [--nodes N] [--ranks-per-node N]
                                        [--set KEY=VALUE]... [--run-dir DIR] [--resume auto|never]
                                        [--init-from CHECKPOINT] [--no-progress]
 
-Trains CONFIG (configs/cpu_cluster.yaml) with N times N processes. Every node is a network namespace with an address of its
+Trains CONFIG (configs/cpu_cluster.yaml) with one process for each rank of each node. Every node is a network namespace with an address of its
 own; a bridge joins them, and both ends of every node's link are limited to RATE. Ranks of one node talk over that node's
 loopback. Needs root and iproute2. Whatever was made is removed at the end, also after Ctrl-C. The exit code is the job's;
 the logs of all ranks are in DIR/logs, what went over the links is in DIR/links.json.
 
-  --nodes N            nodes (2)
-  --ranks-per-node N   processes in each (2)
+  --nodes N            nodes (parallel.nodes)
+  --ranks-per-node N   processes in each (so many that there are 4 in all, or 1)
   --rate RATE          of a link in each direction, as tc writes it: 50mbit, 1gbit; or unlimited (50mbit)
   --port PORT          port of msrun's scheduler (8118); namespaces have ports of their own, so that jobs do not collide
   --help               this text
@@ -24,17 +24,17 @@ TEXT
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/job.sh
-nodes=2 per_node=2 rate=50mbit port=8118
+shape=() rate=50mbit port=8118
 while [ $# -gt 0 ]; do
     case $1 in
         --help | -h) usage; exit 0 ;;
         --nodes | --ranks-per-node | --rate | --port)
             [ $# -ge 2 ] || fail "$1 needs a value"
+            [ "$1" = --rate ] || [[ $2 =~ ^[1-9][0-9]{0,4}$ ]] || fail "$1 must be a whole number of at least 1, not $2"
             case $1 in
-                --nodes) nodes=$2 ;;
-                --ranks-per-node) per_node=$2 ;;
                 --rate) rate=$2 ;;
                 --port) port=$2 ;;
+                *) shape+=("$1" "$2") ;;
             esac
             shift 2
             ;;
@@ -44,9 +44,6 @@ while [ $# -gt 0 ]; do
             ;;
     esac
 done
-[[ $nodes =~ ^[1-9][0-9]?$ ]] || fail "--nodes must be a number of nodes, 1 to 99"
-[[ $per_node =~ ^[1-9][0-9]*$ ]] || fail "--ranks-per-node must be a number of processes, at least 1"
-[[ $port =~ ^[1-9][0-9]*$ ]] || fail "--port must be a number"
 [[ $rate =~ ^([0-9]+(\.[0-9]+)?[kmg]?bit|unlimited)$ ]] || fail "--rate must be a rate such as 50mbit or 1gbit, or unlimited, not $rate"
 [ "$(id -u)" = 0 ] || fail "only root may make network namespaces; scripts/train_cpu_cluster.sh needs no rights, but has no slow links"
 for tool in ip tc; do
@@ -75,8 +72,10 @@ for name in $(ip netns list | grep -oE '^moe[0-9]+n[0-9]+'; ip -o link | grep -o
     grep -qs emulate_cluster "/proc/$owner/cmdline" || remove_cluster "$owner"
 done
 
-ranks=$((nodes * per_node))
-prepare_job $ranks "$per_node" "$nodes-nodes"
+plan_job "${shape[@]}"
+[ "$nodes" -le 99 ] || fail "parallel.nodes = $nodes: one machine plays at most 99"
+[ "$nodes" -gt 1 ] || echo "emulate_cluster.sh: parallel.nodes = 1: nothing goes over a link; --nodes 2 makes more" >&2
+prepare_job "$nodes-nodes"
 
 stopped=0 watcher='' jobs=()
 clean() {
@@ -89,7 +88,7 @@ trap clean EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-ip link add "moe$$b" type bridge
+ip link add "moe$$b" type bridge 2>/dev/null || fail "may not make network interfaces here, which needs the right CAP_NET_ADMIN"
 ip link set "moe$$b" up
 slow_down() { # slow_down INTERFACE [COMMAND...]: COMMAND runs tc where the interface is
     [ "$rate" = unlimited ] || "${@:2}" tc qdisc add dev "$1" root tbf rate "$rate" burst 32kb latency 200ms

@@ -29,11 +29,16 @@ take_train_flag() {
     esac
 }
 
-# prepare_corpus: Python, and the example corpus where the configuration wants it.
-prepare_corpus() {
+# find_python: the configuration's file, and Python to read it.
+find_python() {
     [ -f "$config" ] || fail "$config: no such configuration; configs/ has $(cd configs && echo *.yaml)"
     . scripts/venv.sh
     use_venv ""
+}
+
+# prepare_corpus: Python, and the example corpus where the configuration wants it.
+prepare_corpus() {
+    find_python
     if [ ! -e data/corpus ] && uses_corpus; then
         bash scripts/fetch_corpus.sh --python .venv/bin/python
     fi
@@ -60,16 +65,32 @@ choose_run_dir() {
     done
 }
 
-# prepare_job RANKS RANKS_PER_NODE SUFFIX: Python, the text, the run directory (its default name ends in SUFFIX) and the environment.
+# plan_job [--ranks N] [--nodes N] [--ranks-per-node N]: sets ranks, nodes and per_node as flags and configuration have it, and
+# `sets` so that the ranks share the experts. What cannot work is said here, once, and not by every rank.
+plan_job() {
+    local problem numbers sharing
+    find_python
+    problem=$(mktemp)
+    numbers=$(python -m pangu_locmoe.train.job "$config" "$@" "${sets[@]}" 2>"$problem") || {
+        numbers=$(grep -v -e '^\[WARNING\]' -e '^$' "$problem" | head -n 1)
+        rm -f "$problem"
+        fail "${numbers:-$config: cannot be planned}"
+    }
+    rm -f "$problem"
+    read -r ranks nodes sharing <<<"$numbers"
+    per_node=$((ranks / nodes))
+    sets+=(--set "parallel.nodes=$nodes" --set "parallel.expert_parallel=$sharing")
+}
+
+# prepare_job SUFFIX, after plan_job: the text, the run directory (its default name ends in SUFFIX) and the environment.
 prepare_job() {
     prepare_corpus
-    sets=(--set "parallel.ranks_per_node=$2" --set "parallel.expert_parallel=$1" "${sets[@]}")
-    [ -n "$run_dir" ] || choose_run_dir "runs/$(basename "$config" .yaml)-$3"
+    [ -n "$run_dir" ] || choose_run_dir "runs/$(basename "$config" .yaml)-$1"
     rm -f "$run_dir"/logs/*.log # what an earlier part of the run printed
     # Here and not in the job, whose ranks wait for each other for two minutes and no longer.
     python -m pangu_locmoe prepare "$config" "${sets[@]}" >/dev/null
     mkdir -p "$run_dir/logs"
-    local threads=$(($(nproc) / $1))
+    local threads=$(($(nproc) / ranks))
     export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
     # Joining takes 10 seconds instead of 30 with short retries. A dead rank ends the job after MS_NODE_TIMEOUT seconds; a
     # late one has MS_CPU_COMM_OP_TIMEOUT seconds to arrive.

@@ -129,7 +129,7 @@ command -v "$python" >/dev/null || fail "--python $python: is not a program"
 python=$(command -v "$python")
 case $python in /*) ;; *) python=$PWD/$python ;; esac
 run_dir=${run_dir:-runs/$(basename "$config" .yaml)-$ranks-ranks}
-overrides=("${sets[@]}" "parallel.ranks_per_node=$per_node")
+overrides=("${sets[@]}" "parallel.nodes=$nodes")
 flags=()
 for value in "${overrides[@]}"; do flags+=(--set "$value"); done
 

@@ -4,14 +4,16 @@ set -euo pipefail
 
 usage() {
     cat <<'TEXT'
-usage: bash scripts/train_cpu_cluster.sh --ranks N [CONFIG] [--ranks-per-node N] [--port PORT] [--set KEY=VALUE]...
+usage: bash scripts/train_cpu_cluster.sh [CONFIG] [--ranks N] [--nodes N] [--ranks-per-node N] [--port PORT] [--set KEY=VALUE]...
                                          [--run-dir DIR] [--resume auto|never] [--init-from CHECKPOINT] [--no-progress]
 
-Trains CONFIG (configs/cpu_cluster.yaml) with N processes that share the experts of each layer. The exit code is the
-job's; the logs of all ranks are in DIR/logs.
+Trains CONFIG (configs/cpu_cluster.yaml) with several processes, all of which share the experts of each layer unless the
+configuration says how many do (parallel.expert_parallel). The exit code is the job's; 2: it was refused before it began.
+The logs of all ranks are in DIR/logs.
 
-  --ranks N            processes
-  --ranks-per-node N   processes that count as one node (all)
+  --ranks N            processes (4, or as many as --nodes and --ranks-per-node make)
+  --nodes N            nodes that they count as (parallel.nodes)
+  --ranks-per-node N   processes that count as one node, instead of --nodes or --ranks
   --port PORT          port of msrun's scheduler (8118)
   --help               this text
   the rest             as for scripts/train.sh
@@ -20,16 +22,16 @@ TEXT
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/job.sh
-ranks='' per_node='' port=8118
+shape=() port=8118
 while [ $# -gt 0 ]; do
     case $1 in
         --help | -h) usage; exit 0 ;;
-        --ranks | --ranks-per-node | --port)
+        --ranks | --nodes | --ranks-per-node | --port)
             [ $# -ge 2 ] || fail "$1 needs a value"
+            [[ $2 =~ ^[1-9][0-9]{0,4}$ ]] || fail "$1 must be a whole number of at least 1, not $2"
             case $1 in
-                --ranks) ranks=$2 ;;
-                --ranks-per-node) per_node=$2 ;;
                 --port) port=$2 ;;
+                *) shape+=("$1" "$2") ;;
             esac
             shift 2
             ;;
@@ -39,15 +41,12 @@ while [ $# -gt 0 ]; do
             ;;
     esac
 done
-[[ $ranks =~ ^[1-9][0-9]*$ ]] || fail "--ranks must be a number of processes, at least 1"
-per_node=${per_node:-$ranks}
-[[ $per_node =~ ^[1-9][0-9]*$ ]] || fail "--ranks-per-node must be a number, at least 1"
-[[ $port =~ ^[1-9][0-9]*$ ]] || fail "--port must be a number"
+plan_job "${shape[@]}"
 ! (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null || fail "--port $port: in use; give another one"
 
 # A dead rank is noticed here, by msrun; one that is only late, or stopped for a while, is waited for.
 export MS_NODE_TIMEOUT=${MS_NODE_TIMEOUT:-60}
-prepare_job "$ranks" "$per_node" "$ranks-ranks"
+prepare_job "$ranks-ranks"
 # A session of its own: Ctrl-C would make msrun kill the ranks before they have saved anything.
 setsid msrun --worker_num "$ranks" --local_worker_num "$ranks" --master_addr 127.0.0.1 --master_port "$port" --join=True \
     --cluster_time_out 120 --log_dir "$run_dir/logs" "$launch" \

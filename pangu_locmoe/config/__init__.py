@@ -7,7 +7,7 @@ Anything that is not known, not of the right type or not possible stops here wit
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from pangu_locmoe.config.models import (
     TokenChoiceConfig,
     TrainConfig,
 )
+from pangu_locmoe.config.older import renewed
 from pangu_locmoe.config.reading import override_value, read
 from pangu_locmoe.config.rules import broken_rules, doubtful_settings
 from pangu_locmoe.errors import ConfigError
@@ -42,25 +43,39 @@ __all__ = [
     "doubtful_settings",
     "json_schema",
     "load_config",
+    "load_stored_config",
     "parse_config",
     "refuse",
 ]
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a YAML file, its bases and `key=value` overrides. Raises ConfigError naming key, value and what is allowed."""
+def load_config(path: str | Path, overrides: list[str] | None = None, completed: Callable[[Config], list[str]] | None = None) -> Config:
+    """Read a YAML file, its bases and `key=value` overrides.
+
+    Args:
+        path: the file.
+        overrides: `key=value`, which win over the file.
+        completed: further overrides, from what was read; values that are of the right type but may not fit each other yet.
+
+    Raises:
+        ConfigError: names key, value and what is allowed.
+    """
     values = read(Path(path), ())
     for override in overrides or []:
+        override_value(values, override)
+    for override in completed(_typed(values)) if completed else []:
         override_value(values, override)
     return parse_config(values)
 
 
+def load_stored_config(path: str | Path) -> Config:
+    """Read what a run or a checkpoint was made with, of an older version too. Raises ConfigError."""
+    return parse_config(renewed(read(Path(path), ())))
+
+
 def parse_config(values: dict[str, Any]) -> Config:
     """Validate plain nested values. Raises ConfigError with one line per problem."""
-    try:
-        config = Config.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError("\n".join(explain(error.errors()))) from None
+    config = _typed(values)
     refuse(config, broken_rules(config))
     return config
 
@@ -70,6 +85,14 @@ def refuse(config: Config, problems: Iterable[tuple[str, str]]) -> None:
     lines = [f"{key} = {_lookup(config, key)!r}: {rule}" for key, rule in problems]
     if lines:
         raise ConfigError("\n".join(lines))
+
+
+def _typed(values: dict[str, Any]) -> Config:
+    """Keys and types are right; whether the values fit each other is not known."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(explain(error.errors()))) from None
 
 
 def json_schema() -> str:

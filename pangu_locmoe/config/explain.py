@@ -9,6 +9,7 @@ from typing import Any, Dict, List, Type, Union, get_args, get_origin
 from pydantic import BaseModel
 
 from pangu_locmoe.config.models import Config
+from pangu_locmoe.config.older import replacement
 
 
 def explain(items: Sequence[Any]) -> Iterator[str]:
@@ -19,7 +20,8 @@ def explain(items: Sequence[Any]) -> Iterator[str]:
     for key, group in by_key.items():
         first = group[0]
         if first["type"] == "extra_forbidden":
-            yield f"{key} = {first['input']!r}: unknown key; {_hint(first['loc'])}"
+            advice = replacement(key, first["input"]) or f"unknown key; {_hint(first['loc'])}"
+            yield f"{key} = {first['input']!r}: {advice}"
         elif first["type"] == "missing":
             yield f"{key}: required, but not given"
         elif first["type"] == "invalid_key":

@@ -67,10 +67,9 @@ class MoEConfig(Section):
 class ParallelConfig(Section):
     expert_parallel: int = Field(1, ge=1, description="ranks that share the experts of one layer")
     tensor_parallel: int = Field(1, ge=1, description="ranks that share one layer's matrices")
-    ranks_per_node: Optional[int] = Field(None, ge=1, description="ranks in one node")
     sequence_parallel: bool = Field(False, description="ranks that share matrices divide the tokens between them outside of the matrices")
     shard_optimizer: bool = Field(False, description="ranks that hold the same weights divide Adam's moments and the update of them (ZeRO stage 1)")
-    emulated_nodes: int = Field(1, ge=1, description="N, nodes to which one process assigns its sequences and experts, so that locality can be trained and measured")
+    nodes: int = Field(1, ge=1, description="N: a job of R processes has R / N ranks in each; one process emulates N, to which it assigns its sequences and experts")
     exchange: Literal["flat", "hierarchical", "groupwise"] = Field("flat", description="how tokens travel to their experts")
     sizes: Literal["counts", "static"] = Field("counts", description="counts: exactly the routed tokens travel; static: a fixed number of slots, moe.capacity.local_factor and remote_factor, so that a step compiles as one graph (Ascend)")
     overlap_chunks: int = Field(1, ge=1, description="chunks of the exchange that run under computation")

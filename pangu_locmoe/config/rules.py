@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
+from typing import Optional
 
 from pangu_locmoe.config.models import Config
 from pangu_locmoe.config.routers import ROUTER_TRAITS
@@ -76,8 +77,6 @@ def _broken_parallel_rules(config: Config) -> Iterator[tuple[str, str]]:
         yield "model.seq_length", f"must be divisible by parallel.tensor_parallel ({parallel.tensor_parallel}) with parallel.sequence_parallel"
     if parallel.sequence_parallel and config.train.recompute and config.train.has_buffers:
         yield "train.recompute", "MindSpore's front end does not compile it with parallel.sequence_parallel in a step of several graphs (fp16, accumulation)"
-    if parallel.tensor_parallel > 1 and parallel.ranks_per_node is None:
-        yield "parallel.tensor_parallel", "needs parallel.ranks_per_node, which is never guessed: ranks that share a matrix must be in one node"
     if parallel.tensor_parallel > 1 and parallel.sizes == "counts" and config.train.recompute:
         yield "train.recompute", "would repeat the sums over the tensor-parallel group outside of a compiled step: needs parallel.sizes: static"
     if parallel.overlap_chunks > 1 and "auto" in (config.moe.capacity.local_factor, config.moe.capacity.remote_factor):
@@ -86,8 +85,8 @@ def _broken_parallel_rules(config: Config) -> Iterator[tuple[str, str]]:
         yield "parallel.overlap_chunks", "needs parallel.sizes: static: which tokens an expert keeps is known only when all have come"
     if parallel.exchange == "groupwise" and (parallel.tensor_parallel == 1 or parallel.expert_parallel == 1):
         yield "parallel.exchange", "groupwise shares the exchange out over a tensor-parallel group: needs parallel.tensor_parallel > 1 and parallel.expert_parallel > 1"
-    if parallel.exchange == "hierarchical" and parallel.ranks_per_node is None:
-        yield "parallel.exchange", "hierarchical needs parallel.ranks_per_node, which is never guessed"
+    if parallel.exchange == "hierarchical" and parallel.nodes == 1:
+        yield "parallel.exchange", "hierarchical goes by way of the ranks of a node: needs more than one node (parallel.nodes)"
     if parallel.sizes == "static":
         if parallel.expert_parallel == 1:
             yield "parallel.sizes", "static is for the exchange between ranks: needs parallel.expert_parallel > 1"
@@ -99,11 +98,11 @@ def _broken_parallel_rules(config: Config) -> Iterator[tuple[str, str]]:
         yield "parallel.expert_parallel", f"must divide moe.num_experts ({config.moe.num_experts}): every rank holds as many experts"
     if parallel.expert_parallel > 1 and config.train.recompute and parallel.sizes == "counts":
         yield "train.recompute", "needs parallel.sizes: static with parallel.expert_parallel > 1: the experts' inputs follow the routing"
-    nodes = parallel.emulated_nodes
-    if config.micro_batch % nodes:
-        yield "parallel.emulated_nodes", f"must divide train.batch_size / train.accumulation_steps ({config.micro_batch}): every node reads as many sequences"
-    if config.moe.num_experts % nodes:
-        yield "parallel.emulated_nodes", f"must divide moe.num_experts ({config.moe.num_experts}): every node holds as many experts"
+    if config.micro_batch % parallel.nodes:
+        yield "parallel.nodes", f"must divide train.batch_size / train.accumulation_steps ({config.micro_batch}): every node reads as many sequences"
+    # Where groups of ranks share the experts, several nodes may hold the same ones; a single process has no such groups.
+    if parallel.expert_parallel == 1 and config.moe.num_experts % parallel.nodes:
+        yield "parallel.nodes", f"must divide moe.num_experts ({config.moe.num_experts}): every node holds as many experts"
 
 
 def _broken_memory_rules(config: Config) -> Iterator[tuple[str, str]]:
@@ -139,8 +138,8 @@ def _broken_data_rules(config: Config) -> Iterator[tuple[str, str]]:
             yield "data.mixture", f"must have exactly the domains of data.sources ({', '.join(domains)})"
         elif min(data.mixture.values(), default=0) < 0 or sum(data.mixture.values()) <= 0:
             yield "data.mixture", "shares must be at least 0 and one of them above 0"
-    if data.sharding != "iid" and config.parallel.emulated_nodes == 1 and config.parallel.ranks_per_node is None:
-        yield "data.sharding", "needs more than one node (parallel.emulated_nodes, or parallel.ranks_per_node in a job)"
+    if data.sharding != "iid" and config.parallel.nodes == 1:
+        yield "data.sharding", "needs more than one node (parallel.nodes)"
 
 
 def _broken_train_rules(config: Config) -> Iterator[tuple[str, str]]:
@@ -149,8 +148,6 @@ def _broken_train_rules(config: Config) -> Iterator[tuple[str, str]]:
         yield "train.batch_size", f"must be divisible by train.accumulation_steps ({train.accumulation_steps})"
     if config.trace.timeline is not None and config.trace.timeline > train.steps:
         yield "trace.timeline", f"must be at most train.steps ({train.steps})"
-    if train.warmup_steps >= train.steps and train.warmup_steps:
-        yield "train.warmup_steps", f"must be less than train.steps ({train.steps})"
     if train.fused and train.precision == "fp32":
         yield "train.fused", "flash attention takes fp16 and bf16 only: must be false with train.precision: fp32"
     head_size = config.model.hidden_size // config.model.num_heads
@@ -158,8 +155,13 @@ def _broken_train_rules(config: Config) -> Iterator[tuple[str, str]]:
         yield "train.fused", f"flash attention needs heads of a multiple of 16 up to 512 features: model.hidden_size / model.num_heads is {head_size}"
 
 
-def doubtful_settings(config: Config) -> Iterator[str]:
-    """Yield a line for every setting that works but does not do what its user may hope."""
+def doubtful_settings(config: Config, num_ranks: Optional[int] = None) -> Iterator[str]:
+    """Yield a line for every setting that works but does not do what its user may hope.
+
+    Args:
+        config: the run.
+        num_ranks: processes of the job; None: as many as hold all experts once.
+    """
     moe, data = config.moe, config.data
     # No error: one key should switch the router.
     if moe.router in ROUTER_TRAITS:
@@ -178,13 +180,20 @@ def doubtful_settings(config: Config) -> Iterator[str]:
         )
     if moe.capacity.factor < 1 and moe.capacity.policy != "dropless" and config.parallel.sizes == "counts" and config.model.num_moe_layers:
         yield f"moe.capacity.factor = {moe.capacity.factor}: at least {1 - moe.capacity.factor:.0%} of the tokens are dropped, however even the load is"
+    train = config.train
+    if train.warmup_steps and train.warmup_steps >= train.steps:
+        yield (
+            f"train.warmup_steps = {train.warmup_steps} with train.steps = {train.steps}: the run ends inside its warm-up, "
+            f"at {train.steps / train.warmup_steps:.0%} of train.learning_rate, and nothing decays"
+        )
     parallel, local = config.parallel, moe.capacity.local_factor
-    if parallel.sizes == "static" and parallel.ranks_per_node is not None and isinstance(local, float):
-        nodes = max(1, parallel.expert_parallel // parallel.ranks_per_node)  # over which a layer's experts are spread
+    if parallel.sizes == "static" and isinstance(local, float):
+        sharing = parallel.expert_parallel * parallel.tensor_parallel
+        nodes = max(1, parallel.nodes * sharing // (num_ranks or sharing))  # over which a layer's experts are spread
         if local < nodes:
             yield (
                 f"moe.capacity.local_factor = {local} with the experts of a layer on {nodes} nodes: once all tokens stay in their node, "
                 f"{1 - local / nodes:.0%} of them find no slot; {nodes} would hold all"
             )
-    if has_locality_loss and config.parallel.emulated_nodes == 1 and config.parallel.ranks_per_node is None:
-        yield f"moe.router = {moe.router!r} on one node: everything is local, the locality loss is left out; parallel.emulated_nodes studies it"
+    if has_locality_loss and config.parallel.nodes == 1:
+        yield f"moe.router = {moe.router!r} on one node: everything is local, the locality loss is left out; parallel.nodes makes more, in one process too"

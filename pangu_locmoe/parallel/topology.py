@@ -10,6 +10,7 @@ Letters: N nodes, R ranks, P places, E experts, K domains.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,8 +43,8 @@ class Topology:
     def __post_init__(self) -> None:
         places = "ranks" if self.tensor_parallel == 1 else "ranks / parallel.tensor_parallel"
         for name, value, divisor_name, divisor in (
-            ("ranks", self.num_ranks, "parallel.ranks_per_node", self.ranks_per_node),
-            ("parallel.ranks_per_node", self.ranks_per_node, "parallel.tensor_parallel", self.tensor_parallel),
+            ("ranks", self.num_ranks, "ranks of a node", self.ranks_per_node),
+            ("ranks of a node", self.ranks_per_node, "parallel.tensor_parallel", self.tensor_parallel),
             (places, self.num_places, "parallel.expert_parallel", self.expert_parallel),
             ("moe.num_experts", self.num_experts, "parallel.expert_parallel", self.expert_parallel),
         ):
@@ -57,24 +58,32 @@ class Topology:
 
     @classmethod
     def from_config(cls, config: Config, num_ranks: int = 1) -> Topology:
-        """The topology of a job of `num_ranks` processes; one process emulates parallel.emulated_nodes nodes.
+        """The topology of a job of `num_ranks` processes, as many in each of parallel.nodes; one process emulates the nodes.
 
         A dense model has it too: its nodes then read the same domains as those of the sparse models it is compared with.
         """
         parallel, num_experts = config.parallel, config.moe.num_experts
         if num_ranks == 1:
-            for key in ("expert_parallel", "tensor_parallel", "ranks_per_node"):
-                value = getattr(parallel, key)
-                if value is not None and value > 1:
-                    raise TopologyError(f"parallel.{key} = {value}: there is 1 process; start more with scripts/train_cpu_cluster.sh")
+            for key in ("expert_parallel", "tensor_parallel"):
+                if getattr(parallel, key) > 1:
+                    raise TopologyError(
+                        f"parallel.{key} = {getattr(parallel, key)}: there is 1 process, for which it must be 1 (parallel.nodes may be more: it emulates them); "
+                        "or start more with scripts/train_cpu_cluster.sh"
+                    )
             if parallel.shard_optimizer:
                 raise TopologyError("parallel.shard_optimizer = True: there is 1 process, which has nobody to divide the moments with; must be false")
-            if config.data.sharding != "iid" and parallel.emulated_nodes == 1:
-                raise TopologyError(f"data.sharding = {config.data.sharding!r}: one process is one node; set parallel.emulated_nodes, or start more processes")
-            return cls.emulated(parallel.emulated_nodes, num_experts)
-        if parallel.emulated_nodes > 1:
-            raise TopologyError(f"parallel.emulated_nodes = {parallel.emulated_nodes}: {num_ranks} processes have nodes of their own; set parallel.ranks_per_node")
-        topology = cls(num_ranks, parallel.ranks_per_node or num_ranks, parallel.expert_parallel, num_experts, parallel.tensor_parallel)
+            return cls.emulated(parallel.nodes, num_experts)
+        if num_ranks % parallel.nodes:
+            raise TopologyError(
+                f"ranks ({num_ranks}) must be divisible by parallel.nodes ({parallel.nodes}): every node has as many; "
+                f"start {-(-num_ranks // parallel.nodes) * parallel.nodes}, or set parallel.nodes to {math.gcd(num_ranks, parallel.nodes)}"
+            )
+        if num_ranks // parallel.nodes % parallel.tensor_parallel:
+            raise TopologyError(
+                f"ranks of a node ({num_ranks} / parallel.nodes {parallel.nodes} = {num_ranks // parallel.nodes}) must be divisible by "
+                f"parallel.tensor_parallel ({parallel.tensor_parallel}), whose ranks are in one node: start more, or set fewer nodes"
+            )
+        topology = cls(num_ranks, num_ranks // parallel.nodes, parallel.expert_parallel, num_experts, parallel.tensor_parallel)
         batch_size, micro_batches, places = config.train.batch_size, config.train.accumulation_steps, topology.num_places
         if batch_size % (places * micro_batches):
             what = "ranks" if topology.tensor_parallel == 1 else "ranks / parallel.tensor_parallel"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -122,12 +123,20 @@ def locality_figures(runs: list[Run]) -> list[Figure]:
         count_LNE = source_KLNE[-rows:].sum(axis=0)
         nodes, experts = count_LNE.shape[1:]
         top = _top(normalise(count_LNE), experts)
-        local = number(table(run.config, "parallel").get("emulated_nodes")) == nodes and experts % nodes == 0
+        local = _emulated_nodes(run) == nodes and experts % nodes == 0
         for layer, count_NE in enumerate(count_LNE):
             title = f"Where tokens go, {layer_name(run, layer)}" + (f", {run.name}" if len(runs) > 1 else "")
             drawn = matrix(title, count_NE, top, "last row" if rows == 1 else f"last {rows} rows", local)
             figures.append(Figure(title, drawn, ("Outlined: the experts in the same node. " if local else "") + UNIFORM))
     return figures
+
+
+def _emulated_nodes(run: Run) -> float:
+    """Nodes of which each holds a run of experts, as in one process. Not said of a job, whose nodes may hold the same ones."""
+    parallel = table(run.config, "parallel")
+    if number(parallel.get("expert_parallel", 1)) != 1:
+        return math.nan
+    return number(parallel.get("nodes", parallel.get("emulated_nodes")))  # runs of older versions have the second
 
 
 def load_figures(runs: list[Run]) -> Callable[[Run], list[Figure]]:

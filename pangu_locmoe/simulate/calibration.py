@@ -72,7 +72,7 @@ def calibrate(rows: Sequence[Row], config: Config, nodes: int = 2, name: str = "
     Args:
         rows: as scripts/compare_routers.py writes them: link_rate, step_seconds, exchange_seconds, reduce_seconds,
             local_fraction, max_over_mean_load. At least one link must be limited, or the wire stays unknown.
-        config: what was run; parallel.ranks_per_node and expert_parallel are the cluster's.
+        config: what was run; all ranks of the cluster share the experts, expert_parallel times tensor_parallel of them.
         nodes: of the cluster.
         name: of the device.
 
@@ -103,7 +103,7 @@ def calibrate(rows: Sequence[Row], config: Config, nodes: int = 2, name: str = "
         raise DataError("the measured rows leave no time for computing")
     return Device(
         name,
-        config.parallel.ranks_per_node or 1,
+        _ranks_per_node(config, nodes),
         peak_flops=float(1 / flop),
         efficiency=1.0,
         intra_bandwidth=UNLIMITED,
@@ -131,9 +131,13 @@ def _parts(row: Row, config: Config, nodes: int, device: Device) -> Step:
     return simulate(config, [nodes], [row["router"]], device, assumptions=assumed).rows[0].step
 
 
+def _ranks_per_node(config: Config, nodes: int) -> int:
+    return max(1, config.parallel.expert_parallel * config.parallel.tensor_parallel // nodes)
+
+
 def _units(config: Config, nodes: int) -> Tuple[Device, Device, Device, Device]:
     """Devices on which one thing costs one second and the others nothing: a FLOP, a copied byte, an exchange, a byte on a link."""
-    free = Device("unit", config.parallel.ranks_per_node or 1, 1e300, 1.0, 1e300, 1e300, shared_processor=True)
+    free = Device("unit", _ranks_per_node(config, nodes), 1e300, 1.0, 1e300, 1e300, shared_processor=True)
     changes: Tuple[Dict[str, Any], ...] = ({"peak_flops": 1.0}, {"copy_bandwidth": 1.0}, {"exchange_overhead": 1.0}, {"node_bandwidth": 1.0})
     first, second, third, fourth = (dataclasses.replace(free, **change) for change in changes)
     return first, second, third, fourth

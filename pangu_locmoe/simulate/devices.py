@@ -21,7 +21,7 @@ class Device:
 
     Attributes:
         name: in the file.
-        ranks_per_node: where the configuration does not say.
+        ranks_per_node: where nothing else is said.
         peak_flops: FLOP/s of one rank.
         efficiency: share of the peak that its products reach, at most 1.
         intra_bandwidth: bytes/s of one rank to the others of its node, each direction.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from typing import List, Optional, Sequence, Tuple
 
 from pangu_locmoe.config import Config
@@ -110,7 +111,7 @@ def layout_of(config: Config, nodes: int, device: Device, assumed: Assumptions) 
     parallel = config.parallel
     return Layout(
         nodes,
-        parallel.ranks_per_node or device.ranks_per_node,
+        assumed.ranks_per_node or device.ranks_per_node,
         config.moe.num_experts,
         assumed.expert_parallel or parallel.expert_parallel,
         assumed.tensor_parallel or parallel.tensor_parallel,
@@ -167,9 +168,19 @@ def _notes(config: Config, rows: Sequence[Row], device: Device, assumed: Assumpt
         notes.append(f"tensor parallelism over {assumed.tensor_parallel} ranks is modelled only; this version does not train with it")
     wanted, sizes = assumed.expert_parallel or config.parallel.expert_parallel, _places(config, rows, device, assumed)
     if config.model.num_moe_layers and wanted == 1:
-        notes.append("parallel.expert_parallel is 1: every place holds all experts, and nothing is exchanged")
+        notes.append(f"parallel.expert_parallel is 1: every place holds all experts, and nothing is exchanged, whatever the router; {_sharing(config, sizes)}")
     notes += [f"{count} nodes have {places} places, fewer than expert_parallel ({wanted}): experts are spread over {places}" for count, places in sizes if places < wanted]
     return notes
+
+
+def _sharing(config: Config, sizes: Sequence[Tuple[int, int]]) -> str:
+    """What to set so that places share the experts: the most that can at every size of the cluster."""
+    most = math.gcd(config.moe.num_experts, *(places for _, places in sizes))
+    if most == 1:
+        places = ", ".join(str(places) for _, places in sizes)
+        return f"set moe.num_experts ({config.moe.num_experts}) and the number of places ({places}) so that a parallel.expert_parallel above 1 divides them"
+    further = " --set train.recompute=false" if config.train.recompute and config.parallel.sizes == "counts" else ""
+    return f"set how many places share them, for example --set parallel.expert_parallel={most}{further}"
 
 
 def _places(config: Config, rows: Sequence[Row], device: Device, assumed: Assumptions) -> List[Tuple[int, int]]:

@@ -23,6 +23,7 @@ class Assumptions:
     Attributes:
         tensor_parallel, expert_parallel, exchange: None: the configuration's. More than one rank for a matrix is modelled only:
             the trainer does not have it.
+        ranks_per_node: None: the device's.
         sequences: of one place in one step, at any size of the cluster; None: train.batch_size, shared by all places.
         copies: expert-parallel groups repeat over the cluster; False: there is one, and nodes beyond it hold no expert.
         exchange_overlap, reduction_overlap: shares that run under computation. The trainer overlaps nothing.
@@ -36,6 +37,7 @@ class Assumptions:
     tensor_parallel: Optional[int] = None
     expert_parallel: Optional[int] = None
     exchange: Optional[str] = None
+    ranks_per_node: Optional[int] = None
     sequences: Optional[float] = None
     copies: bool = True
     exchange_overlap: float = 0.0
@@ -47,7 +49,7 @@ class Assumptions:
         for key in ("exchange_overlap", "reduction_overlap"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ConfigError(f"{key} = {getattr(self, key)}: must be between 0 and 1")
-        for key in ("tensor_parallel", "expert_parallel", "sequences", "gradient_bytes"):
+        for key in ("tensor_parallel", "expert_parallel", "ranks_per_node", "sequences", "gradient_bytes"):
             value = getattr(self, key)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"{key} = {value}: must be above 0")

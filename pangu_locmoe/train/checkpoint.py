@@ -20,7 +20,7 @@ import numpy as np
 from mindspore import Parameter, nn
 from safetensors import SafetensorError, safe_open
 
-from pangu_locmoe.config import Config, load_config
+from pangu_locmoe.config import Config, load_stored_config
 from pangu_locmoe.errors import CheckpointError
 from pangu_locmoe.parallel.gradients import kind
 from pangu_locmoe.parallel.tensor import piece_of
@@ -117,7 +117,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 def read_config(folder: Path) -> Config:
     """The configuration a checkpoint was trained with."""
-    return load_config(folder / "config.yaml")
+    return load_stored_config(folder / "config.yaml")
 
 
 def check_tokenizer(folder: Path, tokenizer_file: Path) -> None:

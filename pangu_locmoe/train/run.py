@@ -11,7 +11,7 @@ from typing import Any, Dict, Iterator, List, Optional
 
 import mindspore as ms
 
-from pangu_locmoe.config import Config, SampleConfig, doubtful_settings, load_config
+from pangu_locmoe.config import Config, SampleConfig, doubtful_settings, load_stored_config
 from pangu_locmoe.data.prepared import Prepared, prepare
 from pangu_locmoe.errors import CheckpointError, ConfigError
 from pangu_locmoe.files import write_atomic
@@ -49,7 +49,7 @@ def train(
     communicator = communicator or SingleProcess()
     check_same_run(config, communicator)
     router_class(config)  # before anything starts
-    _check_device(config)
+    check_device(config)
     _check_run_dir(config, run_dir, resume)
     started = time.perf_counter()
     world = World.of(config, communicator)
@@ -60,7 +60,7 @@ def train(
     prepared = prepare(config, progress)
     if world.is_first:
         world.communicator.barrier()
-    for note in doubtful_settings(config):
+    for note in doubtful_settings(config, communicator.size):
         say(f"note: {note}")
     say(prepared.summary())
     trainer = Trainer(config, prepared, run_dir, init_from, world)
@@ -107,7 +107,7 @@ def _candidates(stem: str, limit: int = 10_000) -> Iterator[Path]:
             return
 
 
-def _check_device(config: Config) -> None:
+def check_device(config: Config) -> None:
     """Raises ConfigError for what the device cannot do."""
     device = ms.get_context("device_target")
     if device == "CPU" and config.train.precision == "bf16":
@@ -135,7 +135,7 @@ def _write(file: Path, text: str) -> None:
 def _config_of_run(file: Path) -> Config:
     """What a run was started with; a key that this version added has its default, which is what the run did."""
     try:
-        return load_config(file)
+        return load_stored_config(file)
     except ConfigError as error:
         raise ConfigError(f"the run was started with another version of pangu_locmoe: {error}") from None
 
