@@ -67,19 +67,18 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "static sizes without a remote factor": ({"parallel": {"sizes": "static", "expert_parallel": 2}, "moe": {"capacity": {"local_factor": 1.0}}}, ["moe.capacity.remote_factor = None", "static needs a number"]),
     "static sizes in one process": ({"parallel": {"sizes": "static"}, "moe": {"capacity": {"local_factor": 1.0, "remote_factor": 1.0}}}, ["parallel.sizes = 'static'", "needs parallel.expert_parallel > 1"]),
     "static sizes, dropless": ({"parallel": {"sizes": "static", "expert_parallel": 2}, "moe": {"capacity": {"policy": "dropless", "local_factor": 1.0, "remote_factor": 1.0}}}, ["moe.capacity.policy = 'dropless'", "must be factor with parallel.sizes: static"]),
-    "static sizes by way of nodes": ({"parallel": {"sizes": "static", "expert_parallel": 2, "ranks_per_node": 1, "exchange": "hierarchical"}, "moe": {"capacity": {"local_factor": 1.0, "remote_factor": 1.0}}}, ["parallel.exchange = 'hierarchical'", "must be flat or groupwise with parallel.sizes: static"]),
+    "static sizes by way of nodes": ({"parallel": {"sizes": "static", "expert_parallel": 2, "nodes": 2, "exchange": "hierarchical"}, "moe": {"capacity": {"local_factor": 1.0, "remote_factor": 1.0}}}, ["parallel.exchange = 'hierarchical'", "must be flat or groupwise with parallel.sizes: static"]),
     "groups on one level": ({"moe": {"levels": 1, "group_sizes": {"en": 8}}}, ["moe.group_sizes = {'en': 8}", "needs moe.levels: 2"]),
     "unequal groups": ({"moe": {"router": "hash", "num_experts": 7}, "data": TWO_DOMAINS}, ["moe.num_experts = 7", "divisible by the number of domains (2)"]),
     "groups of other domains": ({"moe": {"group_sizes": {"en": 8}}, "data": TWO_DOMAINS}, ["moe.group_sizes = {'en': 8}", "exactly the domains of data.sources (en, zh)"]),
     "empty group": ({"moe": {"group_sizes": {"en": 8, "zh": 0}}, "data": TWO_DOMAINS}, ["moe.group_sizes = {'en': 8, 'zh': 0}", "at least 1 expert"]),
     "groups that do not add up": ({"moe": {"group_sizes": {"en": 4, "zh": 2}}, "data": TWO_DOMAINS}, ["moe.group_sizes = {'en': 4, 'zh': 2}", "add up to moe.num_experts (8)"]),
     "ranks and experts": ({"parallel": {"expert_parallel": 3}}, ["parallel.expert_parallel = 3", "divide moe.num_experts (8)"]),
-    "heads over ranks": ({"parallel": {"tensor_parallel": 3, "ranks_per_node": 3}, "model": {"ffn_size": 1023, "vocab_size": 300}}, ["model.num_heads = 4", "divisible by parallel.tensor_parallel (3)"]),
-    "vocabulary over ranks": ({"parallel": {"tensor_parallel": 2, "ranks_per_node": 2}, "model": {"vocab_size": 8191}}, ["model.vocab_size = 8191", "divisible by parallel.tensor_parallel (2)"]),
-    "tensor parallelism without nodes": ({"parallel": {"tensor_parallel": 2}}, ["parallel.tensor_parallel = 2", "needs parallel.ranks_per_node"]),
-    "rows, recomputed, in several graphs": ({"parallel": {"sequence_parallel": True, "tensor_parallel": 2, "expert_parallel": 2, "ranks_per_node": 2, "sizes": "static"}, "moe": {"capacity": {"local_factor": 1.0, "remote_factor": 1.0}}, "train": {"recompute": True, "precision": "fp16"}}, ["train.recompute = True", "does not compile it with parallel.sequence_parallel"]),
+    "heads over ranks": ({"parallel": {"tensor_parallel": 3}, "model": {"ffn_size": 1023, "vocab_size": 300}}, ["model.num_heads = 4", "divisible by parallel.tensor_parallel (3)"]),
+    "vocabulary over ranks": ({"parallel": {"tensor_parallel": 2}, "model": {"vocab_size": 8191}}, ["model.vocab_size = 8191", "divisible by parallel.tensor_parallel (2)"]),
+    "rows, recomputed, in several graphs": ({"parallel": {"sequence_parallel": True, "tensor_parallel": 2, "expert_parallel": 2, "sizes": "static"}, "moe": {"capacity": {"local_factor": 1.0, "remote_factor": 1.0}}, "train": {"recompute": True, "precision": "fp16"}}, ["train.recompute = True", "does not compile it with parallel.sequence_parallel"]),
     "rows of a rank alone": ({"parallel": {"sequence_parallel": True}}, ["parallel.sequence_parallel = True", "needs parallel.tensor_parallel > 1"]),
-    "rows that cannot be divided": ({"parallel": {"sequence_parallel": True, "tensor_parallel": 4, "ranks_per_node": 4}, "model": {"seq_length": 255}}, ["model.seq_length = 255", "divisible by parallel.tensor_parallel (4)"]),
+    "rows that cannot be divided": ({"parallel": {"sequence_parallel": True, "tensor_parallel": 4}, "model": {"seq_length": 255}}, ["model.seq_length = 255", "divisible by parallel.tensor_parallel (4)"]),
     "nothing to offload": ({"model": {"num_moe_layers": 0}, "train": {"offload_expert_optimizer": True}}, ["train.offload_expert_optimizer = True", "needs sparse layers"]),
     "overlap": ({"parallel": {"overlap_chunks": 2}}, ["parallel.overlap_chunks = 2", "needs parallel.sizes: static"]),
     "group-wise exchange": ({"parallel": {"exchange": "groupwise"}}, ["parallel.exchange = 'groupwise'", "needs parallel.tensor_parallel > 1"]),
@@ -92,20 +91,23 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "a start of other layers": ({"placement": {"start": [[0, 1]]}, "parallel": {"expert_parallel": 2}, "moe": {"num_experts": 2}}, ["placement.start = [[0, 1]]", "a list for each of the 2 sparse layers"]),
     "a start without an expert": ({"placement": {"start": [[0, 1], [1, 1]]}, "parallel": {"expert_parallel": 2}, "moe": {"num_experts": 2}}, ["placement.start = [[0, 1], [1, 1]]", "each expert from 0 to 1 once in every layer"]),
     "a start that is a number": ({"placement": {"start": 3}}, ["placement.start"]),
-    "exchange by nodes": ({"parallel": {"exchange": "hierarchical"}}, ["parallel.exchange = 'hierarchical'", "needs parallel.ranks_per_node"]),
+    "exchange by nodes": ({"parallel": {"exchange": "hierarchical"}}, ["parallel.exchange = 'hierarchical'", "needs more than one node (parallel.nodes)"]),
     "recomputed routing": ({"parallel": {"expert_parallel": 2}, "train": {"recompute": True}}, ["train.recompute = True", "needs parallel.sizes: static with parallel.expert_parallel > 1"]),
     "fused in fp32": ({"train": {"fused": True}}, ["train.fused = True", "must be false with train.precision: fp32"]),
     "fused with small heads": ({"model": {"hidden_size": 96}, "train": {"fused": True, "precision": "bf16"}}, ["train.fused = True", "model.hidden_size / model.num_heads is 24"]),
-    "nodes and sequences": ({"parallel": {"emulated_nodes": 4}, "train": {"batch_size": 6}}, ["parallel.emulated_nodes = 4", "divide train.batch_size / train.accumulation_steps (6)"]),
-    "nodes and experts": ({"parallel": {"emulated_nodes": 4}, "moe": {"num_experts": 2}}, ["parallel.emulated_nodes = 4", "divide moe.num_experts (2)"]),
-    "nodes and experts of a dense model": ({"parallel": {"emulated_nodes": 4}, "moe": {"num_experts": 2}, "model": {"num_moe_layers": 0}}, ["parallel.emulated_nodes = 4", "divide moe.num_experts (2)"]),
+    "nodes and sequences": ({"parallel": {"nodes": 4}, "train": {"batch_size": 6}}, ["parallel.nodes = 4", "divide train.batch_size / train.accumulation_steps (6)"]),
+    "nodes and experts": ({"parallel": {"nodes": 4}, "moe": {"num_experts": 2}}, ["parallel.nodes = 4", "divide moe.num_experts (2)"]),
+    "nodes and experts of a dense model": ({"parallel": {"nodes": 4}, "moe": {"num_experts": 2}, "model": {"num_moe_layers": 0}}, ["parallel.nodes = 4", "divide moe.num_experts (2)"]),
     "mixture of other domains": ({"data": {**TWO_DOMAINS, "mixture": {"en": 1.0}}}, ["data.mixture = {'en': 1.0}", "exactly the domains of data.sources (en, zh)"]),
     "negative share": ({"data": {**TWO_DOMAINS, "mixture": {"en": 2.0, "zh": -1.0}}}, ["data.mixture = {'en': 2.0, 'zh': -1.0}", "at least 0"]),
     "no share": ({"data": {**TWO_DOMAINS, "mixture": {"en": 0.0, "zh": 0.0}}}, ["data.mixture = {'en': 0.0, 'zh': 0.0}", "one of them above 0"]),
     "clusters on one node": ({"data": {"sharding": "cluster"}}, ["data.sharding = 'cluster'", "more than one node"]),
     "sharding on one node": ({"data": {"sharding": "domain"}}, ["data.sharding = 'domain'", "more than one node"]),
     "accumulation": ({"train": {"batch_size": 8, "accumulation_steps": 3}}, ["train.batch_size = 8", "divisible by train.accumulation_steps (3)"]),
-    "endless warm-up": ({"train": {"steps": 10, "warmup_steps": 10}}, ["train.warmup_steps = 10", "less than train.steps (10)"]),
+    "a key of an older version": ({"parallel": {"emulated_nodes": 4}}, ["parallel.emulated_nodes = 4", "write parallel.nodes: 4"]),
+    "a key of an older version, at its default": ({"parallel": {"emulated_nodes": 1}}, ["parallel.emulated_nodes = 1", "parallel.nodes", "leave it out"]),
+    "a key of an older version's jobs": ({"parallel": {"ranks_per_node": 2}}, ["parallel.ranks_per_node = 2", "write parallel.nodes: N", "ranks divided by 2"]),
+    "an unset key of an older version": ({"parallel": {"ranks_per_node": None}}, ["parallel.ranks_per_node = None", "leave it out"]),
 }  # fmt: skip
 
 
@@ -302,7 +304,7 @@ def test_off_needs_no_quotes(tmp_path):
 def test_doubtful_settings_are_said():
     on_one_node = parse_config({"moe": {"router": "locmoe"}})
     assert ["on one node" in line for line in doubtful_settings(on_one_node)] == [True]
-    iid = parse_config({"moe": {"router": "locmoe", "locality_loss": 0.1}, "parallel": {"emulated_nodes": 2}})
+    iid = parse_config({"moe": {"router": "locmoe", "locality_loss": 0.1}, "parallel": {"nodes": 2}})
     assert ["can only cost" in line for line in doubtful_settings(iid)] == [True]
     assert not list(doubtful_settings(parse_config({"moe": {"router": "hash"}})))
     unused = parse_config({"moe": {"router": "hash", "jitter": 0.1, "gate_scale": 2.0}})
@@ -314,13 +316,13 @@ def test_doubtful_settings_are_said():
 @pytest.mark.parametrize(("local", "said"), [(1.25, ["38% of them find no slot; 2 would hold all"]), (2.0, [])])
 def test_static_slots_too_few_for_local_routing_are_said(local, said):
     capacity = {"local_factor": local, "remote_factor": 0.5}
-    config = parse_config({"moe": {"router": "hash", "capacity": capacity}, "parallel": {"sizes": "static", "expert_parallel": 4, "ranks_per_node": 2}})
+    config = parse_config({"moe": {"router": "hash", "capacity": capacity}, "parallel": {"sizes": "static", "expert_parallel": 4, "nodes": 2}})
     lines = list(doubtful_settings(config))
     assert len(lines) == len(said) and all(part in line for part, line in zip(said, lines))
 
 
 def test_the_locality_loss_defaults_to_nothing_where_it_can_only_cost():
-    values = {"parallel": {"emulated_nodes": 2}}
+    values = {"parallel": {"nodes": 2}}
     assert parse_config(values).locality_weight == 0
     assert parse_config({**values, "data": {"sharding": "domain"}}).locality_weight == 0.1
     assert parse_config({**values, "moe": {"locality_loss": 0.3}}).locality_weight == 0.3

@@ -27,7 +27,7 @@ needs_root = pytest.mark.skipif(
 TINY = {
     "model.vocab_size": 300, "model.hidden_size": 32, "model.num_layers": 3, "model.num_moe_layers": 2, "model.ffn_size": 32,
     "model.num_heads": 2, "model.seq_length": 32, "moe.router": "hash", "moe.levels": 1, "train.batch_size": 32, "train.warmup_steps": 0,
-    "evaluation.every": 1000, "evaluation.sequences": 4, "checkpoint.every": 1000, "sample.tokens": 0, "parallel.emulated_nodes": 1,
+    "evaluation.every": 1000, "evaluation.sequences": 4, "checkpoint.every": 1000, "sample.tokens": 0, "parallel.nodes": 1,
 }  # fmt: skip
 
 

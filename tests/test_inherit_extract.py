@@ -136,7 +136,7 @@ def test_with_a_gate_the_loss_is_near_the_dense_ones(inherited, router):
 
 def test_a_job_inherits_what_one_process_does(inherited, tmp_path):
     """Its static exchange and its nodes are for training."""
-    job = {"expert_parallel": 2, "ranks_per_node": 1, "sizes": "static"}
+    job = {"expert_parallel": 2, "nodes": 2, "sizes": "static"}
     config = tiny.tiny_config(
         model={**SIZES, "num_moe_layers": 2}, moe={"router": "hash", "capacity": {"local_factor": 2.0, "remote_factor": 1.0}}, train={"seed": 7}, parallel=job
     )
@@ -198,7 +198,7 @@ def two_level_config(router, embeddings):
     return tiny.tiny_config(
         model={**SIZES, "num_moe_layers": 2, "domain_embeddings": embeddings},
         moe={"router": router, "num_experts": 8, "levels": 2, "group_sizes": {"en": 1, "zh": 3, "code": 4}},
-        parallel={"emulated_nodes": 2},
+        parallel={"nodes": 2},
         data={"mixture": {"en": 1, "zh": 1, "code": 1}},
     )
 

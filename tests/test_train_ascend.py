@@ -82,7 +82,7 @@ def test_one_server_is_the_default():
     assert {"--join=True", "--bind_core=True"} <= set(words)
     program = words.index(str(ROOT / "pangu_locmoe" / "launch.py"))
     assert words[program + 1 :] == [
-        "train", SMALL, "--set", "parallel.ranks_per_node=8", "--run-dir", "runs/small-8-ranks", "--resume", "never",
+        "train", SMALL, "--set", "parallel.nodes=1", "--run-dir", "runs/small-8-ranks", "--resume", "never",
         ">", "runs/small-8-ranks/logs/node-0/msrun.log", "2>&1",
     ]  # fmt: skip
     assert "preflight_ascend.py" in done.stdout and "--master-port 8118 || exit 3" in done.stdout
@@ -103,7 +103,7 @@ def test_one_of_several_servers():
     assert "--bind_core=True" not in words
     line = " ".join(words)
     assert "--worker_num 256 --local_worker_num 8 --master_addr 10.0.0.1 --master_port 8118 --node_rank 31" in line
-    assert "--set train.seed=7 --set parallel.ranks_per_node=8 --run-dir /shared/a run --resume auto --init-from there --no-progress" in line
+    assert "--set train.seed=7 --set parallel.nodes=32 --run-dir /shared/a run --resume auto --init-from there --no-progress" in line
     assert "--expect abc" in done.stdout
     assert "--master-port" not in done.stdout.splitlines()[2]  # the scheduler's port is server 0's matter
 

@@ -21,8 +21,7 @@ LAYERS, SPARSE, HIDDEN, INNER, VOCAB, LENGTH, EXPERTS = 3, 2, 32, 24, 300, 8, 32
 
 
 def values(ranks: int, router: str = "locmoe", **changed):
-    per_node = 8
-    parallel = {"expert_parallel": min(ranks, 16), "ranks_per_node": per_node, "sizes": "static"}
+    parallel = {"expert_parallel": min(ranks, 16), "nodes": max(1, ranks // 8), "sizes": "static"}
     return {
         "model": {
             "vocab_size": VOCAB, "hidden_size": HIDDEN, "num_layers": LAYERS, "num_moe_layers": SPARSE, "num_heads": 2, "ffn_size": INNER,
@@ -218,7 +217,8 @@ def test_a_graph_that_is_not_the_plan_fails_with_one_line(file, monkeypatch, cap
     "flags, message",
     [
         (["--ranks", "1"], "--ranks 1: must be at least 2"),
-        (["--ranks", "12"], "ranks (12) must be divisible by parallel.ranks_per_node (8)"),
+        (["--ranks", "12"], "ranks (12) must be divisible by parallel.expert_parallel (8)"),
+        (["--ranks", "8", "--set", "parallel.nodes=3"], "ranks (8) must be divisible by parallel.nodes (3)"),
         (["--ranks", "8", "--rank", "8"], "--rank 8: must be between 0 and 7"),
         (["--ranks", "8", "--set", "parallel.sizes=counts", "--set", "moe.capacity={}"], "parallel.sizes = 'counts'"),
         (["--ranks", "8", "--device", "ascend_910d"], "device 'ascend_910d': must be one of"),

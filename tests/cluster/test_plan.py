@@ -56,7 +56,7 @@ def test_an_operator_without_shapes_is_not_passed_over():
 def static_config(**parallel):
     return small_config(
         moe={"num_experts": 8, "capacity": {"local_factor": 2.0, "remote_factor": 0.5}},
-        parallel={"expert_parallel": 4, "ranks_per_node": 2, "sizes": "static", **parallel},
+        parallel={"expert_parallel": 4, "nodes": 4, "sizes": "static", **parallel},
         train={"batch_size": 16, "precision": "bf16"},
     )
 
@@ -79,7 +79,7 @@ def test_the_plan_in_numbers():
 
 def test_tensor_parallelism_in_numbers():
     """8 ranks, 4 places of 2 in 2 nodes: 32 tokens on each, two experts, 8 slots for each local one and 2 for each remote one."""
-    config = static_config(tensor_parallel=2, ranks_per_node=4, exchange="groupwise")
+    config = static_config(tensor_parallel=2, nodes=2, exchange="groupwise")
     weights = [Weight("word_table", (150, 16), "slice"), Weight("norm.gamma", (16,), "whole"), WEIGHTS[1]]
     found = plan(config, Topology(8, 4, 4, 8, 2), 3, weights)
 
@@ -101,7 +101,7 @@ def test_tensor_parallelism_in_numbers():
 
 def test_groupwise_sends_every_row_between_nodes_once():
     flat, groupwise = (
-        planned_traffic(static_config(tensor_parallel=2, ranks_per_node=4, exchange=exchange), Topology(8, 4, 4, 8, 2)) for exchange in ("flat", "groupwise")
+        planned_traffic(static_config(tensor_parallel=2, nodes=2, exchange=exchange), Topology(8, 4, 4, 8, 2)) for exchange in ("flat", "groupwise")
     )
     assert groupwise.inter_node_bytes * 2 == flat.inter_node_bytes > 0
     # In each direction: half of what went inside the node, and each rank's 20 rows to the other of its place.
@@ -136,7 +136,7 @@ def test_buffers_are_as_large_as_the_largest_message():
     large = small_config(
         model={"seq_length": 8192, "hidden_size": 8192},
         moe={"num_experts": 8, "capacity": {"local_factor": 2.0, "remote_factor": 0.5}},
-        parallel={"expert_parallel": 4, "ranks_per_node": 2, "sizes": "static"},
+        parallel={"expert_parallel": 4, "nodes": 4, "sizes": "static"},
         train={"batch_size": 16, "precision": "bf16"},
     )
     assert buffer_megabytes(large, 8) == 320

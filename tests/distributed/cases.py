@@ -51,11 +51,10 @@ class Case:
     steps: int = STEPS
 
     def config(self, ranks: int) -> Config:
-        parallel: dict[str, Any] = {"emulated_nodes": self.nodes}
+        parallel: dict[str, Any] = {"nodes": self.nodes}
         if ranks > 1:
-            parallel = {
+            parallel |= {
                 "exchange": self.exchange,
-                "ranks_per_node": ranks // self.nodes,
                 "expert_parallel": self.expert_parallel or ranks // self.tensor,
                 "tensor_parallel": self.tensor,
                 "shard_optimizer": self.shard,

@@ -48,11 +48,11 @@ def job(ranks: int, which: str = "everyday") -> tuple[Path, list[dict[str, Any]]
     path.mkdir()
     arguments: list[str] = []
     if which == "everyday" and ranks == 4:
-        arguments = _arguments("four", expert_parallel=2, tensor_parallel=2, exchange="groupwise", ranks_per_node=2)
+        arguments = _arguments("four", expert_parallel=2, tensor_parallel=2, exchange="groupwise", nodes=2)
     if which == "everyday" and ranks == 2:
         _one_after_four()
         _hand_over("one-after-four", "two-after-one", 2 * EVERY)
-        arguments = _arguments("two-after-one", expert_parallel=2, ranks_per_node=1)
+        arguments = _arguments("two-after-one", expert_parallel=2, nodes=2)
     # All cases take their time, and a rank that compiles on few cores is silent for longer than a dead one should be waited for.
     timeout, env = (900, None) if which == "everyday" else (3600, jobs.environment(MS_NODE_TIMEOUT="120"))
     done = jobs.msrun(ranks, path, WORKER, path, which, *arguments, timeout=timeout, env=env)
@@ -63,7 +63,7 @@ def job(ranks: int, which: str = "everyday") -> tuple[Path, list[dict[str, Any]]
 @functools.cache
 def train_on() -> Path:
     """All four runs: 4 ranks, their first checkpoint in 1 process, and that one's second on 2 ranks."""
-    assert main(_arguments("one", emulated_nodes=2)) == 0
+    assert main(_arguments("one", nodes=2)) == 0
     job(2)
     return folder()
 
@@ -72,7 +72,7 @@ def train_on() -> Path:
 def _one_after_four() -> None:
     job(4)
     _hand_over("four", "one-after-four", EVERY)
-    assert main(_arguments("one-after-four", emulated_nodes=2)) == 0
+    assert main(_arguments("one-after-four", nodes=2)) == 0
 
 
 def _arguments(name: str, **parallel: Any) -> list[str]:

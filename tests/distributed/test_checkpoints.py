@@ -72,7 +72,7 @@ def test_a_missing_ranks_file_is_named(folder, tmp_path, capsys, kind):
     file.unlink()
     with pytest.raises(CheckpointError, match=rf"^{file} is missing or damaged: [^\n]*$"):
         checkpoints.read_shards(copy, kind)
-    shutil.copy(tiny.write(runs.config(emulated_nodes=2), tmp_path), tmp_path / "run" / "config.yaml")
+    shutil.copy(tiny.write(runs.config(nodes=2), tmp_path), tmp_path / "run" / "config.yaml")
     assert main(["train", str(tmp_path / "config.yaml"), "--run-dir", str(tmp_path / "run"), "--resume", "auto", "--no-progress"]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith(f"pangu-locmoe: {file} is missing or damaged: ")
@@ -104,7 +104,7 @@ def test_a_rank_reads_only_its_share(folder, monkeypatch):
 
     monkeypatch.setattr(shards.Shards, "__getitem__", note)
     written = checkpoints.latest_whole_checkpoint(folder / "four")
-    model = PanguSigma(runs.config(emulated_nodes=2))
+    model = PanguSigma(runs.config(nodes=2))
     for parameter in model.get_parameters():
         if ".experts." in parameter.name:
             parameter.set_data(parameter[1:3].copy(), slice_shape=True)

@@ -171,7 +171,7 @@ def test_a_rank_that_never_starts_is_one_line(tmp_path):
 
 def test_another_configuration_on_another_node_names_the_rank(tmp_path):
     env = wrapped_python(tmp_path / "bin", '[ "$MS_ROLE$RANK_ID" != MS_WORKER1 ] || set -- "$@" --set train.seed=2')
-    parallel = ["--set", "parallel.expert_parallel=2", "--set", "parallel.ranks_per_node=1", "--run-dir", tmp_path / "run"]
+    parallel = ["--set", "parallel.expert_parallel=2", "--set", "parallel.nodes=2", "--run-dir", tmp_path / "run"]
     done = jobs.msrun(2, tmp_path, LAUNCH, "train", config_file(tmp_path), *parallel, timeout=400, env=env)
     assert done.returncode == 1
     wanted = "rank 1 has another configuration than rank 0: start every node with the same file and --set"

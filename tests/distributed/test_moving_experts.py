@@ -33,7 +33,7 @@ def config(policy: str, steps: int = STEPS, start: Any = None) -> Any:
         train={"steps": steps, "schedule": "constant", "learning_rate": 5e-4, "epsilon": 1e-6, "mode": "pynative"},
         evaluation={"every": steps, "sequences": 2},
         checkpoint={"every": 5, "keep": 9},
-        parallel={"expert_parallel": 2, "ranks_per_node": 1},
+        parallel={"expert_parallel": 2, "nodes": 2},
         placement={"policy": policy, "start": start, "every": EVERY, "min_gain": 0.01, "while_transient": True, "flops_per_second": 1e9, "link_bytes_per_second": 1e7},
     )
 

@@ -188,7 +188,7 @@ def test_a_shorter_sequence_has_the_same_logits():
 )
 def test_the_compiled_model_equals_the_uncompiled_one(capacity, settings):
     """With dropout, on two nodes. Recomputation must change nothing: no router loss twice, the same dropout."""
-    settings = {**settings, "model": {"dropout": 0.1, **settings.get("model", {})}, "parallel": {"emulated_nodes": 2}}
+    settings = {**settings, "model": {"dropout": 0.1, **settings.get("model", {})}, "parallel": {"nodes": 2}}
     config = small_config(**settings)
     plain = small_config(**{**settings, "train": {"recompute": False}})
     loss, found = gradients(PanguSigma(config), config, capacity, jit=True)
@@ -222,7 +222,7 @@ def test_half_precision_is_close_and_its_logits_are_fp32():
 
 
 def test_statistics():
-    config = small_config(model={"num_layers": 4, "num_moe_layers": 2}, parallel={"emulated_nodes": 2})
+    config = small_config(model={"num_layers": 4, "num_moe_layers": 2}, parallel={"nodes": 2})
     model = PanguSigma(config)
     _, stats = model(*inputs(BATCH_OF_FOUR), keys(), (2, DROPLESS), True)
     assert stats["load_LNE"].shape == (2, 2, 4)

@@ -60,7 +60,7 @@ def experts_numpy(layer: MoELayer, x_TD, expert_T):
 @pytest.mark.parametrize("order", ["affinity", "position"])
 def test_the_layer_against_numpy(capacity, order):
     """y = p * expert(x) for the likeliest expert; beyond the capacity, the lowest p or the last position get zero."""
-    layer = make(small_config(moe={"capacity": {"drop_order": order}}, parallel={"emulated_nodes": 2}))
+    layer = make(small_config(moe={"capacity": {"drop_order": order}}, parallel={"nodes": 2}))
     logits_TE = 2 * X_TD.reshape(TOKENS, EXPERTS, -1).mean(-1)
     expert_T, weight_T = logits_TE.argmax(1), softmax(logits_TE).max(1)
     kept_T = np.ones(TOKENS, bool)
@@ -104,7 +104,7 @@ def test_one_expert_equals_the_dense_network(router, capacity):
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("capacity", [DROPLESS, 8], ids=["dropless", "capacity"])
 def test_an_expert_without_tokens_has_a_zero_gradient(router, capacity):
-    layer = make(small_config(moe={"router": router, "z_loss": 0.1}, parallel={"emulated_nodes": 2}))
+    layer = make(small_config(moe={"router": router, "z_loss": 0.1}, parallel={"nodes": 2}))
     idle, x_TD = 2, X_TD.copy()
     if router == "hash":
         layer.router.table.set_data(integers(np.array([0, 1, 3])[np.arange(300) % 3]))
@@ -126,7 +126,7 @@ def test_an_expert_without_tokens_has_a_zero_gradient(router, capacity):
 
 @pytest.mark.parametrize("router", ROUTERS)
 def test_dropless_equals_a_capacity_that_drops_nothing(router):
-    layer = make(small_config(moe={"router": router, "z_loss": 0.1}, parallel={"emulated_nodes": 2}))
+    layer = make(small_config(moe={"router": router, "z_loss": 0.1}, parallel={"nodes": 2}))
     dropless, roomy = run(layer, DROPLESS), run(layer, TOKENS)
     close(dropless[0], roomy[0], 2e-6)
     for name in roomy[1]:
@@ -145,7 +145,7 @@ def test_all_tokens_to_one_expert_still_fit_dropless():
 
 @pytest.mark.parametrize("capacity", [DROPLESS, 3], ids=["dropless", "capacity"])
 def test_the_compiled_layer_equals_the_uncompiled_one(capacity):
-    layer = make(small_config(moe={"router": "switch", "z_loss": 0.1, "levels": 2}, parallel={"emulated_nodes": 2}))
+    layer = make(small_config(moe={"router": "switch", "z_loss": 0.1, "levels": 2}, parallel={"nodes": 2}))
     same(gradients(layer, capacity, jit=True), gradients(layer, capacity))
 
 

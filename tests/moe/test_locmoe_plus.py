@@ -34,7 +34,7 @@ W_ED = grap_weights(HIDDEN, EXPERTS).astype(float)
 
 def plus_config(threshold: float = 0.6, max_experts: int = 3, parallel=None, **moe):
     choice = {"threshold": threshold, "max_experts": max_experts}
-    return small_config(moe={"router": "locmoe_plus", "token_choice": choice, **moe}, parallel=parallel or {"emulated_nodes": 2})
+    return small_config(moe={"router": "locmoe_plus", "token_choice": choice, **moe}, parallel=parallel or {"nodes": 2})
 
 
 def make(config) -> MoELayer:
@@ -122,7 +122,7 @@ def test_the_layer_against_numpy(threshold, max_experts, capacity):
 @pytest.mark.parametrize("capacity", [DROPLESS, 5])
 def test_gradients_against_finite_differences(capacity):
     """Of outputs and balance loss; who proposes and who is kept is constant nearby."""
-    config = plus_config(parallel={"emulated_nodes": 1})
+    config = plus_config(parallel={"nodes": 1})
     layer = make(config)
     proposed_TE = proposals(probabilities(X_TD), 0.6, 3)
     kept_TE = keep_best(proposed_TE, affinities(X_TD), capacity)
@@ -211,7 +211,7 @@ def test_unit_weight_makes_equal_experts_the_dense_network():
 
 def test_later_tokens_change_no_earlier_loss():
     """The whole model, in evaluation: whom an expert would keep depends on all tokens, but there it keeps all."""
-    config = plus_config(0.8, 3, parallel={"emulated_nodes": 1}, capacity={"factor": 1.0})
+    config = plus_config(0.8, 3, parallel={"nodes": 1}, capacity={"factor": 1.0})
     model = PanguSigma(config)
     losses, (batch, length) = TokenLosses(model, config), (4, config.model.seq_length)
     random = np.random.default_rng(3)

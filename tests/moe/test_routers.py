@@ -124,7 +124,7 @@ def test_groups():
 
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_locmoe_against_numpy(nodes):
-    config = small_config(moe={"z_loss": 0.1}, parallel={"emulated_nodes": nodes})
+    config = small_config(moe={"z_loss": 0.1}, parallel={"nodes": nodes})
     x_TD, tokens_T, domains_T = inputs()
     plan = route(make(config), x_TD, tokens_T, domains_T)
     w_ED = grap_weights(HIDDEN, EXPERTS).astype(np.float64)
@@ -172,7 +172,7 @@ def test_switch_against_numpy():
     np.testing.assert_array_equal(plan["expert_A"], expert_T)
     close(plan["weight_A"], softmax(logits_TE).max(1), 2e-6)
     close(plan["cosine_T"], logits_TE.max(1) / np.linalg.norm(x_TD, axis=1) / np.linalg.norm(w_ED[expert_T], axis=1), 2e-6)
-    on_two_nodes = losses_of(small_config(moe={"router": "switch"}, parallel={"emulated_nodes": 2}), x_TD, tokens_T, domains_T)
+    on_two_nodes = losses_of(small_config(moe={"router": "switch"}, parallel={"nodes": 2}), x_TD, tokens_T, domains_T)
     assert on_two_nodes["locality_loss"] == 0  # LocMoE's, not Switch's
     other = make(small_config(moe={"router": "switch"}), layer=1)
     assert not np.array_equal(other.w_ED.asnumpy(), router.w_ED.asnumpy())

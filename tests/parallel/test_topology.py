@@ -25,7 +25,7 @@ def test_emulated_nodes_hold_contiguous_blocks_of_experts(nodes, experts, wanted
     ("numbers", "message"),
     [
         ((4, 1, 4, 6), r"moe\.num_experts \(6\) must be divisible by parallel\.expert_parallel \(4\)"),
-        ((6, 4, 2, 8), r"ranks \(6\) must be divisible by parallel\.ranks_per_node \(4\)"),
+        ((6, 4, 2, 8), r"ranks \(6\) must be divisible by ranks of a node \(4\)"),
         ((6, 2, 4, 8), r"ranks \(6\) must be divisible by parallel\.expert_parallel \(4\)"),
     ],
 )
@@ -80,25 +80,28 @@ def test_tensor_parallel_places(numbers):
 
 
 def test_a_place_is_in_one_node():
-    with pytest.raises(TopologyError, match=r"parallel\.ranks_per_node \(3\) must be divisible by parallel\.tensor_parallel \(2\)"):
+    with pytest.raises(TopologyError, match=r"ranks of a node \(3\) must be divisible by parallel\.tensor_parallel \(2\)"):
         Topology(6, 3, 1, 4, 2)
 
 
 def test_from_config():
-    assert Topology.from_config(small_config(parallel={"emulated_nodes": 2})) == Topology(2, 1, 2, 4)
+    assert Topology.from_config(small_config(parallel={"nodes": 2})) == Topology(2, 1, 2, 4)
     with pytest.raises(TopologyError, match=r"train\.batch_size \(4\) must be divisible by ranks \(8\)"):
         Topology.from_config(small_config(), num_ranks=8)
-    with pytest.raises(TopologyError, match=r"parallel\.emulated_nodes = 2"):
-        Topology.from_config(small_config(parallel={"emulated_nodes": 2}), num_ranks=2)
     assert Topology.from_config(small_config(), num_ranks=2).ranks_per_node == 2
+    assert Topology.from_config(small_config(parallel={"nodes": 2, "expert_parallel": 4}), num_ranks=4) == Topology(4, 2, 4, 4)
+    with pytest.raises(TopologyError, match=r"ranks \(3\) must be divisible by parallel\.nodes \(2\): .* start 4, or set parallel\.nodes to 1"):
+        Topology.from_config(small_config(parallel={"nodes": 2}), num_ranks=3)
+    with pytest.raises(TopologyError, match=r"ranks of a node \(4 / parallel\.nodes 4 = 1\) must be divisible by parallel\.tensor_parallel \(2\), whose"):
+        Topology.from_config(small_config(parallel={"nodes": 4, "tensor_parallel": 2}), num_ranks=4)
     with pytest.raises(TopologyError, match=r"parallel\.shard_optimizer = True: there is 1 process"):
         Topology.from_config(small_config(parallel={"shard_optimizer": True}))
-    with pytest.raises(TopologyError, match=r"parallel\.ranks_per_node = 2: there is 1 process"):
-        Topology.from_config(small_config(parallel={"ranks_per_node": 2}))
+    with pytest.raises(TopologyError, match=r"parallel\.expert_parallel = 2: there is 1 process, for which it must be 1"):
+        Topology.from_config(small_config(parallel={"expert_parallel": 2}))
 
 
 def test_a_dense_models_domains_have_the_homes_of_the_sparse_ones():
-    sparse, dense = (small_config(model={"num_moe_layers": layers}, parallel={"emulated_nodes": 2}) for layers in (1, 0))
+    sparse, dense = (small_config(model={"num_moe_layers": layers}, parallel={"nodes": 2}) for layers in (1, 0))
     assert Topology.from_config(dense).home_nodes(allowed_experts(dense)) == Topology.from_config(sparse).home_nodes(allowed_experts(sparse)) == (0, 1)
 
 

@@ -33,7 +33,7 @@ ROUTERS = ["hash", "switch", "locmoe"]
 def cluster_config(moe=None, **parallel):
     return small_config(
         moe={"num_experts": 8, **(moe or {})},
-        parallel={"expert_parallel": 4, "ranks_per_node": 2, **parallel},
+        parallel={"expert_parallel": 4, **parallel},
         train={"batch_size": 16},
     )
 
@@ -68,8 +68,8 @@ def test_flops_of_a_token_by_hand():
 
 
 def test_one_rank_communicates_nothing():
-    config = cluster_config(expert_parallel=1, ranks_per_node=1)
-    row = only(config, nodes=1)
+    config = cluster_config(expert_parallel=1)
+    row = only(config, nodes=1, ranks_per_node=1)
     step = row.step
     assert step.exchange == step.reduction == step.tensor == row.moved.inter_rows == row.moved.intra_rows == 0
     assert row.local_fraction == 1 and step.seconds == step.dense + step.experts + step.straggler
@@ -108,19 +108,19 @@ def test_messages_of_flat_and_hierarchical(nodes, ranks):
 
 
 def test_groupwise_carries_a_share_and_gathers_it():
-    config = small_config(moe={"num_experts": 4}, parallel={"expert_parallel": 4, "ranks_per_node": 4}, train={"batch_size": 16})
-    flat, groupwise = (only(config, 4, tensor_parallel=4, exchange=exchange).step for exchange in ("flat", "groupwise"))
+    config = small_config(moe={"num_experts": 4}, parallel={"expert_parallel": 4}, train={"batch_size": 16})
+    flat, groupwise = (only(config, 4, tensor_parallel=4, exchange=exchange, ranks_per_node=4).step for exchange in ("flat", "groupwise"))
     assert flat.exchange_inter == pytest.approx(4 * groupwise.exchange_inter) and groupwise.exchange_intra > flat.exchange_intra
     assert flat.tensor == groupwise.tensor > 0
     rows = config.model_copy(update={"parallel": config.parallel.model_copy(update={"sequence_parallel": True})})
-    divided = only(rows, 4, tensor_parallel=4).step
+    divided = only(rows, 4, tensor_parallel=4, ranks_per_node=4).step
     # Four sums a layer, and half of one in each direction for the rows of a sparse layer.
     assert divided.tensor == pytest.approx(flat.tensor * (1 + config.model.num_moe_layers / (4 * config.model.num_layers)))
 
 
 def test_experts_on_few_nodes_fill_their_links():
     """With one copy on half of the nodes, the other half sends there too; repeated groups keep to themselves."""
-    config = small_config(moe={"num_experts": 4}, parallel={"expert_parallel": 4, "ranks_per_node": 2}, train={"batch_size": 16})
+    config = small_config(moe={"num_experts": 4}, parallel={"expert_parallel": 4}, train={"batch_size": 16})
     repeated, single = (only(config, 4, copies=copies, routing={"hash": Routing(None, 1.0)}) for copies in (True, False))
     assert repeated.moved.busiest_link == pytest.approx(repeated.tokens / 8)
     assert single.moved.busiest_link == pytest.approx(single.tokens * 3 / 8)  # half of all tokens, but for its own
@@ -142,7 +142,7 @@ def test_overlap_hides_a_share_but_no_more_than_there_is_to_hide_under():
 def test_bytes_of_static_slots_are_the_plans(nodes, ranks, group):
     config = small_config(
         moe={"num_experts": 8, "capacity": {"local_factor": 2.0, "remote_factor": 0.5}},
-        parallel={"expert_parallel": group, "ranks_per_node": ranks, "sizes": "static"},
+        parallel={"expert_parallel": group, "nodes": nodes, "sizes": "static"},
         train={"batch_size": 16, "precision": "bf16"},
     )
     topology = Topology.from_config(config, nodes * ranks)
@@ -150,7 +150,7 @@ def test_bytes_of_static_slots_are_the_plans(nodes, ranks, group):
     for rank in range(topology.num_ranks):
         for operation in exchanges(config, topology, rank):
             planned += node_bytes(operation, topology.expert_group(rank), topology, rank)
-    values = only(config, nodes).to_dict()
+    values = only(config, nodes, ranks_per_node=ranks).to_dict()
     assert (values["intra_node_bytes"], values["inter_node_bytes"]) == pytest.approx(tuple(planned))
 
 
@@ -204,7 +204,7 @@ FACTOR = st.floats(0.1, 10)
 @settings(max_examples=40, deadline=None)
 @given(FACTOR, st.sampled_from(ROUTERS), st.sampled_from([2, 4, 8]), st.sampled_from(["flat", "hierarchical"]))
 def test_slower_links_and_processors_take_longer(factor, router, nodes, exchange):
-    config = cluster_config(exchange=exchange)
+    config = cluster_config(exchange=exchange, nodes=2)
     base = only(config, nodes, router).step
     for key in ("node_bandwidth", "intra_bandwidth", "peak_flops"):
         changed = only(config, nodes, router, dataclasses.replace(DEVICE, **{key: getattr(DEVICE, key) * factor})).step
@@ -352,14 +352,14 @@ def test_the_table_has_a_line_for_each_row_and_says_what_is_assumed():
 
 
 def test_a_model_without_experts_has_no_exchange():
-    config = small_config(model={"num_layers": 3, "num_moe_layers": 0}, parallel={"expert_parallel": 4, "ranks_per_node": 2}, train={"batch_size": 16})
+    config = small_config(model={"num_layers": 3, "num_moe_layers": 0}, parallel={"expert_parallel": 4}, train={"batch_size": 16})
     step = only(config).step
     assert step.exchange == step.experts == step.straggler == 0 < step.reduction
 
 
 def test_micro_batches_repeat_the_messages_only():
     once, thrice = (
-        only(small_config(moe={"num_experts": 8}, parallel={"expert_parallel": 4, "ranks_per_node": 2}, train={"batch_size": 48, "accumulation_steps": steps})).step for steps in (1, 3)
+        only(small_config(moe={"num_experts": 8}, parallel={"expert_parallel": 4}, train={"batch_size": 48, "accumulation_steps": steps})).step for steps in (1, 3)
     )
     assert thrice.exchange_latency == pytest.approx(3 * once.exchange_latency)
     assert (thrice.exchange_inter, thrice.dense, thrice.reduction) == pytest.approx((once.exchange_inter, once.dense, once.reduction))

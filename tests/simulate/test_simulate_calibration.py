@@ -29,7 +29,7 @@ def config():
     return small_config(
         model={"hidden_size": 64, "ffn_size": 512, "seq_length": 64},
         moe={"num_experts": 8},
-        parallel={"expert_parallel": 4, "ranks_per_node": 2},
+        parallel={"expert_parallel": 4, "nodes": 2},
         train={"batch_size": 16},
     )
 

@@ -22,7 +22,7 @@ def config():
     return tiny.tiny_config(
         model={"init_std": 0.2, "dropout": 0.3},
         moe={"router": "switch", "jitter": 0.2, "capacity": {"factor": 1.0}},
-        parallel={"emulated_nodes": 2},
+        parallel={"nodes": 2},
         evaluation={"sequences": 5, "batch_size": 2},
     )
 

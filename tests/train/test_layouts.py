@@ -37,7 +37,7 @@ class Rank(SingleProcess):
 
 
 def config(ranks, expert_parallel, tensor_parallel, shard_optimizer):
-    parallel = {"expert_parallel": expert_parallel, "tensor_parallel": tensor_parallel, "ranks_per_node": ranks, "shard_optimizer": shard_optimizer}
+    parallel = {"expert_parallel": expert_parallel, "tensor_parallel": tensor_parallel, "shard_optimizer": shard_optimizer}
     parallel = parallel if ranks > 1 else {}
     return tiny.tiny_config(
         model={"num_heads": 4, "vocab_size": 512, "domain_embeddings": True}, moe={"router": "switch"}, train={"batch_size": 8}, parallel=parallel

@@ -83,7 +83,7 @@ def reference_config() -> Config:
     return tiny_config(
         model={"dropout": 0.1},
         moe={"locality_loss": 0.1, "capacity": {"policy": "bound", "warmup_steps": 7, "statistic": 0.25}},
-        parallel={"emulated_nodes": 2},
+        parallel={"nodes": 2},
         data={"sharding": "domain"},
         train={"steps": 40, "learning_rate": 0.003},
         evaluation={"every": 10, "sequences": 4},
@@ -101,7 +101,7 @@ def reference_run() -> Path:
 
 def batches(config: Config, prepared: Prepared) -> Iterator[Batch]:
     """The run's training batches."""
-    sampler = BatchSampler(prepared.num_sequences["train"], config.train.batch_size, seed=config.train.seed, nodes=config.parallel.emulated_nodes)
+    sampler = BatchSampler(prepared.num_sequences["train"], config.train.batch_size, seed=config.train.seed, nodes=config.parallel.nodes)
     return BatchLoader(prepared, sampler, config.data.reset_at_document_end)
 
 

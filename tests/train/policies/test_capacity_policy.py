@@ -172,7 +172,7 @@ def test_a_resumed_run_has_the_same_capacities_and_numbers(tmp_path):
             "token_choice": {"threshold": 0.6, "max_experts": 2, "transition_steps": 5},
             "capacity": {"policy": "dynamic", "every": 3, "warmup_steps": 1, "statistic": 0.1, "hysteresis": 0.0},
         },
-        parallel={"emulated_nodes": 2},
+        parallel={"nodes": 2},
         train={"steps": 8, "mode": "pynative", "learning_rate": 0.003},
         evaluation={"every": 8, "sequences": 1},
         checkpoint={"every": 4, "keep": 5},

@@ -62,7 +62,7 @@ def main() -> int:
         config = small_config(
             model={"num_layers": 2},
             moe={"num_experts": 8, "locality_loss": 0.1, "capacity": {"local_factor": 2.0, "remote_factor": 1.0}},
-            parallel={"expert_parallel": mccl.size, "ranks_per_node": 2, "sizes": "static", **case.parallel},
+            parallel={"expert_parallel": mccl.size, "nodes": mccl.size // 2, "sizes": "static", **case.parallel},
             train={"batch_size": BATCH, "epsilon": 1e-6, "mode": "pynative", **case.train},
         )
         world = World.of(config, communicator)

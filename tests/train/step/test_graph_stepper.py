@@ -30,7 +30,7 @@ class OnPaper(HcclOperators):
 def make(communicator, **train):
     config = small_config(
         moe={"capacity": {"local_factor": 2.0, "remote_factor": 2.0}},
-        parallel={"expert_parallel": 2, "ranks_per_node": 1, "sizes": "static"},
+        parallel={"expert_parallel": 2, "nodes": 2, "sizes": "static"},
         train={"batch_size": 4, **train},
     )
     topology = Topology.from_config(config, 2)

@@ -20,7 +20,7 @@ def locmoe(**train):
     return tiny.tiny_config(
         model={"dropout": 0.1, "init_std": 0.1},
         moe={"balance_loss": 0.1, "locality_loss": 0.3, "z_loss": 0.01, "capacity": {"factor": 1.0}},
-        parallel={"emulated_nodes": 2},
+        parallel={"nodes": 2},
         train={"learning_rate": 0.003, **train},
     )
 
@@ -34,7 +34,7 @@ def switch(accumulation_steps: int, nodes: int, dropout: float = 0.1, jitter: fl
     return tiny.tiny_config(
         model={"dropout": dropout, "init_std": 0.1},
         moe={"router": "switch", "jitter": jitter, **NO_ROUTER_LOSSES},
-        parallel={"emulated_nodes": nodes},
+        parallel={"nodes": nodes},
         train={"learning_rate": 0.003, "accumulation_steps": accumulation_steps, **train},
     )
 
