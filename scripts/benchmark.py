@@ -92,6 +92,7 @@ class Contestant:
         """Train `steps` steps while awake; the answer also says how many cores other processes kept busy meanwhile."""
         busy, begin = _busy_seconds(), time.perf_counter()
         self.process.send_signal(signal.SIGCONT)
+        assert self.process.stdin is not None
         self.process.stdin.write(f"run {steps}\n")
         self.process.stdin.flush()
         answer = json.loads(_line(self.process, self.log, self.side))
@@ -162,6 +163,7 @@ def _spawn(hugging_face: bool, flags: Sequence[str], hf_python: str) -> Tuple[An
 
 
 def _line(process: subprocess.Popen, log: Any, side: Side) -> str:
+    assert process.stdout is not None
     # MindSpore prints its own lines to stdout now and then: only the protocol's are taken.
     while True:
         line = process.stdout.readline()

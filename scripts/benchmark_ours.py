@@ -163,7 +163,8 @@ def main() -> None:
     """Set up and serve, or time the gates."""
     arguments = parse_arguments()
     if arguments.gate is not None:
-        say("gate " + json.dumps(time_gates(*arguments.gate, arguments.gate_rounds)))
+        hidden_size, num_experts = arguments.gate
+        say("gate " + json.dumps(time_gates(hidden_size, num_experts, arguments.gate_rounds)))
         return
     serve(Trainer(arguments), sys.stdin)
 

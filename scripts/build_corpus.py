@@ -104,9 +104,9 @@ def add_help(builder: Builder) -> None:
         if deb is not None:
             for path, page in deb_files(deb, lambda name: "/text/" in name and name.endswith(".html")):
                 pages.setdefault(path.split("/text/", 1)[1], {})[language] = help_page(page)
-    used = set()
-    for name, page in sorted(pages.items()):
-        en, zh = page.get("en-us", {}), page.get("zh-cn", {})
+    used: set[tuple[str, str]] = set()
+    for name, languages in sorted(pages.items()):
+        en, zh = languages.get("en-us", {}), languages.get("zh-cn", {})
         pairs = [(en[key], zh[key]) for key in en if key in zh and en[key] != zh[key] and _HAN.search(zh[key])]
         target = f"libreoffice/{name.removesuffix('.html')}.txt"
         if zlib.crc32(name.encode()) % 4:  # three quarters: nothing else is bilingual
@@ -151,7 +151,7 @@ _MACRO_TEXT = re.compile(r"^\.(?:SH|SS|B|I|BR|BI|IR|RB|IB|RI|SM|SB|IP|TP|HP)\b\s
 
 def manual_page(source: str) -> str:
     """The text of a manual page without its markup; good enough to learn Chinese from."""
-    lines = []
+    lines: list[str] = []
     for line in source.splitlines():
         if line.startswith(("'", ".")):
             match = _MACRO_TEXT.match(line)

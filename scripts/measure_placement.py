@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import statistics
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
 import matplotlib
-from compare_routers import cpu_name, say
+from compare_routers import say
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
+
+from pangu_locmoe.study.experiment import machine
 
 SETTLING = 4  # first steps of a run, and after a move
 MEASURES = ("step_seconds", "exchange_seconds", "inter_node_bytes", "local_fraction", "max_over_mean_load")
@@ -128,17 +128,17 @@ def main() -> None:
         say(f"seed {seed}: {first['experts_moved']} experts moved after step {first['step']} in {first['seconds']:.2f} s, modelled gain {first['gain']:.0%}")
     if not moves:
         raise SystemExit("measure_placement: no seed moved any experts: its text was dealt to the nodes that hold them; try other seeds")
-    machine = f"{cpu_name()}, {os.cpu_count()} cores; 2 nodes x 2 ranks, links of {options.rate}; seeds {', '.join(str(move['seed']) for move in moves)}"
-    content = {"machine": machine, "config": options.config, "largest_loss_difference": difference, "moves": moves, "rows": rows}
+    where = f"{machine()}; 2 nodes x 2 ranks, links of {options.rate}; seeds {', '.join(str(move['seed']) for move in moves)}"
+    content = {"machine": where, "config": options.config, "largest_loss_difference": difference, "moves": moves, "rows": rows}
     (options.output / "placement.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     picture(options, [move["seed"] for move in moves], options.output / "placement.svg")
     if options.results is not None:
         options.results.mkdir(parents=True, exist_ok=True)
         for name in ("placement.json", "placement.svg"):
             shutil.copy(options.output / name, options.results)
-    print(f"{machine}; medians of the steps before and after the move, mean over seeds with the lowest and highest; losses differ by {difference:.1e} at most\n")
+    print(f"{where}; medians of the steps before and after the move, mean over seeds with the lowest and highest; losses differ by {difference:.1e} at most\n")
     print(table(rows))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from itertools import chain, groupby
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, BinaryIO, Optional
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,7 @@ from pangu_locmoe.load.trace import LARGEST, Trace
 LARGEST_INDEX = 65_535  # of an expert, a layer or a rank. Beyond it is a mistake, and the table of counts would be huge
 LARGEST_TRACE = 2**31  # counts in the trace, 8 GB as int32
 LARGEST_TABLE = 2**24  # counts of one step and layer: 256 nodes of 65,536 experts
+LARGEST_LINE = 2**28  # bytes
 BLOCK = 4096  # CSV rows that are added at once
 
 # What both formats become, in groups of equal step, layer and source: the last line's number, step, layer, rank or node, experts, tokens.
@@ -39,7 +40,7 @@ class _LineError(Exception):
 
 
 def import_trace(path: Path, num_experts: int | None = None, ranks_per_node: int = 1) -> Trace:
-    """Read a routing trace of another framework: CSV if the name ends in .csv or .csv.gz, else JSONL.
+    """Read a routing trace of another framework: CSV if the name ends in .csv or .csv.gz (or .CSV), else JSONL.
 
     Layers may have any numbers: they become 0, 1, ... in rising order. Lines for the same step, layer and source add up, and may come in
     any order. Memory grows with the trace, not with the file.
@@ -60,7 +61,7 @@ def import_trace(path: Path, num_experts: int | None = None, ranks_per_node: int
             zipped = file.read(2) == b"\x1f\x8b"
             file.seek(0)
             lines = _decoded(gzip.GzipFile(fileobj=file) if zipped else file)
-            read = _csv_groups if path.name.endswith((".csv", ".csv.gz")) else _json_groups
+            read = _csv_groups if path.name.lower().endswith((".csv", ".csv.gz")) else _json_groups
             for group in read(lines, ranks_per_node):
                 counts.add(*group)
         return counts.trace()
@@ -103,6 +104,8 @@ class _Counts:
             if table_NE is not None:
                 larger_NE[: len(table_NE), : table_NE.shape[1]] = table_NE
             table_NE = self._table_NE[step, layer] = larger_NE
+        if tokens is not None and sum(tokens) > 2**62:  # NumPy's sum would be out of int64
+            raise _LineError(line, f"step {step}, layer {layer}: an expert has more than {LARGEST} tokens")
         np.add.at(table_NE[place], experts, 1 if tokens is None else tokens)
         if table_NE[place].max() > LARGEST:
             raise _LineError(line, f"step {step}, layer {layer}: an expert has more than {LARGEST} tokens")
@@ -125,11 +128,13 @@ class _Counts:
         return Trace(np.array(steps, np.int64), load_KLE, source_KLNE=source_KLNE if self._sourced else None)
 
 
-def _decoded(file: Iterable[bytes]) -> Iterator[tuple[int, str]]:
+def _decoded(file: BinaryIO | gzip.GzipFile) -> Iterator[tuple[int, str]]:
     """Numbered lines that are not blank."""
     number = 0
     try:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(iter(lambda: file.readline(LARGEST_LINE + 1), b""), start=1):
+            if len(line) > LARGEST_LINE:
+                raise _LineError(number, f"is longer than {LARGEST_LINE >> 20} MiB")
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             if text.strip():
                 yield number, text
@@ -144,7 +149,7 @@ def _json_groups(lines: Iterable[tuple[int, str]], ranks_per_node: int) -> Itera
         try:
             row = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise _LineError(line, f"not JSON: {error}") from None
+            raise _LineError(line, f"not JSON: {error}; the name of a CSV table ends in .csv or .csv.gz") from None
         if type(row) is not dict:
             raise _LineError(line, "not a JSON object")
         step, layer = (_integer(line, key, row.get(key)) for key in ("step", "layer"))
@@ -187,14 +192,22 @@ def _csv_rows(lines: Iterable[tuple[int, str]], ranks_per_node: int) -> Iterator
     def texts() -> Iterator[str]:
         for number, text in lines:
             numbers[:] = [number]
+            if "\r" in text.rstrip("\r\n"):
+                raise _LineError(number, "has a carriage return within it; a line must end in a line feed")
             yield text
 
-    reader = csv.reader(texts())
+    def read() -> Iterator[list[str]]:
+        try:
+            yield from csv.reader(texts(), strict=True)
+        except csv.Error as error:
+            raise _LineError(numbers[0], f"not CSV: {error}") from None
+
+    reader = read()
     header = [name.strip() for name in next(reader, [])]
     source = [name for name in ("rank", "node") if name in header]
     names = ["step", "layer", "expert", "tokens", *source]
     if sorted(header) != sorted(names) or len(source) > 1:
-        raise _LineError(1, f"the header must be step,layer,expert,tokens and may have rank or node, is {','.join(header)[:80]}")
+        raise _LineError(1, f"the header must be step,layer,expert,tokens and may have rank or node, is {','.join(header)[:80]!r}")
     places = [header.index(name) for name in names]
     divisor = ranks_per_node if source == ["rank"] else 1
     for cells in reader:
