@@ -60,20 +60,22 @@ def _prepare(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from pangu_locmoe.restore import evaluate_checkpoint
-    from pangu_locmoe.train.evaluate import format_evaluation
+    from pangu_locmoe.restore import evaluate_checkpoint, format_checkpoint
+    from pangu_locmoe.train.evaluate import format_evaluation, format_interval
 
     row = evaluate_checkpoint(options.checkpoint, options.sequences)
-    print(json.dumps(row) if options.json else format_evaluation(row, row["bigram_bits_per_byte"]))
+    parts = (format_checkpoint(row), format_interval(row), format_evaluation(row, row["bigram_bits_per_byte"]))
+    print(json.dumps(row) if options.json else "\n".join(parts))
     return 0
 
 
 def _generate(options: argparse.Namespace) -> int:
     from pangu_locmoe.generate import domain_index
-    from pangu_locmoe.restore import restore_generator
+    from pangu_locmoe.restore import format_checkpoint, restore_generator, used_checkpoint
 
     sample = _sample(options)
     generator = restore_generator(options.checkpoint)
+    print(format_checkpoint(used_checkpoint(options.checkpoint)), file=sys.stderr)  # the text alone is the output
     domain = domain_index(generator.config, options.domain)
     print(options.prompt, end="", flush=True)
     for pieces in generator.stream([options.prompt], [domain], sample, options.seed):
@@ -119,14 +121,18 @@ def _report(options: argparse.Namespace) -> int:
 def _inherit(options: argparse.Namespace) -> int:
     from pangu_locmoe.config import load_config
     from pangu_locmoe.model.inherit import inherit
+    from pangu_locmoe.restore import format_checkpoint, used_checkpoint
 
+    print(format_checkpoint(used_checkpoint(options.checkpoint)))
     print(inherit(options.checkpoint, load_config(options.config, options.set), options.output))
     return 0
 
 
 def _extract(options: argparse.Namespace) -> int:
     from pangu_locmoe.model.extract import extract
+    from pangu_locmoe.restore import format_checkpoint, used_checkpoint
 
+    print(format_checkpoint(used_checkpoint(options.checkpoint)))
     print(extract(options.checkpoint, options.domain, options.output))
     return 0
 

@@ -32,6 +32,14 @@ class Batch:
     """False for sequences that only fill up the batch."""
 
 
+@dataclass(frozen=True)
+class ValidationBatch(Batch):
+    """A batch of which not every target is text."""
+
+    documents_BS: np.ndarray
+    """Number in its side of the document each target belongs to, int64; -1 where the target only fills up."""
+
+
 class BatchLoader(Iterator[Batch]):
     """Endless training batches. Reads ahead, but its state is that of the batches it has handed out."""
 
@@ -75,19 +83,32 @@ class BatchLoader(Iterator[Batch]):
             self._ready.append((_batch(sequences, domains, len(picks), self._end, self._reset), state))
 
 
-def validation_batches(prepared: Prepared, per_domain: int, batch_size: int, reset: bool) -> Iterator[tuple[int, Batch]]:
-    """Yield (domain, batch): the first `per_domain` validation sequences of each domain, always the same ones.
+def validation_batches(prepared: Prepared, per_domain: int, batch_size: int, reset: bool) -> Iterator[tuple[int, ValidationBatch]]:
+    """Yield (domain, batch): `per_domain` validation sequences of each domain, spread over it, always the same ones.
 
     Every batch has `batch_size` rows of one domain; the last of a domain repeats a sequence with `valid_B` False.
     """
     for domain, available in enumerate(prepared.num_sequences["validation"]):
-        count = min(per_domain, available)
-        for start in range(0, count, batch_size):
-            numbers = list(range(start, min(start + batch_size, count)))
+        chosen = spread(per_domain, available)
+        for start in range(0, len(chosen), batch_size):
+            numbers = chosen[start : start + batch_size]
             sequences = prepared.sequences("validation", domain, numbers)
-            filled = sequences[np.minimum(np.arange(batch_size), len(numbers) - 1)]
+            filling = np.minimum(np.arange(batch_size), len(numbers) - 1)
             domains = np.full(batch_size, domain, np.int32)
-            yield domain, _batch(filled, domains, len(numbers), prepared.tokenizer.end_of_document, reset)
+            batch = _batch(sequences[filling], domains, len(numbers), prepared.tokenizer.end_of_document, reset)
+            documents_BS = prepared.target_documents(domain, numbers)[filling]
+            documents_BS[~batch.valid_B] = -1
+            yield domain, ValidationBatch(**vars(batch), documents_BS=documents_BS)
+
+
+def spread(count: int, available: int) -> list[int]:
+    """The middle sequence of each of `count` equal stretches of a side; all of them where there are no more.
+
+    Every text has its share, so that the sample's mean is the side's, and no document gives a second sequence unless it
+    is longer than a stretch.
+    """
+    count = min(count, available)
+    return [(2 * number + 1) * available // (2 * count) for number in range(count)]
 
 
 def _rows(prepared: Prepared, picks: Sequence[Pick]) -> dict[Pick, np.ndarray]:

@@ -23,7 +23,7 @@ from pangu_locmoe.data.records import read_sequences
 from pangu_locmoe.data.tokenizer import Tokenizer
 from pangu_locmoe.errors import DataError
 
-_FORMAT = 1
+_FORMAT = 2
 """Raised when prepared folders of an earlier version no longer fit."""
 
 
@@ -46,11 +46,24 @@ class Prepared:
     """split -> domain -> documents, bytes, tokens, sequences, unused_tokens."""
     files: dict[str, list[list[Path]]]
     """split -> MindRecord files of each domain."""
+    identity: dict[str, Any]
+    """What makes it the same data as another preparation; see identity.py."""
+    document_starts: list[np.ndarray]
+    """Of each domain, the place of each validation document's `<eod>` in the stream, int64 [documents]."""
 
     def sequences(self, split: str, domain: int, indices: Sequence[int]) -> np.ndarray:
         """The sequences with these numbers, int32 [n, S+1]. Raises DataError if the files are damaged."""
         rows = list(read_sequences(self.files[split][domain], indices))
         return np.stack(rows) if rows else np.empty((0, self.seq_length + 1), np.int32)
+
+    def target_documents(self, domain: int, indices: Sequence[int]) -> np.ndarray:
+        """The document that each target of these validation sequences belongs to, int64 [n, S]; -1: padding, no text.
+
+        The `<eod>` that ends a document is a target of that document, though it also begins the next.
+        """
+        place_nS = np.asarray(indices, np.int64)[:, None] * self.seq_length + np.arange(1, self.seq_length + 1)
+        document_nS = np.searchsorted(self.document_starts[domain], place_nS, side="left") - 1
+        return np.where(place_nS < self.counts["validation"][self.domains[domain]]["tokens"], document_nS, -1)
 
     def summary(self) -> str:
         """Lines for a person: what was read, what became of it, and the yardstick."""
@@ -110,6 +123,8 @@ def load_prepared(path: Path) -> Prepared:
             report=CorpusReport.from_dict(values["report"]),
             counts=values["counts"],
             files={split: [[path / name for name in names] for names in values["files"][split]] for split in SPLITS},
+            identity=values["identity"],
+            document_starts=[np.load(path / f"validation-{i}-documents.npy") for i in range(len(domains))],
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not a whole prepared data set ({type(error).__name__}: {error}); delete it and prepare again") from None

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from pangu_locmoe.config import Config
 from pangu_locmoe.data.bigram import CONTEXTS, bits_per_byte, count_bigrams
 from pangu_locmoe.data.corpus import SPLITS, Corpus, scan
+from pangu_locmoe.data.identity import TextDigest, tokenizer_digest
 from pangu_locmoe.data.packing import Packer
 from pangu_locmoe.data.records import RecordWriter
 from pangu_locmoe.data.tokenizer import Tokenizer
@@ -67,8 +68,10 @@ def _fill(config: Config, folder: Path, progress: bool) -> None:
         side.close()
     for domain, name in enumerate(corpus.domains):
         _check_enough(name, sides[domain, "train"])
+        _check_held_out(config, name, sides[domain, "validation"])
+        np.save(folder / f"validation-{domain}-documents.npy", sides[domain, "validation"].document_starts)
     np.save(folder / "token_counts.npy", np.stack([sides[i, "train"].token_counts for i in range(len(corpus.domains))]))
-    description = _describe(config, corpus, sides)
+    description = {"identity": _identity(config, corpus, sides, folder), **_describe(config, corpus, sides)}
     (folder / "prepared.json").write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -90,6 +93,9 @@ class _Side:
     def __init__(self, config: Config, tokenizer: Tokenizer, folder: Path, domain: int, split: str) -> None:
         self.split = split
         self.documents = self.bytes = 0
+        self.digest = TextDigest()
+        self.document_starts = np.empty(0, np.int64)
+        """Place in the stream of each document's `<eod>`."""
         self.bigrams = np.zeros((CONTEXTS, 256), np.int64)
         self.token_counts = np.zeros(config.model.vocab_size, np.int64)
         self.packer = Packer(config.model.seq_length, tokenizer.end_of_document)
@@ -99,6 +105,7 @@ class _Side:
         self._tokenizer = tokenizer
         self._waiting: list[str] = []
         self._waiting_contents: list[bytes] = []
+        self._waiting_firsts: list[int] = []
         self._waiting_bytes = 0
 
     def add(self, pieces: list[str]) -> int:
@@ -107,6 +114,8 @@ class _Side:
         size = sum(map(len, contents))
         self.documents += 1
         self.bytes += size
+        self.digest.add(contents)
+        self._waiting_firsts.append(len(self._waiting))
         self._waiting += pieces
         self._waiting_contents += contents
         self._waiting_bytes += size
@@ -128,8 +137,10 @@ class _Side:
         self.token_counts += np.bincount(np.concatenate(ids), minlength=len(self.token_counts))
         self.token_counts[self._tokenizer.end_of_document] += len(ids)
         self.bigrams += count_bigrams(self._waiting_contents)
+        starts = self.packer.tokens + np.cumsum([0, *(len(document) + 1 for document in ids)])
+        self.document_starts = np.concatenate([self.document_starts, starts[self._waiting_firsts]])
         self.writer.write(self.packer.add(ids))
-        self._waiting, self._waiting_contents, self._waiting_bytes = [], [], 0
+        self._waiting, self._waiting_contents, self._waiting_firsts, self._waiting_bytes = [], [], [], 0
 
 
 def _check_enough(domain: str, side: _Side) -> None:
@@ -140,6 +151,23 @@ def _check_enough(domain: str, side: _Side) -> None:
             f"data.sources: domain {domain} has {side.bytes} bytes of training text, not enough for one sequence "
             f"of model.seq_length ({side.packer.seq_length}) tokens; about {needed} are needed"
         )
+
+
+def _check_held_out(config: Config, domain: str, side: _Side) -> None:
+    if side.documents == 0:
+        data = config.data
+        raise DataError(
+            f"data.validation_fraction = {data.validation_fraction}: leaves domain {domain} no byte of validation text, of which "
+            f"data.max_bytes_per_domain = {data.max_bytes_per_domain} gives it that share; raise one of them"
+        )
+
+
+def _identity(config: Config, corpus: Corpus, sides: dict[tuple[int, str], _Side], folder: Path) -> dict[str, Any]:
+    return {
+        "tokenizer": tokenizer_digest(folder / "tokenizer.json"),
+        "seq_length": config.model.seq_length,
+        "text": {name: {split: sides[i, split].digest.hexdigest() for split in SPLITS} for i, name in enumerate(corpus.domains)},
+    }
 
 
 def _describe(config: Config, corpus: Corpus, sides: dict[tuple[int, str], _Side]) -> dict[str, Any]:

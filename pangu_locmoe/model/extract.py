@@ -9,11 +9,12 @@ import numpy as np
 
 from pangu_locmoe.config import Config, CutFromConfig, TokenChoiceConfig
 from pangu_locmoe.config.models import ParallelConfig, PlacementConfig
+from pangu_locmoe.data.identity import part_of
 from pangu_locmoe.errors import CheckpointError
 from pangu_locmoe.model.sigma import PanguSigma
 from pangu_locmoe.moe.domains import allowed_experts
 from pangu_locmoe.moe.routers import router_class
-from pangu_locmoe.train.checkpoint import find_checkpoint, read_config, read_shards, save_checkpoint
+from pangu_locmoe.train.checkpoint import find_checkpoint, own_tokenizer, read_config, read_identity, read_shards, save_checkpoint
 from pangu_locmoe.train.shards import Held, set_parameters
 
 
@@ -43,7 +44,9 @@ def extract(path: Path, domain: str, output: Path) -> str:
     model = PanguSigma(part)
     arrays = cut_arrays(read_shards(folder, "model"), config, index, experts)
     set_parameters(model.get_parameters(), arrays, str(folder), Held.by(model))
-    save_checkpoint(output, part, folder / "tokenizer.json", model)
+    identity = read_identity(folder)
+    state = {} if identity is None else {"identity": part_of(identity, domain)}
+    save_checkpoint(output, part, own_tokenizer(folder), model, state=state)
     return f"{output}: domain {domain}, experts {experts.start} to {experts.stop - 1} of {config.moe.num_experts}"
 
 

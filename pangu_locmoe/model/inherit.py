@@ -23,7 +23,7 @@ from pangu_locmoe.moe.capacity import DROPLESS
 from pangu_locmoe.moe.routers import router_class
 from pangu_locmoe.parallel.world import World
 from pangu_locmoe.restore import in_one_process
-from pangu_locmoe.train.checkpoint import find_checkpoint, read_shards, save_checkpoint
+from pangu_locmoe.train.checkpoint import find_checkpoint, own_tokenizer, read_identity, read_shards, save_checkpoint
 from pangu_locmoe.train.shards import Held, named_arrays, set_parameters
 
 _CALIBRATION_SEQUENCES = 16  # of each domain
@@ -44,7 +44,8 @@ def inherit(dense: Path, config: Config, output: Path) -> str:
         raise CheckpointError(f"--output {output}: exists already")
     folder = find_checkpoint(dense)
     # The weights only mean something with the tokenizer they were trained with.
-    data = config.data.model_copy(update={"tokenizer": str(folder / "tokenizer.json")})
+    tokenizer_file = own_tokenizer(folder)
+    data = config.data.model_copy(update={"tokenizer": str(tokenizer_file)})
     prepared = prepare(config.model_copy(update={"data": data}))
     own = in_one_process(config)
     model = PanguSigma(own, prepared.token_counts)
@@ -53,7 +54,9 @@ def inherit(dense: Path, config: Config, output: Path) -> str:
     if router_class(config).traits.has_gate:
         mean_weights = compensate(model, own, prepared)
         done += "; outputs divided by the mean probabilities " + ", ".join(f"{weight:.4f}" for weight in mean_weights)
-    save_checkpoint(output, config, folder / "tokenizer.json", model, world=World.of(own))
+    identity = read_identity(folder)
+    state = {} if identity is None else {"identity": identity}
+    save_checkpoint(output, config, tokenizer_file, model, state=state, world=World.of(own))
     return done
 
 

@@ -65,14 +65,15 @@ def similarities(model: Any, config: Any, prepared: Any, sequences: int) -> List
     expert_LT: List[List[Array]] = [[] for _ in range(config.model.num_moe_layers)]
     for _, batch in validation_batches(prepared, sequences, sequences, config.data.reset_at_document_end):
         arrays = (batch.tokens_BS, batch.positions_BS, batch.segments_BS, batch.domains_B)
+        text_T = (batch.documents_BS >= 0).reshape(-1)
         x_TD, mask_BHSS, tokens_T, domains_T = model.embed(*map(Tensor, arrays), key, key, False)
         for index, block in enumerate(model.blocks):
             layer = index - model.num_dense
             if layer >= 0:
                 _, normed_TD = block.attend(x_TD, mask_BHSS, key, key, False)
                 plan = block.moe.router(ops.cast(normed_TD, mstype.float32), tokens_T, domains_T, (key, key), False)
-                x_LTD[layer].append(normed_TD.asnumpy())
+                x_LTD[layer].append(normed_TD.asnumpy()[text_T])
                 best_T = plan["expert_A"].asnumpy().reshape(len(normed_TD), -1)[:, 0]
-                expert_LT[layer].append(best_T)
+                expert_LT[layer].append(best_T[text_T])
             x_TD, _ = block(x_TD, mask_BHSS, tokens_T, domains_T, (key, key), DROPLESS, False)
     return [mean_cosines(np.concatenate(x), np.concatenate(expert)) for x, expert in zip(x_LTD, expert_LT)]

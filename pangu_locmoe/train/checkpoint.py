@@ -4,7 +4,7 @@
     model-rankR.safetensors, optimizer-rankR.safetensors   the experts of rank R, its slices, and its pieces of moments, where a job of
                             several ranks wrote it; the header's `slices` say of what array each is which part
     optimizer.safetensors   Adam's moments by weight: adam_m.NAME, adam_v.NAME (absent from inherited and extracted models)
-    state.json              step, data position, loss scale, capacities, best validation loss
+    state.json              step, data position and identity, loss scale, capacities, best validation loss
     config.yaml, tokenizer.json   what it takes to evaluate and to generate
 """
 
@@ -14,13 +14,15 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Iterable, Mapping, Optional
+from typing import Any, Iterable, Mapping, Optional, Sequence
 
 import numpy as np
 from mindspore import Parameter, nn
 from safetensors import SafetensorError, safe_open
 
 from pangu_locmoe.config import Config, load_stored_config
+from pangu_locmoe.data.identity import Identity, differences, tokenizer_digest
+from pangu_locmoe.data.prepared import Prepared
 from pangu_locmoe.errors import CheckpointError
 from pangu_locmoe.parallel.gradients import kind
 from pangu_locmoe.parallel.tensor import piece_of
@@ -28,6 +30,9 @@ from pangu_locmoe.parallel.topology import Topology
 from pangu_locmoe.parallel.world import World
 from pangu_locmoe.train.optimizer import AdamW
 from pangu_locmoe.train.shards import Held, Shards, contents, save_arrays, set_parameters
+
+PARTS = ("model", "optimizer")
+WEIGHTS = ("model",)  # enough to evaluate, to generate, and to make other models from
 
 
 def save_checkpoint(
@@ -123,8 +128,37 @@ def read_config(folder: Path) -> Config:
 def check_tokenizer(folder: Path, tokenizer_file: Path) -> None:
     """Raises CheckpointError where a checkpoint was trained with another tokenizer: its token ids would mean other text."""
     own = folder / "tokenizer.json"
-    if own.exists() and own.read_bytes() != tokenizer_file.read_bytes():
+    if own.exists() and not same_tokenizer(own, tokenizer_file):
         raise CheckpointError(f"{folder} was trained with another tokenizer than this run's; set data.tokenizer={own}")
+
+
+def same_tokenizer(first: Path, second: Path) -> bool:
+    """Whether two tokenizer.json say the same. Raises CheckpointError where one cannot be read."""
+    return _tokenizer_digest(first) == _tokenizer_digest(second)
+
+
+def own_tokenizer(folder: Path) -> Path:
+    """A checkpoint's tokenizer.json. Raises CheckpointError where it is missing or not the one its weights were trained with."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing: the checkpoint's weights mean nothing without its tokenizer")
+    identity = read_identity(folder)
+    if identity is not None and identity["tokenizer"] != _tokenizer_digest(file):
+        raise CheckpointError(f"{file} is not the tokenizer the checkpoint was trained with: its weights mean nothing with another")
+    return file
+
+
+def read_identity(folder: Path) -> Optional[Identity]:
+    """The data a checkpoint's weights were trained on; None where an older version wrote it, which did not say."""
+    identity = read_state(folder).get("identity")
+    return identity if isinstance(identity, dict) else None
+
+
+def _tokenizer_digest(file: Path) -> str:
+    try:
+        return tokenizer_digest(file)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
 
 
 def read_arrays(file: Path) -> dict[str, np.ndarray]:
@@ -141,15 +175,21 @@ def step_folders(run_dir: Path) -> list[Path]:
     return sorted(path for path in (run_dir / "checkpoints").glob("step-*") if path.is_dir())
 
 
-def latest_whole_checkpoint(run_dir: Path) -> Optional[Path]:
-    """The newest checkpoint of which every file can be opened, or None. A damaged one is passed over for the one before."""
-    return next((folder for folder in reversed(step_folders(run_dir)) if damage(folder) is None), None)
+def latest_whole_checkpoint(run_dir: Path, parts: Sequence[str] = PARTS) -> Optional[Path]:
+    """The newest checkpoint of which every file of `parts` can be opened, or None. A damaged one is passed over."""
+    return next((folder for folder in reversed(step_folders(run_dir)) if damage(folder, parts) is None), None)
 
 
-def damage(folder: Path) -> Optional[str]:
-    """What is wrong with a checkpoint, in a line; None for a whole one."""
+def passed_over(run_dir: Path, folder: Path, parts: Sequence[str] = PARTS) -> list[str]:
+    """A line for each damaged checkpoint of a run that is newer than `folder`; none where `run_dir` is a checkpoint itself."""
+    newer = [other for other in step_folders(run_dir) if other.name > folder.name]
+    return [f"{other.name} is passed over: {problem}" for other in newer for problem in [damage(other, parts)] if problem]
+
+
+def damage(folder: Path, parts: Sequence[str] = PARTS) -> Optional[str]:
+    """What is wrong with a checkpoint's `parts`, in a line; None for a whole one."""
     try:
-        for name in ("model", "optimizer"):
+        for name in parts:
             for file in _files(folder, name):
                 contents(file)
     except CheckpointError as error:
@@ -158,13 +198,37 @@ def damage(folder: Path) -> Optional[str]:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """A checkpoint folder from itself or from a run directory (its newest). Raises CheckpointError if there is none."""
+    """A checkpoint folder from itself or from a run directory (the newest with whole weights, which is all it is for).
+
+    Raises:
+        CheckpointError: there is none.
+    """
     if (path / "model.safetensors").is_file():
         return path
-    folder = latest_whole_checkpoint(path)
+    folder = latest_whole_checkpoint(path, WEIGHTS)
     if folder is None:
-        raise CheckpointError(f"{path} is neither a checkpoint nor a run directory with one")
+        broken = [problem for other in step_folders(path)[-1:] for problem in [damage(other, WEIGHTS)] if problem]
+        raise CheckpointError(broken[0] if broken else f"{path} is neither a checkpoint nor a run directory with one")
     return folder
+
+
+def check_data(folder: Path, prepared: Prepared) -> list[str]:
+    """Compare a run's data with what its checkpoint was trained on; returns a note where that cannot be known.
+
+    Raises:
+        CheckpointError: it is other text, or cut or tokenized otherwise.
+    """
+    before = read_identity(folder)
+    if before is None:
+        check_tokenizer(folder, prepared.path / "tokenizer.json")
+        return [f"{folder} does not say what text it was trained on (an older version wrote it), so that is not compared"]
+    changed = differences(before, prepared.identity)
+    if changed:
+        raise CheckpointError(
+            f"{folder} was trained on other data than there is now: {', '.join(changed)} changed; "
+            "put it back, or start from these weights with --init-from"
+        )
+    return []
 
 
 def remove_old(run_dir: Path, step: int, keep: int, best_step: Optional[int]) -> None:

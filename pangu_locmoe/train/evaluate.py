@@ -17,6 +17,7 @@ from mindspore import Tensor, nn, ops
 from pangu_locmoe.config import Config
 from pangu_locmoe.data.loader import validation_batches
 from pangu_locmoe.data.prepared import Prepared
+from pangu_locmoe.intervals import Blocks, in_blocks, interval
 from pangu_locmoe.model.sigma import PanguSigma
 from pangu_locmoe.moe.capacity import DROPLESS
 from pangu_locmoe.parallel.world import World
@@ -39,68 +40,96 @@ class TokenLosses(nn.Cell):
 
 
 class Evaluator:
-    """Evaluates a model on the first validation sequences of each domain; compiles once.
+    """Evaluates a model on validation sequences of each domain; compiles once.
 
     The places of a job share every batch.
+
+    Attributes:
+        blocks: what the latest figures' interval is made of.
     """
 
     def __init__(self, model: PanguSigma, config: Config, prepared: Prepared, world: Optional[World] = None) -> None:
         self.world = world or World.of(config)
         self.config, self.prepared = config, prepared
+        self.blocks: Blocks = {}
         losses = TokenLosses(model, config)
         self._losses = ms.jit(losses) if config.train.mode == "graph" and self.world.exchange is None else losses
         self._token_bytes_V = np.zeros(config.model.vocab_size, np.int64)
         self._token_bytes_V[: len(prepared.tokenizer.token_bytes)] = prepared.tokenizer.token_bytes
 
     def __call__(self, sequences: int | None = None) -> Dict[str, Any]:
-        """Returns validation_loss (nats per token), bits_per_byte, and both by domain.
+        """Returns validation_loss (nats per token), bits_per_byte, both by domain, and what they were measured on.
 
-        The figures for all text weigh the domains by their validation tokens and bytes, as the bigram's do.
+        Losses are of targets that are text, none of what fills up a short side or a batch. The figures for all text
+        weigh the domains by their validation tokens and bytes, as the bigram's do. validation_loss_interval: where 95%
+        of other documents of this kind would have it (intervals.py); None where a domain has one document.
 
         Args:
             sequences: of each domain; None: what the configuration says.
         """
-        evaluation = self.config.evaluation
-        nats: Dict[str, float] = {}
-        bits: Dict[str, float] = {}
-        totals = {domain: [0.0, 0, 0] for domain in self.prepared.domains}
+        sums = {domain: np.zeros((len(starts), 3)) for domain, starts in zip(self.prepared.domains, self.prepared.document_starts)}
+        read = dict.fromkeys(sums, 0)
         topology, communicator = self.world.topology, self.world.communicator
         places = topology.num_places if self.world.exchange is not None else 1
         place = topology.place_of_rank(communicator.rank)
+        evaluation = self.config.evaluation
         # Every place takes an equal share of a batch.
         size = -(-(evaluation.batch_size or self.config.micro_batch) // places) * places
         for domain, batch in validation_batches(self.prepared, sequences or evaluation.sequences, size, self.config.data.reset_at_document_end):
             arrays = (batch.tokens_BS, batch.targets_BS, batch.positions_BS, batch.segments_BS, batch.domains_B)
             share = slice(place * size // places, (place + 1) * size // places)
             losses = communicator.all_gather(self._losses(*(Tensor(array[share]) for array in arrays)))
-            losses_BS = losses.asnumpy()[:: topology.tensor_parallel].reshape(batch.tokens_BS.shape)[batch.valid_B]
-            total = totals[self.prepared.domains[domain]]
-            total[0] += float(losses_BS.sum(dtype=np.float64))
-            total[1] += losses_BS.size
-            total[2] += int(self._token_bytes_V[batch.targets_BS[batch.valid_B]].sum())
-        for name, (loss, tokens, size_in_bytes) in totals.items():
-            nats[name] = loss / tokens if tokens else math.nan
-            bits[name] = loss / (math.log(2) * size_in_bytes) if size_in_bytes else math.nan
+            losses_BS = losses.asnumpy()[:: topology.tensor_parallel].reshape(batch.tokens_BS.shape)
+            text_BS = batch.documents_BS >= 0
+            targets = batch.targets_BS[text_BS]
+            name = self.prepared.domains[domain]
+            np.add.at(sums[name], batch.documents_BS[text_BS], np.stack([losses_BS[text_BS], np.ones(len(targets)), self._token_bytes_V[targets]], axis=1))
+            read[name] += int(batch.valid_B.sum())
+        return self._row(sums, read)
+
+    def _row(self, sums: Dict[str, np.ndarray], read: Dict[str, int]) -> Dict[str, Any]:
+        """`sums`: nats, tokens and bytes of each document of a domain, [D, 3]; `read`: sequences."""
         counts = self.prepared.counts["validation"]
+        self.blocks = {name: {"weight": counts[name]["tokens"], "sums": in_blocks(sums_D3[:, :2])} for name, sums_D3 in sums.items()}
+        totals = {name: sums_D3.sum(axis=0).tolist() for name, sums_D3 in sums.items()}
+        nats = {name: loss / tokens for name, (loss, tokens, _) in totals.items()}
+        bits = {name: loss / (math.log(2) * size) if size else math.nan for name, (loss, _, size) in totals.items()}
+        measured_on = {
+            name: {"documents": int((sums_D3[:, 1] > 0).sum()), "sequences": read[name], "tokens": int(totals[name][1])}
+            for name, sums_D3 in sums.items()
+        }
         return {
             "validation_loss": _weighted(nats, {domain: counts[domain]["tokens"] for domain in nats}),
+            "validation_loss_interval": interval(self.blocks),
             "bits_per_byte": _weighted(bits, {domain: counts[domain]["bytes"] for domain in bits}),
             "validation_loss_by_domain": nats,
             "bits_per_byte_by_domain": bits,
+            "measured_on": measured_on,
         }
 
 
 def format_evaluation(row: Dict[str, Any], bigram: Dict[str, float]) -> str:
-    """The figures of one evaluation as a table, the byte bigram's bits per byte beside them."""
-    lines = [f"{'':12}{'loss':>8}{'perplexity':>12}{'bits/byte':>11}{'bigram':>8}"]
+    """The figures of one evaluation as a table, the byte bigram's bits per byte and what they were measured on beside them."""
+    measured_on = row["measured_on"]
+    total = {unit: sum(counts[unit] for counts in measured_on.values()) for unit in ("documents", "sequences", "tokens")}
+    lines = [f"{'':12}{'loss':>8}{'perplexity':>12}{'bits/byte':>11}{'bigram':>8}{'documents':>11}{'sequences':>11}{'tokens':>9}"]
     for domain, loss in row["validation_loss_by_domain"].items():
-        lines.append(_line(domain, loss, row["bits_per_byte_by_domain"][domain], bigram[domain]))
-    lines.append(_line("all", row["validation_loss"], row["bits_per_byte"], bigram["all"]))
+        lines.append(_line(domain, loss, row["bits_per_byte_by_domain"][domain], bigram[domain], measured_on[domain]))
+    lines.append(_line("all", row["validation_loss"], row["bits_per_byte"], bigram["all"], total))
     return "\n".join(lines)
 
 
-def _line(name: str, loss: float, bits: float, bigram: float) -> str:
-    return f"{name:12}{loss:8.3f}{math.exp(loss):12.1f}{bits:11.3f}{bigram:8.3f}"
+def format_interval(row: Dict[str, Any]) -> str:
+    """A line on how far the loss over all text would move with other documents."""
+    if row["validation_loss_interval"] is None:
+        return "loss of other documents of this kind: not known, a domain has only one"
+    low, high = row["validation_loss_interval"]
+    return f"loss of other documents of this kind: {low:.3f} to {high:.3f} (95%)"
+
+
+def _line(name: str, loss: float, bits: float, bigram: float, counts: Dict[str, int]) -> str:
+    figures = f"{name:12}{loss:8.3f}{math.exp(loss):12.1f}{bits:11.3f}{bigram:8.3f}"
+    return f"{figures}{counts['documents']:11}{counts['sequences']:11}{counts['tokens']:9}"
 
 
 def _weighted(values: Dict[str, float], weights: Dict[str, int]) -> float:

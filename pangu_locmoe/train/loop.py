@@ -28,12 +28,15 @@ from pangu_locmoe.parallel.topology import Topology
 from pangu_locmoe.parallel.world import World
 from pangu_locmoe.train import callbacks as jobs
 from pangu_locmoe.train.checkpoint import (
+    WEIGHTS,
+    check_data,
     check_tokenizer,
     damage,
     find_checkpoint,
     latest_whole_checkpoint,
     load_optimizer,
     load_weights,
+    passed_over,
     read_state,
     remove_old,
     save_checkpoint,
@@ -67,8 +70,10 @@ class Trainer:
         self.world = world or World.of(config)
         self.topology = self.world.topology
         self.model = PanguSigma(config, prepared.token_counts, self.topology, self.world.exchange, self.world.tensor)
+        self.notes: List[str] = []  # on the checkpoint it starts from or goes on from
         if init_from is not None:
             folder = find_checkpoint(init_from)
+            self.notes += [f"weights from {folder}, step {read_state(folder)['step']}", *passed_over(init_from, folder, WEIGHTS)]
             check_tokenizer(folder, prepared.path / "tokenizer.json")
             load_weights(folder, self.model)
         self.stepper = make_stepper(self.model, config, self.world)
@@ -89,7 +94,7 @@ class Trainer:
         """Continue from the newest whole checkpoint; False where there is none at all, and the run starts at step 0.
 
         Raises:
-            CheckpointError: there are checkpoints, but none is whole.
+            CheckpointError: there are checkpoints, but none is whole; or the newest was trained on other data.
         """
         if self.world.is_first:
             for leftover in (self.run_dir / "checkpoints").glob(".step-*"):
@@ -101,6 +106,8 @@ class Trainer:
                 raise CheckpointError(f"{damage(broken[-1])}; no older checkpoint is whole: begin again in another --run-dir")
             return False
         state = read_state(folder)
+        self.notes += passed_over(self.run_dir, folder)
+        self.notes += check_data(folder, self.prepared)
         for policy in self.policies:
             policy.restore(state)
         load_weights(folder, self.model)
@@ -189,6 +196,7 @@ class Trainer:
         state = {
             "step": self.step,
             "data": self.loader.state_dict(),
+            "identity": self.prepared.identity,
             "best": self.best,
             "loss_scale": [scale.value, scale.good_steps] if scale is not None else None,
         }

@@ -7,7 +7,7 @@ import os
 import platform
 import time
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 import mindspore as ms
 
@@ -23,11 +23,14 @@ from pangu_locmoe.parallel.communicator import Communicator, SingleProcess
 from pangu_locmoe.parallel.selfcheck import check_groups, check_same_run, check_same_step
 from pangu_locmoe.parallel.world import World
 from pangu_locmoe.report.page import build_report
-from pangu_locmoe.train.evaluate import format_evaluation
+from pangu_locmoe.train.checkpoint import latest_whole_checkpoint, read_identity
+from pangu_locmoe.train.evaluate import format_evaluation, format_interval
 from pangu_locmoe.train.loop import Trainer
 
 # What may differ between a run and its resumption: where things are computed and what is written, not what is learned.
 _FREE_KEYS = ("parallel", "evaluation", "checkpoint", "trace", "placement", "sample", "train.fused", "train.offload_expert_optimizer", "train.log_every", "data.prepared_dir")
+# Where the text and the tokenizer lie; whether they are the same is seen when they are prepared.
+_PLACES = ("data.sources", "data.tokenizer")
 
 
 def train(
@@ -64,12 +67,15 @@ def train(
         say(f"note: {note}")
     say(prepared.summary())
     trainer = Trainer(config, prepared, run_dir, init_from, world)
-    if world.is_first:
-        _write(run_dir / "config.yaml", config.to_yaml())  # only now: a run that cannot begin leaves no directory behind
     resumed = resume and trainer.resume()
     check_same_step(trainer.step, communicator)
+    if world.is_first:  # only now: a run that cannot begin leaves no directory behind
+        _write(run_dir / "config.yaml", config.to_yaml())
+        _write(run_dir / "data.json", json.dumps(prepared.identity, ensure_ascii=False, indent=1))
     if resumed:
         say(f"resuming after step {trainer.step}")
+    for note in trainer.notes:
+        say(f"note: {note}")
     say(f"{num_params(config):,} parameters, {num_active_params(config):,} active for one token; {config.moe.router} router; run directory {run_dir}")
     stopped_by = trainer.run(progress)
     if stopped_by is not None:
@@ -121,7 +127,10 @@ def _check_run_dir(config: Config, run_dir: Path, resume: bool) -> None:
     if file.exists() and not resume:
         raise ConfigError(f"--run-dir {run_dir}: holds a run already; give another directory, or --resume auto to continue it")
     if file.exists():
-        _check_same_run(_config_of_run(file), config, run_dir)
+        folder = latest_whole_checkpoint(run_dir)
+        compared = folder is not None and read_identity(folder) is not None
+        free = (*_FREE_KEYS, *_PLACES) if compared else _FREE_KEYS
+        _check_same_run(_config_of_run(file), config, run_dir, free)
 
 
 def _write(file: Path, text: str) -> None:
@@ -140,9 +149,9 @@ def _config_of_run(file: Path) -> Config:
         raise ConfigError(f"the run was started with another version of pangu_locmoe: {error}") from None
 
 
-def _check_same_run(before: Config, config: Config, run_dir: Path) -> None:
+def _check_same_run(before: Config, config: Config, run_dir: Path, free: Sequence[str]) -> None:
     for key, old, new in _differences(before.model_dump(mode="json"), config.model_dump(mode="json"), ""):
-        if not any(key == free or key.startswith(f"{free}.") for free in _FREE_KEYS):
+        if not any(key == one or key.startswith(f"{one}.") for one in free):
             raise ConfigError(f"{key} = {new!r}: the run in {run_dir} has {old!r}; a run can only be resumed with what it was started with")
 
 
@@ -161,6 +170,7 @@ def _summarise(trainer: Trainer, seconds: float) -> Dict[str, Any]:
         "active_parameters": num_active_params(config),
         "bigram_bits_per_byte": prepared.bigram_bits_per_byte,
         "final": trainer.final,
+        "final_blocks": trainer.evaluator.blocks,
         "best": trainer.best,
         "samples": _samples(trainer, config.sample),
         "corpus": prepared.report.to_dict(),
@@ -196,3 +206,4 @@ def _print_summary(summary: Dict[str, Any]) -> None:
     for sample in summary["samples"]:
         print(f"\n--- {sample['domain']} ---\n{sample['prompt']}|{sample['text']}")
     print("\n" + format_evaluation(summary["final"], summary["bigram_bits_per_byte"]))
+    print(format_interval(summary["final"]))

@@ -1,16 +1,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pangu_locmoe.config import Config
 from pangu_locmoe.data import preparing
 from pangu_locmoe.data.corpus import scan
-from pangu_locmoe.data.loader import BatchLoader, validation_batches
+from pangu_locmoe.data.identity import differences
+from pangu_locmoe.data.loader import BatchLoader, spread, validation_batches
+from pangu_locmoe.data.packing import Packer
 from pangu_locmoe.data.prepared import Prepared, fingerprint, prepare
 from pangu_locmoe.data.sampler import BatchSampler
 from pangu_locmoe.errors import DataError
@@ -107,6 +112,9 @@ def test_a_short_validation_side_is_padded(make_config: Make, corpus: Path) -> N
     assert prepared.num_sequences["validation"] == [1]
     row = prepared.sequences("validation", 0, [0])[0]
     assert row[0] == row[-1] == 0
+    tokens = prepared.counts["validation"]["en"]["tokens"] - 1
+    assert 0 < tokens < 32
+    assert prepared.target_documents(0, [0]).tolist() == [[0] * tokens + [-1] * (32 - tokens)]
 
 
 def test_a_given_tokenizer_is_used_and_checked(make_config: Make, prepared: Prepared) -> None:
@@ -152,4 +160,81 @@ def test_validation_batches(prepared: Prepared) -> None:
         assert [batch.valid_B.sum() for batch in mine] == [4, 3]
         assert all(batch.tokens_BS.shape == (4, 32) and (batch.domains_B == domain).all() for batch in mine)
         rows = np.concatenate([batch.tokens_BS[batch.valid_B] for batch in mine])
-        assert (rows == prepared.sequences("validation", domain, range(7))[:, :-1]).all()
+        chosen = spread(7, prepared.num_sequences["validation"][domain])
+        assert (rows == prepared.sequences("validation", domain, chosen)[:, :-1]).all()
+        assert all((batch.documents_BS >= 0).all(axis=1).tolist() == batch.valid_B.tolist() for batch in mine)
+
+
+@given(count=st.integers(1, 60), available=st.integers(1, 60))
+def test_a_sample_is_spread_over_the_whole_side(count: int, available: int) -> None:
+    """One sequence of each stretch of available / count; all of them where there are no more."""
+    chosen = spread(count, available)
+    size = min(count, available)
+    assert [number * size // available for number in chosen] == list(range(size))
+
+
+def test_the_document_of_each_target(prepared: Prepared, make_config: Make) -> None:
+    """Documents cut into pieces stay one document, and the `<eod>` after a document is that document's."""
+    config = make_config(validation_fraction=0.2, max_document_bytes=100)
+    prepared = prepare(config, progress=False)
+    for domain in (0, 1):
+        documents = [parts for d, s, parts in scan(config.data, config.domains).documents("validation") if d == domain]
+        assert max(map(len, documents)) > 1
+        owners = [n for n, parts in enumerate(documents) for part in parts for _ in [0, *prepared.tokenizer.encode(part)]]
+        starts = [place for place in range(len(owners)) if place == 0 or owners[place] != owners[place - 1]]
+        for place in starts[1:]:
+            owners[place] -= 1
+        numbers = range(prepared.num_sequences["validation"][domain])
+        got = prepared.target_documents(domain, numbers).reshape(-1).tolist()
+        assert got == owners[1 : len(got) + 1]
+
+
+@given(lengths=st.lists(st.integers(0, 40), min_size=1, max_size=20), seq_length=st.integers(1, 50))
+def test_training_sequences_hold_no_padding(lengths: list[int], seq_length: int) -> None:
+    """Only whole sequences are cut, so that every target is a token of the stream: S for each sequence, and what is left over."""
+    packer = Packer(seq_length, 0)
+    sequences = packer.add([np.full(length, 7) for length in lengths])
+    stream = [token for length in lengths for token in [0, *[7] * length]]
+    assert sequences[:, 1:].reshape(-1).tolist() == stream[1 : 1 + sequences[:, 1:].size]
+    assert packer.sequences * seq_length + packer.unused_tokens + bool(packer.sequences) == packer.tokens == len(stream)
+
+
+def test_training_sides_are_not_padded(prepared: Prepared) -> None:
+    for domain, name in enumerate(prepared.domains):
+        counts = prepared.counts["train"][name]
+        assert counts["sequences"] * prepared.seq_length + 1 + counts["unused_tokens"] == counts["tokens"]
+
+
+def test_the_same_text_is_the_same_data_wherever_it_lies(make_config: Make, corpus: Path, tmp_path: Path) -> None:
+    first = prepare(make_config(), progress=False)
+    shutil.copytree(corpus, tmp_path / "elsewhere" / "corpus")
+    again = make_config(sources=[(tmp_path / "elsewhere" / "corpus" / name, name) for name in ("en", "zh")])
+    data = again.data.model_copy(update={"prepared_dir": str(tmp_path / "elsewhere" / "prepared")})
+    second = prepare(again.model_copy(update={"data": data}), progress=False)
+    assert second.path.name != first.path.name and second.identity == first.identity
+    assert differences(first.identity, second.identity) == []
+
+
+def test_what_is_not_the_same_data_is_named(make_config: Make, corpus: Path, tmp_path: Path) -> None:
+    tokenizer = tmp_path / "tokenizer.json"
+    shutil.copy(prepare(make_config(), progress=False).path / "tokenizer.json", tokenizer)
+
+    def changes(**settings: Any) -> list[str]:
+        return differences(before, prepare(make_config(**{"tokenizer": tokenizer, **settings}), progress=False).identity)
+
+    before = prepare(make_config(tokenizer=tokenizer), progress=False).identity
+    assert changes(seq_length=16) == ["model.seq_length (32 and 16)"]
+    assert changes(tokenizer=None) == []
+    assert changes(tokenizer=None, vocab_size=300) == ["the tokenizer"]
+    assert set(changes(max_document_bytes=99)) <= {f"the {side} text of {name}" for side in ("training", "validation") for name in ("en", "zh")}
+    assert "the training text of en" in changes(max_document_bytes=99)
+    assert changes(sources=[(corpus / "zh", "zh"), (corpus / "en", "en")]) == ["the domains (en, zh and zh, en)"]
+    for file in (corpus / "zh").iterdir():  # every text as long as before
+        file.write_text(file.read_text(encoding="utf-8")[::-1], encoding="utf-8")
+    assert changes() == ["the training text of zh", "the validation text of zh"]
+
+
+def test_a_side_without_any_text_is_refused(make_config: Make, corpus: Path) -> None:
+    config = make_config(sources=[(corpus / "en", "en")], max_bytes_per_domain=4000, validation_fraction=0.0001)
+    with pytest.raises(DataError, match=r"^data\.validation_fraction = 0\.0001: leaves domain en no byte .*max_bytes_per_domain = 4000 [^\n]*$"):
+        prepare(config, progress=False)

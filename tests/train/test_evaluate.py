@@ -81,7 +81,7 @@ def test_all_text_weighs_the_domains_by_their_size(config, row, wanted):
     assert row["bits_per_byte"] == pytest.approx(np.average([bits for _, bits in wanted], weights=sizes), rel=1e-5)
 
 
-def test_fewer_sequences_are_the_first_ones(config, model, row):
+def test_fewer_sequences_are_measured_alone(config, model, row):
     evaluator = Evaluator(model, config, prepare(config, False))
     fewer = evaluator(1)["validation_loss_by_domain"]
     for domain, batch in validation_batches(prepare(config, False), 1, 1, True):
@@ -98,12 +98,14 @@ def test_the_mode_does_not_matter(config, model, row):
 def test_the_table_has_the_bigram_beside_it(row):
     bigram = {"en": 1.25, "zh": 2.25, "code": 3.25, "all": 4.25}
     lines = format_evaluation(row, bigram).splitlines()
-    assert lines[0].split() == ["loss", "perplexity", "bits/byte", "bigram"]
+    assert lines[0].split() == ["loss", "perplexity", "bits/byte", "bigram", "documents", "sequences", "tokens"]
     assert [line.split()[0] for line in lines[1:]] == ["en", "zh", "code", "all"]
     for line in lines[1:4]:
-        domain, loss, perplexity, bits, baseline = line.split()
+        domain, loss, perplexity, bits, baseline, documents, sequences, tokens = line.split()
         assert float(loss) == pytest.approx(row["validation_loss_by_domain"][domain], abs=6e-4)
         assert float(perplexity) == pytest.approx(math.exp(row["validation_loss_by_domain"][domain]), rel=2e-3)
         assert float(bits) == pytest.approx(row["bits_per_byte_by_domain"][domain], abs=6e-4)
         assert float(baseline) == bigram[domain]
-    assert lines[4].split()[1:] == [f"{row['validation_loss']:.3f}", f"{math.exp(row['validation_loss']):.1f}", f"{row['bits_per_byte']:.3f}", "4.250"]
+        assert row["measured_on"][domain] == {"documents": int(documents), "sequences": int(sequences), "tokens": int(tokens)}
+        assert (int(sequences), int(tokens)) == (5, 5 * 32)
+    assert lines[4].split()[1:] == [f"{row['validation_loss']:.3f}", f"{math.exp(row['validation_loss']):.1f}", f"{row['bits_per_byte']:.3f}", "4.250", str(sum(on["documents"] for on in row["measured_on"].values())), "15", "480"]
