@@ -67,8 +67,10 @@ def difference(first: Blocks, second: Blocks) -> Blocks:
 
 
 def mean_of(runs: list[Blocks]) -> Blocks:
-    """The blocks of a mean over runs on the same text, over seeds for example."""
+    """The blocks of a mean over runs, over seeds for example. Raises ValueError if they are of different text."""
     first = runs[0]
+    for run in runs[1:]:
+        difference(first, run)
     return {
         name: {**domain, "sums": np.mean([run[name]["sums"] for run in runs], axis=0).tolist()} for name, domain in first.items()
     }

@@ -15,6 +15,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 from pangu_locmoe.pictures import ROUTERS
+from pangu_locmoe.study.documents import on_other_documents
 
 Row = Dict[str, Any]
 Key = Tuple[str, int, str, str]  # router, levels, sharding, capacity
@@ -66,7 +67,7 @@ def _groups(rows: List[Row]) -> Dict[Key, List[Row]]:
 
 
 def _table(rows: List[Row]) -> str:
-    names = "router | levels | sharding | capacity | step, s | exchange, s | rest, s | MB between nodes | local | max/mean load | dropped | validation loss"
+    names = "router | levels | sharding | capacity | step, s | exchange, s | rest, s | MB between nodes | local | max/mean load | dropped | validation loss | on other documents, 95%"
     lines = [f"| {names} |", "|" + "---|" * (names.count("|") + 1)]
     for (router, levels, sharding, capacity), group in _groups(rows).items():
         slots = group[0]["capacity_slots"]
@@ -83,6 +84,7 @@ def _table(rows: List[Row]) -> str:
             f"{_mean(group, 'max_over_mean_load'):.2f}",
             f"{_mean(group, 'dropped_fraction'):.1%}",
             _spread([row["validation_loss"] for row in group], ".3f"),
+            on_other_documents([row.get("validation_blocks") for row in group]),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -110,6 +112,9 @@ def _verdicts(rows: List[Row]) -> Iterator[str]:
     yield _verdict("max/mean load, second half", [row["max_over_mean_load"] for row in ours], ".2f", 1.5, False)
     yield _verdict("dropped at capacity 1.25, second half", [row["dropped_fraction"] for row in ours], ".1%", 0.02, False)
     yield _verdict("validation loss over switch's", [b["validation_loss"] / a["validation_loss"] - 1 for a, b in _pairs(switch, ours)], ".1%", 0.02, False)
+    together = _pairs(switch, ours)
+    apart = on_other_documents([b.get("validation_blocks") for _, b in together], "+.3f", [a.get("validation_blocks") for a, _ in together])
+    yield f"- validation loss less switch's, on other documents (95%): {apart}"
 
 
 def _verdict(what: str, values: List[float], form: str, target: float, at_least: bool) -> str:

@@ -201,7 +201,8 @@ class Comparison:
         rows = timed_rows(timing)
         loss_dir = self.output / "loss" / timing.name
         trained = training_rows(loss_dir)
-        final = json.loads((loss_dir / "summary.json").read_text(encoding="utf-8"))["final"]
+        summary = json.loads((loss_dir / "summary.json").read_text(encoding="utf-8"))
+        final = summary["final"]
         settled = [row for row in trained if row["step"] > self.steps // 2]
         losses = {row["step"]: row["loss"] for row in trained}
         account = json.loads((timing / "links.json").read_text(encoding="utf-8"))["account"]
@@ -234,6 +235,7 @@ class Comparison:
             "dropped_fraction": statistics.mean(row["dropped_fraction"] for row in settled),
             "validation_loss": final["validation_loss"],
             "validation_loss_by_domain": final["validation_loss_by_domain"],
+            "validation_blocks": summary.get("final_blocks"),
             "loss_difference": max(abs(row["loss"] - losses[row["step"]]) for row in training_rows(timing)),
         }
 

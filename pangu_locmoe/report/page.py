@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pangu_locmoe.data.identity import differences
 from pangu_locmoe.errors import DataError
 from pangu_locmoe.files import write_atomic
 from pangu_locmoe.report.figures import (
@@ -104,7 +105,21 @@ def _subtitle(runs: list[Run]) -> str:
 def _notes(runs: list[Run]) -> str:
     lines = [(f"{run.name}: " if len(runs) > 1 else "") + note for run in runs for note in run.notes]
     lines += [f"{run.name}: no training rows yet" for run in runs if not run.training]
+    lines += _other_data(runs)
     return '<div class="notes">' + "".join(f"<p>{html.escape(line)}</p>" for line in lines) + "</div>" if lines else ""
+
+
+def _other_data(runs: list[Run]) -> list[str]:
+    """What keeps the runs' losses from being compared: data that is not the same, or not known to be."""
+    if len(runs) == 1:
+        return []
+    lines = [f"{run.name}: does not say what data it was trained on, so that it may not be comparable" for run in runs if run.identity is None]
+    known = [(run.name, run.identity) for run in runs if run.identity is not None]
+    for name, identity in known[1:]:
+        changed = differences(known[0][1], identity)
+        if changed:
+            lines.append(f"{name}: other data than {known[0][0]}, so that their losses cannot be compared: {', '.join(changed)} differ")
+    return lines
 
 
 def _top(runs: list[Run], legend: str) -> str:

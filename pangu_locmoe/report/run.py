@@ -12,6 +12,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from pangu_locmoe.data.identity import differences
 from pangu_locmoe.errors import DataError
 from pangu_locmoe.load.trace import Trace, read_trace
 
@@ -32,6 +33,8 @@ class Run:
     load: Trace | None = None
     summary: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    identity: dict[str, Any] | None = None
+    """Of the data it was trained and measured on (data/identity.py); None where an older version did not record it."""
     _columns: dict[str, Floats] = field(default_factory=dict, repr=False, compare=False)
 
     def column(self, key: str) -> Floats:
@@ -109,7 +112,7 @@ def read_run(path: str | Path) -> Run:
     return Run(
         path=path, name=path.resolve().name, config=config, config_text=texts["config.yaml"],
         training=training, validation=validation, events=events,
-        load=_read_load(path / "load.npz", notes), summary=_read_summary(path / "summary.json", notes), notes=tuple(notes),
+        load=_read_load(path / "load.npz", notes), summary=_read_summary(path / "summary.json", notes), notes=tuple(notes), identity=_read_identity(path / "data.json"),
     )  # fmt: skip
 
 
@@ -162,6 +165,15 @@ def _read_load(path: Path, notes: list[str]) -> Trace | None:
     except DataError as error:
         notes.append(f"Expert load is not shown: {str(error).replace(str(path), path.name, 1)}")
         return None
+
+
+def _read_identity(path: Path) -> dict[str, Any] | None:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        differences(values, values)  # raises for what is not an identity
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+    return dict(values)
 
 
 def _read_summary(path: Path, notes: list[str]) -> dict[str, Any]:

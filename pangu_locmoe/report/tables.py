@@ -14,6 +14,8 @@ from pangu_locmoe.report.run import Run, number, table
 from pangu_locmoe.report.series import compact, duration, last_mean, median, percent, tail, text
 
 DASH = "–"
+UNITS = ("documents", "sequences", "tokens")
+"""what a validation figure was measured on"""
 
 
 def table_html(header: list[str], rows: list[list[str]], wide: bool = False) -> str:
@@ -42,7 +44,7 @@ def headline(run: Run) -> list[tuple[str, str, str]]:
     ending = "last row" if tail(len(steps)) == 1 else f"mean of the last {tail(len(steps))} rows"
     local = last_mean(run.column("local_fraction"))
     return [
-        ("Validation loss", text(number(final.get("validation_loss"))), f"nats per token, step {text(trained)}"),
+        ("Validation loss", text(number(final.get("validation_loss"))), _measured_on(final, f"nats per token, step {text(trained)}")),
         ("Bits per byte", text(bits), saved),
         ("Parameters", compact(parameters), f"{compact(active)} active per token"),
         ("Throughput", text(median(run.column("tokens_per_second")), 3), "tokens per second, median"),
@@ -51,6 +53,27 @@ def headline(run: Run) -> list[tuple[str, str, str]]:
         ("Dropped tokens", percent(last_mean(run.column("dropped_fraction"))), ending),
         ("Trained", duration(_wall(run)), f"{text(float(steps[-1]) if len(steps) else 0)} steps" + ("" if number(summary.get("wall_seconds")) > 0 else ", sum of step times")),
     ]  # fmt: skip
+
+
+def _measured_on(final: dict[str, Any], remark: str) -> str:
+    """The remark with the documents behind the figure, and where other documents would have it."""
+    behind = _behind(final)
+    remark += f", {behind[0]} documents, {behind[1]} tokens" if behind else ""
+    ends = final.get("validation_loss_interval")
+    if isinstance(ends, list) and len(ends) == 2:
+        remark += f"; other documents: {text(number(ends[0]))} to {text(number(ends[1]))} (95 %)"
+    return remark
+
+
+def _behind(final: dict[str, Any]) -> list[str]:
+    """Documents and tokens of all domains; nothing where an older version did not count them."""
+    domains = table(final, "measured_on")
+    return [_count(sum(number(table(domains, name).get(unit)) for name in domains)) for unit in ("documents", "tokens")] if domains else []
+
+
+def _count(value: Any) -> str:
+    found = number(value)
+    return f"{found:,.0f}" if math.isfinite(found) else DASH
 
 
 def tiles_html(run: Run) -> str:
@@ -70,12 +93,13 @@ def comparison_html(runs: list[Run]) -> str:
     bigram = ["Byte-bigram baseline, bits per byte", *(text(number(table(run.summary, "bigram_bits_per_byte").get("all"))) for run in runs)]
     active = ["Active parameters per token", *(compact(number(run.summary.get("active_parameters"))) for run in runs)]
     steps = ["Steps", *(text(float(run.column("step")[-1]) if run.training else 0) for run in runs)]
-    rows = [*rows[:2], bigram, rows[2], active, *rows[3:], steps]
+    behind = ["Validation documents, tokens", *(", ".join(_behind(run.final)) or DASH for run in runs)]
+    rows = [*rows[:2], bigram, behind, rows[2], active, *rows[3:], steps]
     return table_html(["", *(run.name for run in runs)], rows)
 
 
 def domains_html(runs: list[Run]) -> str:
-    """Final bits per byte of each domain beside its baseline, and the loss."""
+    """Final bits per byte of each domain beside its baseline, the loss, and what they were measured on."""
     domains = list(dict.fromkeys(domain for run in runs for domain in run.domains))
     several = len(runs) > 1
     rows = []
@@ -84,9 +108,11 @@ def domains_html(runs: list[Run]) -> str:
             bits, loss = (number(table(run.final, key).get(domain)) for key in ("bits_per_byte_by_domain", "validation_loss_by_domain"))
             bigram = number(table(run.summary, "bigram_bits_per_byte").get(domain))
             gain = percent(1 - bits / bigram) if bigram > 0 else DASH
-            rows.append([domain, *([run.name] if several else []), text(loss), text(bits), text(bigram), gain.replace("-", "−")])
+            counts = table(table(run.final, "measured_on"), domain)
+            behind = [_count(counts.get(unit)) for unit in UNITS]
+            rows.append([domain, *([run.name] if several else []), text(loss), text(bits), text(bigram), gain.replace("-", "−"), *behind])
     return table_html(
-        ["Domain", *(["Run"] if several else []), "Validation loss (nats per token)", "Bits per byte", "Byte bigram", "Saved"], rows
+        ["Domain", *(["Run"] if several else []), "Validation loss (nats per token)", "Bits per byte", "Byte bigram", "Saved", *(unit.capitalize() for unit in UNITS)], rows
     )
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from pangu_locmoe.moe.capacity import capacity_bounds, cosine_statistic
 from pangu_locmoe.moe.routers import ROUTERS
 from pangu_locmoe.study import step_times, verdict
+from pangu_locmoe.study.documents import UNKNOWN, missing, on_other_documents
 from pangu_locmoe.study.experiment import Case, Claim, Experiment, Measured
 from pangu_locmoe.study.step_times import Times, by_run, shorter
 from pangu_locmoe.study.training import CONFIG, Record, routers, trained
@@ -77,6 +78,7 @@ def measure(case: Case) -> Any:
     model, half = trainer.config.model, record.rows[len(record.rows) // 2 :]
     return {
         "validation": record.validation,
+        "blocks": trainer.evaluator.blocks,
         "dropped_fraction": statistics.mean(row["dropped_fraction"] for row in half),
         "capacity": record.rows[-1]["capacity"],
         "tokens": trainer.config.micro_batch * model.seq_length,
@@ -265,7 +267,7 @@ def _plus(curves: Dict[str, Curve], times: List[Times], seeds: str, how: str) ->
 def table(measured: List[Measured]) -> str:
     """Everything by router, who is dropped first, and factor."""
     rows, times = _parts(measured)
-    head = ["router", "dropped first", "factor", "slots of an expert", "validation loss", "against the largest factor", "dropped", "milliseconds a step"]
+    head = ["router", "dropped first", "factor", "slots of an expert", "validation loss", "against the largest factor", "dropped", "milliseconds a step", "loss on other documents, 95%"]
     lines = [head, ["---"] * len(head)]
     for router in dict.fromkeys(row["case"]["router"] for row in rows):
         for order in ("affinity", "position"):
@@ -276,8 +278,10 @@ def table(measured: List[Measured]) -> str:
                 seconds = [1e3 * statistics.median(run[router, factor]) for run in times if order == "affinity" and (router, factor) in run]
                 gain = losses(results)[factor] / reference[max(reference)] - 1
                 first = {"affinity": "least affinity", "position": "last position"}[order]
-                lines.append([router, first, f"{factor:g}", str(group[0]["capacity"]), verdict.spread(loss), f"{gain:+.1%}", verdict.spread(dropped, ".1%"), verdict.spread(seconds, ".1f")])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+                lines.append([router, first, f"{factor:g}", str(group[0]["capacity"]), verdict.spread(loss), f"{gain:+.1%}", verdict.spread(dropped, ".1%"), verdict.spread(seconds, ".1f"), on_other_documents([result.get("blocks") for result in group])])
+    known = any(line[-1] != UNKNOWN for line in lines[2:])
+    text = "\n".join("| " + " | ".join(line if known else line[:-1]) + " |" for line in lines)
+    return text if known else f"{text}\n\n{missing('bash scripts/reproduce.sh --again capacity')}"
 
 
 def draw(measured: List[Measured], path: Path) -> None:

@@ -14,6 +14,7 @@ from pangu_locmoe.config import Config, load_config
 from pangu_locmoe.data.prepared import prepare
 from pangu_locmoe.moe.routers import ROUTERS
 from pangu_locmoe.study import tokens, verdict
+from pangu_locmoe.study.documents import loss_table
 from pangu_locmoe.study.experiment import Case, Claim, Experiment, Measured
 from pangu_locmoe.train.callbacks import Callback, Row
 from pangu_locmoe.train.loop import Trainer
@@ -71,6 +72,7 @@ def measure(case: Case) -> Any:
     gates = [block.moe.router.w_ED.asnumpy() for block in trainer.model.blocks if hasattr(getattr(getattr(block, "moe", None), "router", None), "w_ED")]
     return {
         "validation": record.validation,
+        "blocks": trainer.evaluator.blocks,
         "unused": [[end, tokens.unused_fraction(load_KLE[end - WINDOW : end])] for end in range(WINDOW, len(load_KLE) + 1, WINDOW)],
         "max_over_mean_load": statistics.mean(row["max_over_mean_load"] for row in record.rows[len(record.rows) // 2 :]),
         "cosines": tokens.similarities(trainer.model, trainer.config, trainer.prepared, 16),
@@ -141,6 +143,16 @@ def _alike(locmoe: Dict[int, Any], switch: Dict[int, Any], seeds: List[int], how
     ]  # fmt: skip
 
 
+def table(measured: List[Measured]) -> str:
+    """Final losses, and the gaps between routers, with their spread over seeds and over documents."""
+    models: Dict[str, Any] = {}
+    for row in measured:
+        result = row["result"]
+        run = {"seed": row["case"]["seed"], "loss": result["validation"][-1][1], "blocks": result.get("blocks")}
+        models.setdefault(row["case"]["router"], []).append(run)
+    return loss_table(models, next(iter(models)), "bash scripts/reproduce.sh --again training")
+
+
 def draw(measured: List[Measured], path: Path) -> None:
     """Validation loss, and the share of unused experts, over the steps."""
     from pangu_locmoe.study import charts
@@ -154,4 +166,4 @@ def draw(measured: List[Measured], path: Path) -> None:
     lines.save(path, [("steps", "validation loss"), ("steps", f"share of experts under {tokens.HARDLY:.0%} of an even share")])
 
 
-EXPERIMENT = Experiment("training", cases, measure, claims, draw, "Validation loss and unused experts, every router, a line for each seed")
+EXPERIMENT = Experiment("training", cases, measure, claims, draw, "Validation loss and unused experts, every router, a line for each seed", table)

@@ -1,0 +1,55 @@
+"""Two spreads of a validation loss: over the seeds, which have the same documents, and over documents (intervals.py)."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List, Optional, Sequence
+
+from pangu_locmoe.intervals import Blocks, difference, interval, mean_of
+from pangu_locmoe.study import verdict
+
+UNKNOWN = "not recorded"
+
+Runs = List[Dict[str, Any]]
+"""of one model, one for each seed: `seed`, `loss`, and `blocks` where the version that measured it recorded them"""
+
+
+def loss_table(models: Dict[str, Runs], base: str, command: str) -> str:
+    """A Markdown table of losses, and of what they are above the base's in the same seed, each with both spreads.
+
+    Args:
+        models: runs by name.
+        base: the name that the others are compared with.
+        command: what records blocks of documents, for the line under a table that lacks them.
+    """
+    head = ["router", "validation loss [seeds]", "on other documents, 95%", f"above {base}'s [seeds]", "on other documents, 95%"]
+    lines = [head, ["---"] * len(head)]
+    for name, runs in models.items():
+        others = {run["seed"]: run for run in models[base]}
+        pairs = [(run, others[run["seed"]]) for run in runs if run["seed"] in others]
+        gaps = [run["loss"] - other["loss"] for run, other in pairs]
+        apart = on_other_documents([run.get("blocks") for run, _ in pairs], "+.3f", [other.get("blocks") for _, other in pairs])
+        own = [name, verdict.spread([run["loss"] for run in runs]), on_other_documents([run.get("blocks") for run in runs])]
+        lines.append([*own, *(["–", "–"] if name == base else [verdict.spread(gaps, "+.3f"), apart])])
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"{text}\n\n{missing(command)}" if any(UNKNOWN in line for line in lines) else text
+
+
+def missing(command: str) -> str:
+    """What a table says that has no intervals from documents."""
+    return (
+        "These numbers are older than intervals from blocks of documents, and of the first sequences of each domain instead of a "
+        f"sample spread over it; `{command}` measures again."
+    )
+
+
+def on_other_documents(runs: Sequence[Optional[Blocks]], form: str = ".3f", less: Sequence[Optional[Blocks]] = ()) -> str:
+    """Where 95% of other documents would have the mean loss of these runs, less that of others; or why nobody knows."""
+    known, others = ([blocks for blocks in each if blocks is not None] for each in (runs, less))
+    if not known or len(known) < len(runs) or len(others) < len(less):
+        return UNKNOWN
+    try:
+        mean = difference(mean_of(known), mean_of(others)) if others else mean_of(known)
+    except ValueError:
+        return "measured on different text"
+    ends = interval(mean)
+    return "one document in a domain" if ends is None else f"{ends[0]:{form}} to {ends[1]:{form}}"
