@@ -16,6 +16,7 @@ from typing import Optional
 
 from pangu_locmoe.config import DataConfig
 from pangu_locmoe.data.documents import CorpusReport, pieces, read_documents, source_files
+from pangu_locmoe.data.finding import shown
 from pangu_locmoe.errors import DataError
 
 SPLITS = ("train", "validation")
@@ -68,11 +69,15 @@ class Corpus:
             raise DataError(f"data.sources: {len(wanted)} documents changed or vanished while they were read; start again")
 
 
-def corpus_files(config: DataConfig) -> list[tuple[str, Path]]:
-    """(domain, path) of every file, in the order of the sources. Raises DataError naming a source without files."""
+def corpus_files(config: DataConfig, report: Optional[CorpusReport] = None) -> list[tuple[str, Path]]:
+    """(domain, path) of every file, in the order of the sources; what is passed over goes to `report`.
+
+    Raises DataError naming a source without files.
+    """
+    report = report or CorpusReport()
     if not config.sources:
         raise DataError("data.sources: name at least one file, folder or glob with its domain")
-    return [(source.domain, path) for source in config.sources for path in source_files(source.path)]
+    return [(source.domain, path) for source in config.sources for path in source_files(source.path, report)]
 
 
 def scan(config: DataConfig, domains: Sequence[str]) -> Corpus:
@@ -80,8 +85,8 @@ def scan(config: DataConfig, domains: Sequence[str]) -> Corpus:
 
     Raises DataError if a source has no files or a domain fewer than two documents (one to train on, one held out).
     """
-    files = corpus_files(config)
     report = CorpusReport()
+    files = corpus_files(config, report)
     found: dict[bytes, Entry] = {}
     for domain, text in _texts(files, domains, config.max_document_bytes, report, found):
         digest, size = _digest(text), len(text.encode("utf-8"))
@@ -112,7 +117,7 @@ def _texts(
     for source_domain, path in files:
         for domain, text in read_documents(path, domains, max_bytes, report):
             if seen is not None and _digest(text) in seen:
-                report.count("duplicate", str(path))
+                report.count("duplicate", shown(path))
             else:
                 yield domain or source_domain, text
 

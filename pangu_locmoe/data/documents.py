@@ -12,10 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from pangu_locmoe.data.finding import PROBLEMS as PROBLEMS_OF_FILES
+from pangu_locmoe.data.finding import find_files, shown
 from pangu_locmoe.errors import DataError
 
 PROBLEMS = {
-    "unreadable": "files that could not be opened or unpacked",
+    **PROBLEMS_OF_FILES,
+    "unreadable": "files or folders that could not be opened or unpacked",
     "undecodable": "files that are not UTF-8 text",
     "empty": "documents without text",
     "huge": "files or lines more than 100 times data.max_document_bytes long, left out",
@@ -24,6 +27,7 @@ PROBLEMS = {
 }
 _EXAMPLES = 3
 _HUGE = 100
+_JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
 
 
 @dataclass
@@ -45,6 +49,7 @@ class CorpusReport:
     """split -> domain -> bytes of UTF-8 text used."""
 
     def count(self, problem: str, place: str) -> None:
+        """One more of a key of PROBLEMS; `place` is text that can be printed (`shown`)."""
         self.problems[problem] += 1
         examples = self.examples.setdefault(problem, [])
         if len(examples) < _EXAMPLES:
@@ -91,47 +96,40 @@ class CorpusReport:
         return "\n".join(lines)
 
 
-def source_files(path: str) -> list[Path]:
-    """The files of one source in sorted order; a folder is searched through, names that begin with a dot are not.
-
-    Raises DataError if there are none.
-    """
-    place = Path(path)
-    if place.is_dir():
-        found = [p for p in place.rglob("*") if not any(part.startswith(".") for part in p.relative_to(place).parts)]
-    elif place.exists():
-        found = [place]
-    elif glob.has_magic(path):
-        # Path.glob refuses absolute patterns.
-        found = [Path(name) for name in glob.glob(path, recursive=True)]  # noqa: PTH207
-    else:
-        raise DataError(f"data.sources: {path}: no such file or folder; scripts/fetch_corpus.sh makes data/corpus")
-    files = sorted(p for p in found if p.is_file())
-    if not files:
-        raise DataError(f"data.sources: {path}: {'an empty folder' if place.is_dir() else 'matches no file'}")
-    return files
+def source_files(path: str, report: CorpusReport) -> list[Path]:
+    """The files of one source in sorted order, as `find_files` finds them. Raises DataError if there are none."""
+    before = Counter(report.problems)
+    files = find_files(path, report.count)
+    if files:
+        return files
+    left_out = ", ".join(f"{number} {PROBLEMS[problem]}" for problem, number in (report.problems - before).items())
+    if left_out:
+        raise DataError(f"data.sources: {path}: no file that can be read (left out: {left_out})")
+    if Path(path).is_dir():
+        raise DataError(f"data.sources: {path}: an empty folder")
+    if glob.has_magic(path):
+        raise DataError(f"data.sources: {path}: matches no file")
+    raise DataError(f"data.sources: {path}: no such file or folder; scripts/fetch_corpus.sh makes data/corpus")
 
 
 def read_documents(path: Path, domains: Collection[str], max_bytes: int, report: CorpusReport) -> Iterator[tuple[str | None, str]]:
     """Yield (domain, text) of each document in a file; domain None means its source's. Problems go to `report`.
 
-    `.jsonl` has a document on each line (`text`, optionally `domain`); every other file is one document of UTF-8.
-    `.gz` is unpacked on the way.
+    `.jsonl` (and `.ndjson`, `.jsonlines`) has a document on each line (`text`, optionally `domain`); every other file
+    is one document of UTF-8. `.gz` is unpacked on the way. Capitals in a suffix make no difference.
     """
-    name = path.name[: -len(".gz")] if path.suffix == ".gz" else path.name
+    name = path.name.lower()
+    zipped = name.endswith(".gz")
     report.files += 1
+    place = shown(path)
     try:
-        with _open(path) as file:
-            if name.endswith(".jsonl"):
-                yield from _json_lines(file, str(path), domains, max_bytes, report)
+        with gzip.open(path, "rb") if zipped else path.open("rb") as file:
+            if name.removesuffix(".gz").endswith(_JSON_LINES):
+                yield from _json_lines(file, place, domains, max_bytes, report)
             else:
-                yield from _whole(file, str(path), max_bytes, report)
+                yield from _whole(file, place, max_bytes, report)
     except (OSError, EOFError, zlib.error):
-        report.count("unreadable", str(path))
-
-
-def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+        report.count("unreadable", place)
 
 
 def _whole(file: IO[bytes], path: str, max_bytes: int, report: CorpusReport) -> Iterator[tuple[None, str]]:

@@ -18,6 +18,7 @@ import numpy as np
 from pangu_locmoe.config import Config
 from pangu_locmoe.data.corpus import SPLITS, corpus_files
 from pangu_locmoe.data.documents import CorpusReport
+from pangu_locmoe.data.finding import shown
 from pangu_locmoe.data.preparing import build
 from pangu_locmoe.data.records import read_sequences
 from pangu_locmoe.data.tokenizer import Tokenizer
@@ -134,5 +135,5 @@ def _stamp(path: Path) -> tuple[int, int]:
     try:
         status = path.stat()
     except OSError as error:
-        raise DataError(f"data.sources: {path}: {error.strerror}") from None
+        raise DataError(f"data.sources: {shown(path)}: {error.strerror}") from None
     return status.st_size, status.st_mtime_ns

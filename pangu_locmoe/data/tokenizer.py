@@ -99,7 +99,10 @@ class Tokenizer:
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"tokenizer {path}: cannot be read: {getattr(error, 'strerror', None) or 'not text'}") from None
         try:
+            _check_model(json.loads(text)["model"])
             backend = tokenizers.Tokenizer.from_str(text)
+        except DataError as error:
+            raise DataError(f"tokenizer {path}: {error}") from None
         except Exception as error:  # the library raises plain Exception
             raise DataError(f"tokenizer {path}: not a tokenizer.json: {' '.join(str(error).split())}") from None
         tokenizer = cls(backend, f"tokenizer {path}")
@@ -126,7 +129,8 @@ class Tokenizer:
             if back != text.encode("utf-8"):
                 setting = _what_loses(json.loads(self._backend.to_str()), text)
                 raise DataError(
-                    f"{self._name}: {setting} changes text ({_difference(text, back.decode('utf-8', 'replace'))}); "
+                    f"{self._name}: text is changed by {setting} "
+                    f"({_difference(text, back.decode('utf-8', 'replace'))}); "
                     "take it out of the file, or leave data.tokenizer out to train one"
                 )
         return ids_of
@@ -193,6 +197,15 @@ def _bytes_of_tokens(vocabulary: dict[str, int], added: dict[int, str], end_of_d
     return pieces
 
 
+def _check_model(model: dict[str, Any]) -> None:
+    """Refuse, before the library stumbles over it, a model that cannot be byte-level BPE."""
+    if model.get("type", "BPE") != "BPE":
+        raise DataError(f"model type {model['type']}: only byte-level BPE loses nothing")
+    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            raise DataError(f"model {key} {model[key]!r}: only byte-level BPE without it loses nothing")
+
+
 def _switch_off(values: dict[str, Any]) -> list[str]:
     """Change a tokenizer.json's `values` to take out what cuts, fills or varies texts; returns the names of it."""
     off = [key for key in ("truncation", "padding", "post_processor") if values.get(key)]
@@ -227,20 +240,19 @@ def _stages(values: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _what_loses(values: dict[str, Any], text: str) -> str:
-    """Name the setting of a tokenizer.json that does not give this text back."""
+    """Name the settings of a tokenizer.json that do not give this text back."""
     character_of = {byte: character for character, byte in _byte_of_character().items()}
     forms = (text, "".join([character_of[byte] for byte in text.encode("utf-8")]))
-    stages = _stages(values)
-    for kind, stage in stages:
-        if stage["type"] != "ByteLevel" and any(_passed(kind, stage, form) != form for form in forms):
-            return f"{kind} {stage['type']}"
-    if all(stage["type"] != "ByteLevel" for _, stage in stages):
-        return "pre_tokenizer without ByteLevel"
-    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
-        if values["model"].get(key):
-            return f"model {key}"
-    present = [token["content"] for token in values["added_tokens"] if token["content"] in text]
-    return f"added token {present[0]!r}" if present else f"model {values['model']['type']}"
+    stages = [(kind, stage) for kind, stage in _stages(values) if stage["type"] != "ByteLevel"]
+    losing = [
+        f"{kind} {stage['type']}" for kind, stage in stages if any(_passed(kind, stage, form) != form for form in forms)
+    ]
+    if losing:
+        return ", ".join(losing)
+    if stages == _stages(values):
+        return "a pre_tokenizer without ByteLevel"
+    present = [f"added token {token['content']!r}" for token in values["added_tokens"] if token["content"] in text]
+    return present[0] if present else "its model"
 
 
 def _passed(kind: str, stage: dict[str, Any], text: str) -> str:

@@ -74,7 +74,14 @@ def test_bad_files_are_counted(make_config: Make, corpus: Path) -> None:
     (folder / "huge.txt").write_text("x" * 640_001)
     (folder / ".hidden").write_text("hidden")
     corpus_read = scanned(make_config(max_document_bytes=6400))
-    assert dict(corpus_read.report.problems) == {"undecodable": 3, "empty": 1, "duplicate": 1, "unreadable": 1, "huge": 1}
+    assert dict(corpus_read.report.problems) == {
+        "hidden": 1,
+        "undecodable": 3,
+        "empty": 1,
+        "duplicate": 1,
+        "unreadable": 1,
+        "huge": 1,
+    }
     assert len(list(corpus_read.documents())) == 60
     assert CorpusReport.from_dict(json.loads(json.dumps(corpus_read.report.to_dict()))) == corpus_read.report
     assert "3 files that are not UTF-8 text, e.g." in corpus_read.report.summary()
