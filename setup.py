@@ -29,6 +29,8 @@ setup(
         "tokenizers>=0.19,<1",
         "safetensors>=0.4,<1",
         "scipy>=1.11,<2",
+        # MinHash, for near-copies; version 1 has other permutations, and they decide what is held out.
+        "datasketch>=2,<3",
         "tqdm>=4.66,<5",
         "matplotlib>=3.8,<4",
         "tensorboardX>=2.6,<3",

@@ -1,8 +1,9 @@
 """Documents with a domain and a split, read twice: once to decide, once to use.
 
-The first reading keeps only a hash and a size of each document, so that a corpus need not fit in memory. All
+The first reading keeps only hashes and a size of each document, so that a corpus need not fit in memory. All
 decisions come from hashes of the content: which documents are held out does not change when others are added, and a
-limit takes its documents from everywhere instead of from the beginning of the alphabet.
+limit takes its documents from everywhere instead of from the beginning of the alphabet. Near-copies are on one side,
+that of the document among them with the smallest hash, so only a near-copy that comes can move them.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Optional
 
+import numpy as np
+
 from pangu_locmoe.config import DataConfig
+from pangu_locmoe.data.alike import Sketcher, groups_of_alike
 from pangu_locmoe.data.documents import CorpusReport, pieces, read_documents, source_files
 from pangu_locmoe.data.finding import shown
 from pangu_locmoe.errors import DataError
@@ -34,6 +38,10 @@ class Entry:
     """Bytes of it that are used; less than `size` where a limit is reached within it."""
     order: int
     """A hash, for taking a sample."""
+    file: int
+    """Index of the file it is in."""
+    group: int = -1
+    """The same number for near-copies of each other."""
 
 
 class Corpus:
@@ -59,7 +67,8 @@ class Corpus:
         if max_bytes is not None:
             wanted = _limit(wanted, max_bytes)
         limit = self._config.max_document_bytes
-        for _domain, text in _texts(self.files, self.domains, limit, CorpusReport()):
+        needed = sorted({entry.file for entry in wanted.values()})
+        for _, _, text in _texts([self.files[i] for i in needed], self.domains, limit, CorpusReport()):
             entry = wanted.pop(_digest(text), None)
             if entry is not None:
                 if entry.keep < entry.size:
@@ -88,11 +97,15 @@ def scan(config: DataConfig, domains: Sequence[str]) -> Corpus:
     report = CorpusReport()
     files = corpus_files(config, report)
     found: dict[bytes, Entry] = {}
-    for domain, text in _texts(files, domains, config.max_document_bytes, report, found):
-        digest, size = _digest(text), len(text.encode("utf-8"))
+    sketcher, sketches = Sketcher(), []
+    for file, domain, text in _texts(files, domains, config.max_document_bytes, report, found):
+        digest, content = _digest(text), text.encode("utf-8")
         split = "validation" if int.from_bytes(digest[:8], "big") < config.validation_fraction * 2.0**64 else "train"
-        found[digest] = Entry(domains.index(domain), size, split, size, int.from_bytes(digest[8:], "big"))
+        size = len(content)
+        found[digest] = Entry(domains.index(domain), size, split, size, int.from_bytes(digest[8:], "big"), file)
+        sketches.append(sketcher.sketch(content))
         report.cut += size > config.max_document_bytes
+    _keep_alike_together(found, sketches, report)
     entries: dict[bytes, Entry] = {}
     for index, domain in enumerate(domains):
         mine = {key: entry for key, entry in found.items() if entry.domain == index}
@@ -112,22 +125,35 @@ def _texts(
     max_bytes: int,
     report: CorpusReport,
     seen: Optional[dict[bytes, Entry]] = None,
-) -> Iterator[tuple[str, str]]:
-    """Yield (domain, text); with `seen`, only texts whose hash is not among its keys."""
-    for source_domain, path in files:
+) -> Iterator[tuple[int, str, str]]:
+    """Yield (index of the file, domain, text); with `seen`, only texts whose hash is not among its keys."""
+    for index, (source_domain, path) in enumerate(files):
         for domain, text in read_documents(path, domains, max_bytes, report):
             if seen is not None and _digest(text) in seen:
                 report.count("duplicate", shown(path))
             else:
-                yield domain or source_domain, text
+                yield index, domain or source_domain, text
 
 
 def _digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
 
 
+def _keep_alike_together(found: dict[bytes, Entry], sketches: list[np.ndarray], report: CorpusReport) -> None:
+    """Give near-copies their group and one side: that of the one whose `order` is smallest, which says nothing of it."""
+    if not found:
+        return
+    groups = groups_of_alike(np.stack(sketches)).tolist()
+    leaders: dict[int, Entry] = {}
+    for group, entry in zip(groups, found.values()):
+        leaders[group] = min(leaders.get(group, entry), entry, key=lambda one: one.order)
+    for group, (key, entry) in zip(groups, list(found.items())):
+        found[key] = replace(entry, split=leaders[group].split, group=group)
+    report.alike = sum(size for size in Counter(groups).values() if size > 1)
+
+
 def _both_sides(domain: str, mine: dict[bytes, Entry], report: CorpusReport) -> None:
-    """Move one document where the hash left a side empty: the one that was nearest to it."""
+    """Move documents where the hash left a side empty: the nearest to it with its near-copies, or alone if all are alike."""
     if len(mine) < 2:
         problems = ", ".join(f"{number} {problem}" for problem, number in report.problems.items())
         raise DataError(
@@ -137,8 +163,9 @@ def _both_sides(domain: str, mine: dict[bytes, Entry], report: CorpusReport) -> 
     splits = {entry.split for entry in mine.values()}
     for split, nearest in (("validation", min(mine)), ("train", max(mine))):
         if split not in splits:
-            entry = mine[nearest]
-            mine[nearest] = Entry(entry.domain, entry.size, split, entry.keep, entry.order)
+            moved = [key for key, entry in mine.items() if entry.group == mine[nearest].group]
+            for key in moved if len(moved) < len(mine) else [nearest]:
+                mine[key] = replace(mine[key], split=split)
 
 
 def _within_limits(config: DataConfig, mine: dict[bytes, Entry]) -> dict[bytes, Entry]:
@@ -160,7 +187,6 @@ def _limit(entries: dict[bytes, Entry], max_bytes: int) -> dict[bytes, Entry]:
     for key, entry in sorted(entries.items(), key=lambda item: item[1].order):
         room = left.setdefault(entry.domain, max_bytes)
         if room > 0:
-            keep = min(entry.keep, room)
-            kept[key] = Entry(entry.domain, entry.size, entry.split, keep, entry.order)
-            left[entry.domain] = room - keep
+            kept[key] = replace(entry, keep=min(entry.keep, room))
+            left[entry.domain] = room - kept[key].keep
     return kept

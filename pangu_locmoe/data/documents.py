@@ -41,6 +41,8 @@ class CorpusReport:
     """The first places where each problem occurred."""
     cut: int = 0
     """Documents longer than data.max_document_bytes, read in pieces."""
+    alike: int = 0
+    """Documents that are near-copies of others, kept on one side with them."""
     over_limit: Counter[str] = field(default_factory=Counter)
     """Documents of each domain left out by data.max_bytes_per_domain."""
     documents: dict[str, Counter[str]] = field(default_factory=dict)
@@ -62,6 +64,7 @@ class CorpusReport:
             "problems": dict(self.problems),
             "examples": self.examples,
             "cut": self.cut,
+            "alike": self.alike,
             "over_limit": dict(self.over_limit),
             "documents": {split: dict(counts) for split, counts in self.documents.items()},
             "bytes": {split: dict(counts) for split, counts in self.bytes.items()},
@@ -75,6 +78,7 @@ class CorpusReport:
             problems=Counter(values["problems"]),
             examples=values["examples"],
             cut=values["cut"],
+            alike=values["alike"],
             over_limit=Counter(values["over_limit"]),
             documents={split: Counter(counts) for split, counts in values["documents"].items()},
             bytes={split: Counter(counts) for split, counts in values["bytes"].items()},
@@ -91,6 +95,8 @@ class CorpusReport:
             lines.append(f"  {domain}: {'; '.join(parts)}{left}")
         if self.cut:
             lines.append(f"  {self.cut} documents cut into pieces of data.max_document_bytes")
+        if self.alike:
+            lines.append(f"  {self.alike} documents are near-copies of others and share a side with them")
         for problem, number in self.problems.items():
             lines.append(f"  left out: {number} {PROBLEMS[problem]}, e.g. {self.examples[problem][0]}")
         return "\n".join(lines)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from pangu_locmoe.config import Config
+from pangu_locmoe.data.copies import RUN
 from pangu_locmoe.data.corpus import SPLITS, corpus_files
 from pangu_locmoe.data.documents import CorpusReport
 from pangu_locmoe.data.finding import shown
@@ -45,6 +46,10 @@ class Prepared:
     report: CorpusReport
     counts: dict[str, dict[str, dict[str, int]]]
     """split -> domain -> documents, bytes, tokens, sequences, unused_tokens."""
+    copies: dict[str, dict[str, int]]
+    """domain -> validation tokens "searched" for in the training text, and "copied": in runs of 32 and more found there."""
+    tokenizer_switched_off: list[str]
+    """Settings of the given tokenizer.json that are not in force (`Tokenizer.switched_off`)."""
     files: dict[str, list[list[Path]]]
     """split -> MindRecord files of each domain."""
     identity: dict[str, Any]
@@ -71,10 +76,17 @@ class Prepared:
         lines = [self.report.summary()]
         for domain in self.domains:
             train, validation = self.counts["train"][domain], self.counts["validation"][domain]
+            copies = self.copies[domain]
             lines.append(
                 f"  {domain}: {train['tokens']} training tokens ({train['bytes'] / max(train['tokens'], 1):.2f} bytes each), "
                 f"{train['sequences']} + {validation['sequences']} sequences, bigram {self.bigram_bits_per_byte[domain]:.3f} bits/byte"
             )
+            lines.append(
+                f"  {domain}: {copies['copied'] / max(copies['searched'], 1):.1%} of {copies['searched']} validation tokens "
+                f"are in runs of {RUN} and more that the training text has too"
+            )
+        if self.tokenizer_switched_off:
+            lines.append(f"  tokenizer: not in force: {', '.join(self.tokenizer_switched_off)}")
         return "\n".join(lines)
 
 
@@ -123,6 +135,8 @@ def load_prepared(path: Path) -> Prepared:
             bigram_bits_per_byte=values["bigram_bits_per_byte"],
             report=CorpusReport.from_dict(values["report"]),
             counts=values["counts"],
+            copies=values["copies"],
+            tokenizer_switched_off=values["tokenizer_switched_off"],
             files={split: [[path / name for name in names] for names in values["files"][split]] for split in SPLITS},
             identity=values["identity"],
             document_starts=[np.load(path / f"validation-{i}-documents.npy") for i in range(len(domains))],

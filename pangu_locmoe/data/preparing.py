@@ -1,4 +1,4 @@
-"""Builds a prepared folder: one reading to decide, one for the tokenizer, one that tokenizes and counts."""
+"""Builds a prepared folder: one reading to decide, one for the tokenizer, one of each side that tokenizes and counts."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from pangu_locmoe.config import Config
 from pangu_locmoe.data.bigram import CONTEXTS, bits_per_byte, count_bigrams
+from pangu_locmoe.data.copies import CopiedRuns
 from pangu_locmoe.data.corpus import SPLITS, Corpus, scan
 from pangu_locmoe.data.identity import TextDigest, tokenizer_digest
 from pangu_locmoe.data.packing import Packer
@@ -58,20 +59,26 @@ def _fill(config: Config, folder: Path, progress: bool) -> None:
     corpus = scan(config.data, config.domains)
     tokenizer = _tokenizer(config, corpus)
     tokenizer.save(folder / "tokenizer.json")
-    sides = {(i, split): _Side(config, tokenizer, folder, i, split) for i in range(len(corpus.domains)) for split in SPLITS}
+    runs = CopiedRuns([corpus.report.bytes["validation"][name] for name in corpus.domains])
+    sides = {
+        (i, split): _Side(config, tokenizer, folder, i, split, runs) for i in range(len(corpus.domains)) for split in SPLITS
+    }
     total = sum(sum(counts.values()) for counts in corpus.report.bytes.values())
     with tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", disable=not progress, leave=False) as bar:
-        for domain, split, pieces in corpus.documents():
-            side = sides[domain, split]
-            bar.update(side.add(pieces))
-    for side in sides.values():
-        side.close()
+        for split in ("validation", "train"):  # what is looked for comes before what it is looked for in
+            for domain, _, pieces in corpus.documents(split):
+                bar.update(sides[domain, split].add(pieces))
+            for domain in range(len(corpus.domains)):
+                sides[domain, split].close()
     for domain, name in enumerate(corpus.domains):
         _check_enough(name, sides[domain, "train"])
         _check_held_out(config, name, sides[domain, "validation"])
         np.save(folder / f"validation-{domain}-documents.npy", sides[domain, "validation"].document_starts)
     np.save(folder / "token_counts.npy", np.stack([sides[i, "train"].token_counts for i in range(len(corpus.domains))]))
-    description = {"identity": _identity(config, corpus, sides, folder), **_describe(config, corpus, sides)}
+    description = {
+        "identity": _identity(config, corpus, sides, folder),
+        **_describe(config, corpus, tokenizer, sides, runs),
+    }
     (folder / "prepared.json").write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -90,8 +97,10 @@ def _tokenizer(config: Config, corpus: Corpus) -> Tokenizer:
 class _Side:
     """One split of one domain on its way from text to records."""
 
-    def __init__(self, config: Config, tokenizer: Tokenizer, folder: Path, domain: int, split: str) -> None:
-        self.split = split
+    def __init__(
+        self, config: Config, tokenizer: Tokenizer, folder: Path, domain: int, split: str, runs: CopiedRuns
+    ) -> None:
+        self.domain, self.split = domain, split
         self.documents = self.bytes = 0
         self.digest = TextDigest()
         self.document_starts = np.empty(0, np.int64)
@@ -102,7 +111,7 @@ class _Side:
         # Numbers, not names, because a domain may be called anything.
         self.writer = RecordWriter(folder, f"{split}-{domain}", domain)
         self.unused_tokens = 0
-        self._tokenizer = tokenizer
+        self._tokenizer, self._runs = tokenizer, runs
         self._waiting: list[str] = []
         self._waiting_contents: list[bytes] = []
         self._waiting_firsts: list[int] = []
@@ -139,6 +148,10 @@ class _Side:
         self.bigrams += count_bigrams(self._waiting_contents)
         starts = self.packer.tokens + np.cumsum([0, *(len(document) + 1 for document in ids)])
         self.document_starts = np.concatenate([self.document_starts, starts[self._waiting_firsts]])
+        if self.split == "validation":
+            self._runs.hold(self.domain, self._waiting_contents, ids)
+        else:
+            self._runs.search(ids, self._tokenizer.end_of_document)
         self.writer.write(self.packer.add(ids))
         self._waiting, self._waiting_contents, self._waiting_firsts, self._waiting_bytes = [], [], [], 0
 
@@ -170,7 +183,9 @@ def _identity(config: Config, corpus: Corpus, sides: dict[tuple[int, str], _Side
     }
 
 
-def _describe(config: Config, corpus: Corpus, sides: dict[tuple[int, str], _Side]) -> dict[str, Any]:
+def _describe(
+    config: Config, corpus: Corpus, tokenizer: Tokenizer, sides: dict[tuple[int, str], _Side], runs: CopiedRuns
+) -> dict[str, Any]:
     training = sum((side.bigrams for (_, split), side in sides.items() if split == "train"), np.zeros((CONTEXTS, 256), np.int64))
     held_out = {name: sides[i, "validation"].bigrams for i, name in enumerate(corpus.domains)}
     held_out["all"] = sum(held_out.values(), np.zeros((CONTEXTS, 256), np.int64))
@@ -182,6 +197,8 @@ def _describe(config: Config, corpus: Corpus, sides: dict[tuple[int, str], _Side
         "bigram_bits_per_byte": {name: bits_per_byte(training, counts) for name, counts in held_out.items()},
         "counts": {split: {name: _counts(sides[i, split]) for i, name in enumerate(corpus.domains)} for split in SPLITS},
         "files": {split: [[file.name for file in sides[i, split].writer.files] for i in range(len(corpus.domains))] for split in SPLITS},
+        "copies": {name: {"searched": searched, "copied": copied} for name, (searched, copied) in zip(corpus.domains, runs.counts())},
+        "tokenizer_switched_off": tokenizer.switched_off,
         "report": corpus.report.to_dict(),
     }
 
