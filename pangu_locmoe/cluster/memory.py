@@ -138,7 +138,7 @@ class _Sizes:
         """Of the largest operator; a recomputed block has its activations back while its gradient is taken."""
         scores = 0 if self.config.train.fused else 2 * self.sequences * self.heads * self.length**2 * _FP32
         logits = self.tokens * self.vocabulary * (_FP32 + self.item)
-        inner = 3 * max(self.tokens, self.rows) * self.inner * self.item
+        inner = 3 * max(self.tokens, self.rows) * self.inner * _FP32
         block = max(self.dense_block(), self.sparse_block()) if self.config.train.recompute else 0
         return block + max(scores, logits, inner)
 
@@ -159,11 +159,12 @@ class _Sizes:
         own = self.tokens * self.own_hidden * self.item
         square = self.sequences * self.heads * self.length
         probabilities = square * _FLASH_ROWS if self.config.train.fused else square * self.length * self.item
-        return self.norm() + self.row_bytes + 3 * own + probabilities + 2 * own
+        mixed = own if self.config.train.fused else self.tokens * self.own_hidden * _FP32  # the portable layer keeps it in fp32
+        return self.norm() + self.row_bytes + 3 * own + probabilities + mixed + own
 
     def network(self, rows: int) -> int:
-        """x W_in, its sigmoid and its GELU."""
-        return 3 * rows * self.inner * self.item
+        """x W_in, its sigmoid in fp32, and its GELU."""
+        return rows * self.inner * (2 * self.item + _FP32)
 
     def routing(self) -> int:
         """The router's fp32 operand, about four [T, E], and combine's rows and spread weights."""

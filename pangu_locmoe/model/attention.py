@@ -15,7 +15,7 @@ from pangu_locmoe.parallel.tensor import Cut, TensorGroup
 
 
 def attention_mask(segments_BS: Tensor, causal_SS: Tensor, num_heads: int) -> Tensor:
-    """0 where a token may look, -1e9 elsewhere, fp32 [B, H, S, S]: only back, and only inside its own segment.
+    """0 where a token may look, -3e38 elsewhere, below any score, fp32 [B, H, S, S]: only back, and only inside its own segment.
 
     Spread over the heads once, because adding a mask of the scores' own shape is twice as fast in every layer.
 
@@ -25,7 +25,7 @@ def attention_mask(segments_BS: Tensor, causal_SS: Tensor, num_heads: int) -> Te
         num_heads: H.
     """
     same_BSS = ops.cast(ops.equal(ops.expand_dims(segments_BS, 2), ops.expand_dims(segments_BS, 1)), causal_SS.dtype)
-    return ops.tile(ops.expand_dims((same_BSS * causal_SS - 1.0) * 1e9, 1), (1, num_heads, 1, 1))
+    return ops.tile(ops.expand_dims((same_BSS * causal_SS - 1.0) * 3e38, 1), (1, num_heads, 1, 1))
 
 
 class Attention(nn.Cell):
@@ -50,8 +50,8 @@ class Attention(nn.Cell):
     def construct(self, query_TD: Tensor, x_TD: Tensor, mask_BHSS: Tensor) -> Tensor:
         batch, length = mask_BHSS.shape[0], mask_BHSS.shape[2]
         heads = (batch, length, self.num_heads, self.head_size)
-        # Scaling Q is one pass over [T, D] instead of one over [B, H, S, S].
-        query_TD = self.matmul(query_TD, ops.cast(self.w_query, x_TD.dtype)) * (self.head_size**-0.5)
+        # Scaling W is one pass over [D, D] instead of one over [B, H, S, S], and Q before scaling may be beyond fp16.
+        query_TD = self.matmul(query_TD, ops.cast(self.w_query * (self.head_size**-0.5), x_TD.dtype))
         key_TD, value_TD = ops.split(self.matmul(x_TD, ops.cast(self.w_key_value, x_TD.dtype)), self.num_heads * self.head_size, 1)
         query_BHSK = ops.transpose(ops.reshape(query_TD, heads), (0, 2, 1, 3))
         key_BHSK = ops.transpose(ops.reshape(key_TD, heads), (0, 2, 1, 3))

@@ -13,6 +13,10 @@ cores with tensors of [1024, 256..1024] float32, are:
 What a bprop needs of the forward is returned as an extra output, so that PyNative computes it once as well; the public Cells
 hide the extra outputs.
 
+fp16 comes in and goes out, and everything between is float32: a square overflows fp16 from 256 on, a product of two rows sooner,
+and where the result would be finite an infinity on the way to it becomes 0 * inf. What is kept for the backward pass is fp16, but for
+GELU's sigmoid and attention's result, from which nearly equal numbers are subtracted.
+
 Shapes: T tokens, D hidden, F ffn, E experts, C capacity, V vocabulary, B batch, H heads, S queries, K keys, d head width.
 """
 
@@ -86,7 +90,7 @@ class LayerNorm(nn.Cell):
 
 
 class _AttentionCore(nn.Cell):
-    """(q_BHSd, k_BHKd, v_BHKd, mask) -> (o_BHSd, p_BHSK); q is scaled already."""
+    """(q_BHSd, k_BHKd, v_BHKd, mask) -> (o_BHSd in float32, p_BHSK in v's dtype); q is scaled already."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,26 +104,30 @@ class _AttentionCore(nn.Cell):
         self.zeros_like = ops.ZerosLike()
 
     def construct(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tuple[Tensor, Tensor]:
-        scores = self.matmul_bt(q, k).astype(ms.float32) + mask
-        p = self.softmax(scores).astype(v.dtype)
-        return self.matmul(p, v), p
+        scores = self.matmul_bt(_wide(q), _wide(k)) + mask
+        p = self.softmax(scores)
+        return self.matmul(p, _wide(v)), p.astype(v.dtype)
 
     def bprop(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, out: Any, dout: Any) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-        o, p = out[0], out[1]
-        do = dout[0]
+        v_wide, o, p, do = _wide(v), out[0], _wide(out[1]), dout[0]
         # Softmax's gradient is p * (dp - sum_K(p * dp)). The row sum equals sum_d(o * do), which is K/d times smaller, and its
         # subtraction rides in the matrix product as one more column: two passes over [B, H, S, K] less.
         rows = (*do.shape[:-1], 1)
         correction = self.sum((do * o).reshape(-1, o.shape[-1]), -1).reshape(rows)
-        dp = self.matmul_bt(self.concat((do, -correction)), self.concat((v, self.ones_like(v[..., :1]))))
+        dp = self.matmul_bt(self.concat((do, -correction)), self.concat((v_wide, self.ones_like(v_wide[..., :1]))))
         ds = p * dp
-        return self.matmul(ds, k), self.matmul_at(ds, q), self.matmul_at(p, do), self.zeros_like(mask)
+        dq, dk, dv = self.matmul(ds, _wide(k)), self.matmul_at(ds, _wide(q)), self.matmul_at(p, do)
+        return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), self.zeros_like(mask)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.astype(ms.float32)
 
 
 class Attention(nn.Cell):
     """softmax(q k^T + mask) v for several heads, with the gradient of FlashAttention's paper written as plain matrix products.
 
-    Scale q by 1/sqrt(d) before the call: it is K/d times smaller than the scores. Softmax runs in float32.
+    Scale q by 1/sqrt(d) before the call: it is K/d times smaller than the scores. Everything inside runs in float32.
     """
 
     def __init__(self) -> None:
@@ -139,7 +147,7 @@ class Attention(nn.Cell):
         Returns:
             [B, H, S, d], in v's dtype.
         """
-        return self.core(q_BHSd, k_BHKd, v_BHKd, mask)[0]
+        return self.core(q_BHSd, k_BHKd, v_BHKd, mask)[0].astype(v_BHKd.dtype)
 
 
 class _GeluCore(nn.Cell):
@@ -151,13 +159,14 @@ class _GeluCore(nn.Cell):
         self.sigmoid = ops.Sigmoid()
 
     def construct(self, x: Tensor) -> Tuple[Tensor, Tensor]:
-        s = self.sigmoid(x * (self.square(x) * (_GELU_SLOPE * _GELU_CUBE) + _GELU_SLOPE))
-        return x * s, s
+        wide = _wide(x)
+        s = self.sigmoid(wide * (self.square(wide) * (_GELU_SLOPE * _GELU_CUBE) + _GELU_SLOPE))
+        return (wide * s).astype(x.dtype), s
 
     def bprop(self, x: Tensor, out: Any, dout: Any) -> Tuple[Tensor]:
-        y, s = out[0], out[1]
-        slope = self.square(x) * (3.0 * _GELU_SLOPE * _GELU_CUBE) + _GELU_SLOPE
-        return (dout[0] * (s + (y - y * s) * slope),)
+        y, s = _wide(out[0]), out[1]
+        slope = self.square(_wide(x)) * (3.0 * _GELU_SLOPE * _GELU_CUBE) + _GELU_SLOPE
+        return ((_wide(dout[0]) * (s + (y - y * s) * slope)).astype(x.dtype),)
 
 
 class Gelu(nn.Cell):
@@ -172,6 +181,23 @@ class Gelu(nn.Cell):
         return self.core(x)[0]
 
 
+class _CrossEntropy(nn.Cell):
+    """Mean loss as (log sum exp - peak) + (peak - target): the kernel alone says inf where a target's probability underflows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.argmax, self.mean = ops.ArgMaxWithValue(-1), ops.ReduceMean()
+        self.kernel, self.kernel_gradient = ops.SparseSoftmaxCrossEntropyWithLogits(), ops.SparseSoftmaxCrossEntropyWithLogits(is_grad=True)
+
+    def construct(self, logits_TV: Tensor, targets_T: Tensor) -> Tensor:
+        likeliest_T, peak_T = self.argmax(logits_TV)
+        target_T = ops.gather_elements(logits_TV, 1, targets_T.reshape(-1, 1)).reshape(-1)
+        return self.kernel(logits_TV, likeliest_T.astype(ms.int32)) + self.mean(peak_T - target_T)
+
+    def bprop(self, logits_TV: Tensor, targets_T: Tensor, out: Tensor, dout: Tensor) -> Tuple[Tensor, Tensor]:
+        return self.kernel_gradient(logits_TV, targets_T) * dout, ops.zeros_like(targets_T)
+
+
 def cross_entropy(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
     """Mean next-token loss, a float32 scalar; 10 times faster than ops.cross_entropy.
 
@@ -179,7 +205,7 @@ def cross_entropy(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
         logits_TV: float32.
         targets_T: int32.
     """
-    return ops.SparseSoftmaxCrossEntropyWithLogits()(logits_TV, targets_T)
+    return _CrossEntropy()(logits_TV, targets_T)
 
 
 def token_losses(logits_TV: Tensor, targets_T: Tensor) -> Tensor:

@@ -132,8 +132,9 @@ class _CombineCore(nn.Cell):
     ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
         rows_TD, weight_TD, grad_TD = out[1], out[2], grads[0]
         slots_grad_PD = _rows(grad_TD * weight_TD, token_of_slot_P)
-        weight_grad_T = ops.reduce_sum(grad_TD * rows_TD, 1)
-        return slots_grad_PD, weight_grad_T, ops.zeros_like(token_of_slot_P), ops.zeros_like(slot_of_token_T)
+        # In fp32: a product may be beyond fp16 where the sum is not.
+        weight_grad_T = ops.reduce_sum(ops.cast(grad_TD, ms.float32) * ops.cast(rows_TD, ms.float32), 1)
+        return slots_grad_PD, ops.cast(weight_grad_T, weight_T.dtype), ops.zeros_like(token_of_slot_P), ops.zeros_like(slot_of_token_T)
 
 
 def _rows(x_MD: Tensor, one_based: Tensor) -> Tensor:
