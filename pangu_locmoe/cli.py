@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Callable, List, NoReturn, Optional
 
-from pangu_locmoe import __version__, cli_load
+from pangu_locmoe import __version__, cli_load, console, interrupts
 from pangu_locmoe.errors import LocMoEError
+from pangu_locmoe.files import json_text
 
 if TYPE_CHECKING:
     from pangu_locmoe.config import SampleConfig
@@ -22,16 +22,17 @@ Verb = Callable[[argparse.Namespace], int]
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
-    """Run one verb and return the exit code: 0, 2 with one line for what the user can mend, 1 for a check that failed."""
+    """Run one verb and return the exit code: 0, 2 with one line for what the user can mend, 1 for a check that failed, 128 + signal."""
     options = _parser().parse_args(arguments)
     verb: Verb = options.verb
     try:
-        return verb(options)
+        with interrupts.heard(), console.forgiving(verb in _WRITERS):
+            return verb(options)
     except LocMoEError as error:
-        print(f"pangu-locmoe: {error}", file=sys.stderr)
+        with console.forgiving():
+            print(f"pangu-locmoe: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         return 130
@@ -40,14 +41,16 @@ def main(arguments: Optional[List[str]] = None) -> int:
 def _train(options: argparse.Namespace) -> int:
     from pangu_locmoe.config import load_config
     from pangu_locmoe.parallel.world import join
-    from pangu_locmoe.train.run import default_run_dir, train
+    from pangu_locmoe.train.claim import default_run_dir
+    from pangu_locmoe.train.run import train
 
     communicator = join()
     config = load_config(options.config, options.set)
     resume = options.resume == "auto"
-    run_dir = options.run_dir or default_run_dir(options.config.stem, config.moe.router, resume)
-    train(config, run_dir, resume, options.init_from, not options.no_progress, communicator)
-    return 0
+    given = nullcontext(options.run_dir)
+    with given if options.run_dir else default_run_dir(options.config.stem, config.moe.router, resume, communicator) as run_dir:
+        stopped_by = train(config, run_dir, resume, options.init_from, not options.no_progress, communicator)
+    return 0 if stopped_by is None else 128 + stopped_by
 
 
 def _prepare(options: argparse.Namespace) -> int:
@@ -65,7 +68,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     row = evaluate_checkpoint(options.checkpoint, options.sequences)
     parts = (format_checkpoint(row), format_interval(row), format_evaluation(row, row["bigram_bits_per_byte"]))
-    print(json.dumps(row) if options.json else "\n".join(parts))
+    print(json_text(row) if options.json else "\n".join(parts))
     return 0
 
 
@@ -88,9 +91,10 @@ def _sample(options: argparse.Namespace) -> SampleConfig:
     from pydantic import ValidationError
 
     from pangu_locmoe.config import SampleConfig
+    from pangu_locmoe.config.models import MAX_SEED
 
-    if options.seed < 0:
-        _usage_error(f"--seed {options.seed}: must be at least 0")
+    if not 0 <= options.seed <= MAX_SEED:
+        _usage_error(f"--seed {options.seed}: must be from 0 to {MAX_SEED}")
     try:
         return SampleConfig(tokens=options.tokens, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
     except ValidationError as error:
@@ -106,7 +110,7 @@ def _capacity(options: argparse.Namespace) -> int:
         bounds = capacity_bounds(options.hidden_size, options.num_experts, options.cosine)
     except ValueError as error:
         _usage_error(str(error))
-    print(json.dumps(dataclasses.asdict(bounds)))
+    print(json_text(dataclasses.asdict(bounds)))
     return 0
 
 
@@ -144,7 +148,7 @@ def _check(options: argparse.Namespace) -> int:
 
     device = None if options.device is None else Device.named(options.device)
     result = check(load_config(options.config, options.set), options.ranks, options.rank, device)
-    print(json.dumps(result.to_dict()) if options.json else result.format())
+    print(json_text(result.to_dict()) if options.json else result.format())
     if result.differences:
         print(f"pangu-locmoe: the graph is not what the plan says: {'; '.join(result.differences)}", file=sys.stderr)
     if result.too_large:
@@ -160,8 +164,12 @@ def _simulate(options: argparse.Namespace) -> int:
     assumptions = Assumptions(tensor_parallel=options.tensor_parallel, ranks_per_node=options.ranks_per_node)
     device = Device.named(options.device, options.devices) if options.devices else Device.named(options.device)
     result = simulate(load_config(options.config, options.set), options.nodes, options.router, device, load, options.load_router, assumptions)
-    print(json.dumps(result.to_dict()) if options.json else result.format())
+    print(json_text(result.to_dict()) if options.json else result.format())
     return 0
+
+
+_WRITERS = (_prepare, _train, _report, _inherit, _extract)
+"""The verbs whose result is files, whatever becomes of what they print."""
 
 
 def _whole_numbers(text: str) -> List[int]:

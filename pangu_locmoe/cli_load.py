@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional
 
 from pangu_locmoe.errors import DataError
+from pangu_locmoe.files import json_text
 
 if TYPE_CHECKING:
     from pangu_locmoe.load.trace import Trace
@@ -99,7 +99,7 @@ def _states(options: argparse.Namespace) -> int:
         found = states(trace) if options.window is None else states(trace, options.window)
     except ValueError as error:
         raise DataError(f"--window {options.window}: {error}") from None
-    print(json.dumps(found.to_dict()) if options.json else found.format())
+    print(json_text(found.to_dict()) if options.json else found.format())
     if options.plot is not None:
         from pangu_locmoe.load.plots import plot_states
 
@@ -121,7 +121,7 @@ def _forecast(options: argparse.Namespace) -> int:
     if options.output is not None:
         save_forecast(options.output, made)
     found = {**made.to_dict(), "errors": errors(made, trace)}
-    print(json.dumps(found) if options.json else _format_forecast(found))
+    print(json_text(found) if options.json else _format_forecast(found))
     return 0
 
 
@@ -187,7 +187,7 @@ def _place(options: argparse.Namespace) -> int:
         None if options.while_transient else lambda past: states(past).layers_stable_from,
     )
     save_plan(plan, options.output)
-    print(json.dumps(plan.to_dict()) if options.json else plan.format())
+    print(json_text(plan.to_dict()) if options.json else plan.format())
     return 0
 
 

@@ -43,7 +43,9 @@ def _allowed(item: Any) -> str:
         return "a section of `key: value` lines"
     if item["type"] == "string_too_short":
         return f"text of at least {item['ctx']['min_length']} character"
-    message = str(item["msg"]).removeprefix("Input should be ")
+    if item["type"] == "string_too_long":
+        return f"text of at most {item['ctx']['max_length']} characters"
+    message = str(item["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
     return message.replace("a valid string", "text").replace("a valid integer", "an integer").replace("a valid ", "a ")
 
 

@@ -7,6 +7,9 @@ from typing import Annotated, Any, Dict, List, Literal, Optional, Union
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+MAX_SEED = 2**63 - 1
+"""What everything that is seeded, and every reader of JSON's integers, can hold: 63 bits."""
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
@@ -77,7 +80,16 @@ class ParallelConfig(Section):
 
 class SourceConfig(Section):
     path: str = Field(description="a file, a folder or a glob, relative to the working directory; .txt, .jsonl, code, any of them .gz")
-    domain: str = Field(min_length=1, description="the domain of its documents: zh, en, bilingual, code, or a name of your own")
+    domain: str = Field(min_length=1, max_length=64, description="the domain of its documents: zh, en, bilingual, code, or a name of your own")
+
+    @field_validator("domain")
+    @classmethod
+    def _is_a_name(cls, value: str) -> str:
+        if value == "all":
+            raise ValueError("another name: `all` stands for all domains together")
+        if not value.isprintable() or value != value.strip():
+            raise ValueError("printable characters without space at its ends")
+        return value
 
 
 class DataConfig(Section):
@@ -113,7 +125,7 @@ class TrainConfig(Section):
     recompute: bool = Field(False, description="recompute activations of decoder blocks in the backward pass")
     offload_expert_optimizer: bool = Field(False, description="Adam's moments of the experts stay on the host, which computes the experts' update (PanGu-Sigma's ECSS in part)")
     fused: bool = Field(False, description="Ascend's fused operators: flash attention, and with parallel.sizes: counts grouped products and token permutation")
-    seed: int = Field(1, ge=0, description="of weights, data order, hash tables and dropout")
+    seed: int = Field(1, ge=0, le=MAX_SEED, description="of weights, data order, hash tables and dropout")
     log_every: int = Field(1, ge=1, description="steps between training rows in metrics.jsonl")
 
     @property

@@ -32,7 +32,7 @@ def read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # not UTF-8; a number of thousands of digits; nested too deep
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     values = {} if values is None else values
     if not isinstance(values, dict):
@@ -60,7 +60,7 @@ def override_value(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override!r}: must be KEY=VALUE, for example moe.router=switch")
     try:
         value = yaml.load(text, _Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise ConfigError(f"--set {override!r}: the value is not YAML") from None
     *parents, last = key.split(".")
     for parent in parents:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,7 +133,7 @@ def load_prepared(path: Path) -> Prepared:
             tokenizer=Tokenizer.load(path / "tokenizer.json"),
             token_counts=np.load(path / "token_counts.npy"),
             num_sequences={split: [values["counts"][split][domain]["sequences"] for domain in domains] for split in SPLITS},
-            bigram_bits_per_byte=values["bigram_bits_per_byte"],
+            bigram_bits_per_byte={name: math.nan if bits is None else bits for name, bits in values["bigram_bits_per_byte"].items()},
             report=CorpusReport.from_dict(values["report"]),
             counts=values["counts"],
             copies=values["copies"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from pangu_locmoe.data.packing import Packer
 from pangu_locmoe.data.records import RecordWriter
 from pangu_locmoe.data.tokenizer import Tokenizer
 from pangu_locmoe.errors import DataError
+from pangu_locmoe.files import json_text
 
 _TOKENIZER_BYTES = 10_000_000
 """Text the tokenizer is trained on, in equal parts from each domain; more changes little and takes longer."""
@@ -79,7 +79,7 @@ def _fill(config: Config, folder: Path, progress: bool) -> None:
         "identity": _identity(config, corpus, sides, folder),
         **_describe(config, corpus, tokenizer, sides, runs),
     }
-    (folder / "prepared.json").write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "prepared.json").write_text(json_text(description, indent=1, ascii_only=False) + "\n", encoding="utf-8")
 
 
 def _tokenizer(config: Config, corpus: Corpus) -> Tokenizer:

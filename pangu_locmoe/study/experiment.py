@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
 
-from pangu_locmoe.files import write_atomic
+from pangu_locmoe.files import json_text, write_atomic
 
 Case = Dict[str, Any]
 Measured = Dict[str, Any]
@@ -79,7 +79,7 @@ def record(experiment: Experiment, file: Path, quick: bool, case: Case, result: 
     rows = sorted([*kept, row], key=lambda row: order.index(row["case"]))
     content = {"experiment": experiment.name, "quick": quick, "machine": machine(), "measured": rows}
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(file, (json.dumps(content, indent=1) + "\n").encode("utf-8"))
+    write_atomic(file, (json_text(content, indent=1) + "\n").encode("utf-8"))
 
 
 def machine() -> str:

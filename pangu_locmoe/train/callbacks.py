@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from pathlib import Path
@@ -13,7 +12,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
 from pangu_locmoe.config import Config
-from pangu_locmoe.files import write_atomic
+from pangu_locmoe.files import json_text, write_atomic
 from pangu_locmoe.load.trace import Trace, TraceWriter
 from pangu_locmoe.parallel.timeline import chrome_trace
 from pangu_locmoe.parallel.topology import Topology
@@ -119,7 +118,7 @@ class WriteTimeline(Callback):
 
     def on_step(self, step: int, result: StepResult, row: Row) -> None:
         if result.spans is not None:
-            write_atomic(self._path, json.dumps(chrome_trace(result.spans, self._topology)).encode())
+            write_atomic(self._path, json_text(chrome_trace(result.spans, self._topology)).encode())
 
 
 class ShowProgress(Callback):

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Iterable, Mapping, Optional, Sequence
+from typing import Any, Iterable, Iterator, Mapping, Optional, Sequence
 
 import numpy as np
 from mindspore import Parameter, nn
@@ -24,6 +26,8 @@ from pangu_locmoe.config import Config, load_stored_config
 from pangu_locmoe.data.identity import Identity, differences, tokenizer_digest
 from pangu_locmoe.data.prepared import Prepared
 from pangu_locmoe.errors import CheckpointError
+from pangu_locmoe.files import json_text
+from pangu_locmoe.parallel.agreement import together
 from pangu_locmoe.parallel.gradients import kind
 from pangu_locmoe.parallel.tensor import piece_of
 from pangu_locmoe.parallel.topology import Topology
@@ -33,6 +37,10 @@ from pangu_locmoe.train.shards import Held, Shards, contents, save_arrays, set_p
 
 PARTS = ("model", "optimizer")
 WEIGHTS = ("model",)  # enough to evaluate, to generate, and to make other models from
+
+_CHECKPOINT = re.compile(r"step-([0-9]{8,})")
+_HALF_WRITTEN = re.compile(r"\.step-([0-9]{8,})")
+_PUT_ASIDE = re.compile(r"\.step-([0-9]{8,})\.old")  # the one that is replaced
 
 
 def save_checkpoint(
@@ -47,10 +55,10 @@ def save_checkpoint(
     """Write beside, fsync, rename. Raises CheckpointError when it cannot be written; an older one stays as it was.
 
     In a job the ranks of the first `expert_parallel` places write their own experts and slices, every rank its pieces of
-    moments, and rank 0 everything else, to a folder that all ranks see.
+    moments, and rank 0 everything else, to a folder that all ranks see. What one rank cannot write, all ranks raise.
     """
     world = world or World.of(config)
-    rank, topology = world.communicator.rank, world.topology
+    rank, topology, communicator = world.communicator.rank, world.topology, world.communicator
     shards = topology.expert_parallel * topology.tensor_parallel if world.exchange is not None else 1
     arrays = {"model": list(model.get_parameters())}
     files = {"model": shards}
@@ -59,32 +67,55 @@ def save_checkpoint(
         files["optimizer"] = topology.num_ranks if any(optimizer.divided) else shards
     temporary = folder.parent / f".{folder.name}"
     try:
-        if rank == 0:
+        with together(communicator), _writing(folder):
+            if rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+        with together(communicator), _writing(folder):
+            for name, parameters in arrays.items():
+                if rank < files[name]:
+                    file = temporary / shard_name(name, rank)
+                    save_arrays([p for p in parameters if _writes(p, rank, topology)], Held.by(model), file)
+                    _sync(file)
+            if rank == 0:
+                texts = {"state.json": json_text({"step": 0, **(state or {}), "shards": files}), "config.yaml": config.to_yaml()}
+                if tokenizer_file is not None:
+                    texts["tokenizer.json"] = tokenizer_file.read_text(encoding="utf-8")
+                for name, text in texts.items():
+                    (temporary / name).write_text(text, encoding="utf-8")
+                    _sync(temporary / name)
+        with together(communicator), _writing(folder):
+            if rank == 0:
+                _publish(temporary, folder)
+    except CheckpointError:
+        if rank == 0:  # no rank writes any more: all of them are here
             shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        world.communicator.barrier()
-        for name, parameters in arrays.items():
-            if rank < files[name]:
-                file = temporary / shard_name(name, rank)
-                save_arrays([p for p in parameters if _writes(p, rank, topology)], Held.by(model), file)
-                _sync(file)
-        if rank == 0:
-            contents = {"state.json": json.dumps({"step": 0, **(state or {}), "shards": files}), "config.yaml": config.to_yaml()}
-            if tokenizer_file is not None:
-                contents["tokenizer.json"] = tokenizer_file.read_text(encoding="utf-8")
-            for name, text in contents.items():
-                (temporary / name).write_text(text, encoding="utf-8")
-                _sync(temporary / name)
-        world.communicator.barrier()
-        if rank == 0:
-            if folder.exists():
-                shutil.rmtree(folder)
-            temporary.rename(folder)
-            _sync(folder.parent)
-        world.communicator.barrier()
+        raise
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"checkpoint {folder} cannot be written: {error}") from None
+
+
+def _publish(temporary: Path, folder: Path) -> None:
+    """Put a whole folder in its place. One that is there is put aside until then; `recover` brings it back after a crash in between."""
+    aside = folder.parent / f".{folder.name}.old"
+    shutil.rmtree(aside, ignore_errors=True)
+    replaces = folder.is_dir() and not folder.is_symlink()
+    if replaces:
+        folder.rename(aside)
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if replaces:
+            aside.rename(folder)
+        raise
+    _sync(folder.parent)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def shard_name(name: str, rank: int) -> str:
@@ -113,10 +144,16 @@ def load_optimizer(folder: Path, optimizer: AdamW, held: Held) -> None:
 
 def read_state(folder: Path) -> dict[str, Any]:
     """The checkpoint's state.json. Raises CheckpointError if it is not a checkpoint."""
+    file = folder / "state.json"
     try:
-        state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        state = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder} is not a checkpoint: {error}") from None
+    if not isinstance(state, dict) or not _whole_number(state.get("step"), 0):
+        raise CheckpointError(f"{folder} is not a checkpoint: state.json has no step")
+    shards = state.get("shards", {})
+    if not isinstance(shards, dict) or not all(_whole_number(count, 1) for count in shards.values()):
+        raise CheckpointError(f"{folder} is not a checkpoint: state.json has no numbers of files in shards")
     return state
 
 
@@ -171,8 +208,29 @@ def read_arrays(file: Path) -> dict[str, np.ndarray]:
 
 
 def step_folders(run_dir: Path) -> list[Path]:
-    """Checkpoints of a run, oldest first."""
-    return sorted(path for path in (run_dir / "checkpoints").glob("step-*") if path.is_dir())
+    """Checkpoints of a run, oldest first: folders, not links, of exactly the names that runs give; all else is somebody's own.
+
+    One that a crash caught while it was replaced is found where it was put aside.
+    """
+    found: dict[int, Path] = {}
+    for step, path in sorted(_entries(run_dir, _PUT_ASIDE)) + sorted(_entries(run_dir, _CHECKPOINT)):
+        found[step] = path
+    return [found[step] for step in sorted(found)]
+
+
+def recover(run_dir: Path) -> list[str]:
+    """Clear away what a crash left half-written and put back what it left put aside. Returns a line for each that could not be."""
+    notes = []
+    for _, path in _entries(run_dir, _HALF_WRITTEN):
+        notes += _removing(path)
+    for _, path in _entries(run_dir, _PUT_ASIDE):
+        folder = path.with_name(path.name[1:].partition(".")[0])
+        if os.path.lexists(folder):
+            notes += _removing(path)
+        else:
+            with suppress(OSError):  # it is found where it is, too
+                path.rename(folder)
+    return notes
 
 
 def latest_whole_checkpoint(run_dir: Path, parts: Sequence[str] = PARTS) -> Optional[Path]:
@@ -231,12 +289,46 @@ def check_data(folder: Path, prepared: Prepared) -> list[str]:
     return []
 
 
-def remove_old(run_dir: Path, step: int, keep: int, best_step: Optional[int]) -> None:
-    """Keep the newest `keep` up to `step` and the best. Later ones, which a resumed run passed over as damaged, do not count."""
-    folders = {int(folder.name.split("-")[1]): folder for folder in step_folders(run_dir)}
-    for old in [number for number in folders if number <= step][:-keep]:
+def remove_old(run_dir: Path, step: int, keep: int, best_step: Optional[int]) -> list[str]:
+    """Keep the newest `keep` up to `step` and the best. Later ones, which a resumed run passed over as damaged, do not count.
+
+    Returns a line for each that could not be removed.
+    """
+    folders = dict(_entries(run_dir, _CHECKPOINT))
+    notes = []
+    for old in [number for number in sorted(folders) if number <= step][:-keep]:
         if old != best_step:
-            shutil.rmtree(folders[old])
+            notes += _removing(folders[old])
+    return notes
+
+
+def _entries(run_dir: Path, name: re.Pattern[str]) -> Iterator[tuple[int, Path]]:
+    """Steps and folders in checkpoints/ of a name of ours."""
+    folder = run_dir / "checkpoints"
+    try:
+        names = os.listdir(folder)  # noqa: PTH208
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read: {error.strerror}") from None
+    for found in filter(None, map(name.fullmatch, names)):
+        path = folder / found[0]
+        if f"{int(found[1]):08d}" == found[1] and path.is_dir() and not path.is_symlink():
+            yield int(found[1]), path
+
+
+def _removing(folder: Path) -> list[str]:
+    """Remove a folder of ours; a line about it where that fails."""
+    try:
+        (folder / "state.json").unlink(missing_ok=True)  # first: what is left of an interrupted removal is no checkpoint
+        shutil.rmtree(folder)
+    except OSError as error:
+        return [f"{folder} cannot be removed: {error.strerror or error}"]
+    return []
+
+
+def _whole_number(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _writes(parameter: Parameter, rank: int, topology: Topology) -> bool:
@@ -251,7 +343,7 @@ def _writes(parameter: Parameter, rank: int, topology: Topology) -> bool:
 
 def _files(folder: Path, name: str) -> list[Path]:
     """The files of all ranks that wrote a checkpoint."""
-    return [folder / shard_name(name, rank) for rank in range(int(read_state(folder).get("shards", {}).get(name, 1)))]
+    return [folder / shard_name(name, rank) for rank in range(read_state(folder).get("shards", {}).get(name, 1))]
 
 
 def _load(folder: Path, name: str, parameters: Iterable[Parameter], held: Held) -> None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-import shutil
 import signal
 import time
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, Dict, List, NoReturn, Optional, Sequence
+from typing import Any, Callable, Dict, List, NoReturn, Optional, Sequence, Set
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor
+from tqdm import tqdm
 
 from pangu_locmoe.config import Config
 from pangu_locmoe.data.clusters import nodes_by_content
@@ -24,6 +24,7 @@ from pangu_locmoe.errors import CheckpointError, DivergenceError
 from pangu_locmoe.load.trace import Trace
 from pangu_locmoe.model.sigma import PanguSigma
 from pangu_locmoe.moe.domains import allowed_experts
+from pangu_locmoe.parallel.agreement import first_failure, together
 from pangu_locmoe.parallel.topology import Topology
 from pangu_locmoe.parallel.world import World
 from pangu_locmoe.train import callbacks as jobs
@@ -38,6 +39,7 @@ from pangu_locmoe.train.checkpoint import (
     load_weights,
     passed_over,
     read_state,
+    recover,
     remove_old,
     save_checkpoint,
     step_folders,
@@ -72,10 +74,13 @@ class Trainer:
         self.model = PanguSigma(config, prepared.token_counts, self.topology, self.world.exchange, self.world.tensor)
         self.notes: List[str] = []  # on the checkpoint it starts from or goes on from
         if init_from is not None:
-            folder = find_checkpoint(init_from)
-            self.notes += [f"weights from {folder}, step {read_state(folder)['step']}", *passed_over(init_from, folder, WEIGHTS)]
-            check_tokenizer(folder, prepared.path / "tokenizer.json")
-            load_weights(folder, self.model)
+            with together(self.world.communicator):
+                folder = find_checkpoint(init_from)
+                step = read_state(folder)["step"]
+                self.notes.append(f"weights from {folder}, step {step}")
+                self.notes += passed_over(init_from, folder, WEIGHTS)
+                check_tokenizer(folder, prepared.path / "tokenizer.json")
+                load_weights(folder, self.model)
         self.stepper = make_stepper(self.model, config, self.world)
         self.policies = make_policies(config, self.stepper, self._load_trace)
         self.loader = BatchLoader(prepared, _sampler(config, prepared, self.topology), config.data.reset_at_document_end)
@@ -89,6 +94,8 @@ class Trainer:
         self._smallest_scale = False
         self._signal: Optional[int] = None  # this rank's
         self._stopped_by: Optional[int] = None  # any rank's; all ranks agree
+        self._failure: Optional[str] = None  # this rank's: a file beside the checkpoints that cannot be written
+        self._noted: Set[str] = set()
 
     def resume(self) -> bool:
         """Continue from the newest whole checkpoint; False where there is none at all, and the run starts at step 0.
@@ -96,18 +103,29 @@ class Trainer:
         Raises:
             CheckpointError: there are checkpoints, but none is whole; or the newest was trained on other data.
         """
-        if self.world.is_first:
-            for leftover in (self.run_dir / "checkpoints").glob(".step-*"):
-                shutil.rmtree(leftover)  # a checkpoint that a kill interrupted
+        communicator = self.world.communicator
+        with together(communicator):
+            if self.world.is_first:
+                self._note(recover(self.run_dir))
+        with together(communicator):
+            return self._resume()
+
+    def _resume(self) -> bool:
         folder = latest_whole_checkpoint(self.run_dir)
         if folder is None:
             broken = step_folders(self.run_dir)
             if broken:
                 raise CheckpointError(f"{damage(broken[-1])}; no older checkpoint is whole: begin again in another --run-dir")
             return False
-        state = read_state(folder)
         self.notes += passed_over(self.run_dir, folder)
         self.notes += check_data(folder, self.prepared)
+        try:
+            self._restore(folder, read_state(folder))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{folder / 'state.json'} is not of a run that can go on: {type(error).__name__}: {error}") from None
+        return True
+
+    def _restore(self, folder: Path, state: Dict[str, Any]) -> None:
         for policy in self.policies:
             policy.restore(state)
         load_weights(folder, self.model)
@@ -116,28 +134,26 @@ class Trainer:
         self.step, self.best = state["step"], state["best"]
         if self.stepper.loss_scale is not None:
             self.stepper.loss_scale.value, self.stepper.loss_scale.good_steps = state["loss_scale"]
-        return True
 
-    def run(self, progress: bool = True) -> Optional[str]:
-        """Train to the last step. Returns None, or the name of the signal that stopped the run after a saved step.
+    def run(self, progress: bool = True) -> Optional[signal.Signals]:
+        """Train to the last step. Returns None, or the signal that stopped the run after a saved step.
 
         Raises:
             DivergenceError: a loss or the gradient is not finite.
             CheckpointError: a checkpoint or another file of the run cannot be written.
         """
-        handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        handlers = {number: signal.signal(number, self._on_signal) for number in _stopping_signals()}
         try:
-            self._callbacks = self._make_callbacks(progress)
-            while self.step < self.config.train.steps and not self._stopping():
+            with together(self.world.communicator):
+                self._callbacks = self._make_callbacks(progress)
+            while not self._stopping() and self.step < self.config.train.steps:
                 self._advance()
-            if self._stopped_by is not None:
+            if self._stopped_by is not None and self.step < self.config.train.steps:
                 self._save()
-                return signal.Signals(self._stopped_by).name
+                return signal.Signals(self._stopped_by)
             if not self.final:  # resumed after the last step
                 self.final = {"step": self.step, **self.evaluator()}
             return None
-        except OSError as error:
-            raise CheckpointError(f"{self.run_dir} cannot be written: {error}") from None
         finally:
             for callback in self._callbacks:
                 with suppress(OSError):  # a full disk was reported above
@@ -146,8 +162,11 @@ class Trainer:
                 signal.signal(number, handler)
 
     def _stopping(self) -> bool:
-        """Whether any rank got a signal; all ranks agree."""
-        signals = self.world.communicator.all_gather(Tensor([self._signal or 0], ms.int32)).asnumpy()
+        """Whether any rank got a signal; all ranks agree. Raises CheckpointError on all where one could not write."""
+        own = Tensor([self._signal or 0, self._failure is not None], ms.int32)
+        signals, failures = self.world.communicator.all_gather(own).asnumpy().T
+        if failures.any():
+            raise CheckpointError(first_failure(self.world.communicator, self._failure))
         # Apart from `_signal`, which a signal may set at any moment: one that comes during the gather is for the next step.
         self._stopped_by = int(signals.max()) or None
         return self._stopped_by is not None
@@ -164,8 +183,7 @@ class Trainer:
         self._check_finite(result)
         if self.stepper.loss_scale is not None:
             row["loss_scale"] = self.stepper.loss_scale.value
-        for callback in self._callbacks:
-            callback.on_step(self.step, result, row)
+        self._each(lambda callback: callback.on_step(self.step, result, row))
         for policy in self.policies:
             for event in policy(self.step, result):
                 self._tell(event)
@@ -186,12 +204,25 @@ class Trainer:
         return improved
 
     def _tell(self, row: Dict[str, Any]) -> None:
+        self._each(lambda callback: callback.on_row(row))
+
+    def _each(self, call: Callable[[jobs.Callback], None]) -> None:
+        """A file that cannot be written ends the run after this step, on all ranks: until then the others count on this one."""
         for callback in self._callbacks:
-            callback.on_row(row)
+            try:
+                call(callback)
+            except OSError as error:
+                self._failure = self._failure or _unwritable(self.run_dir, error)
+
+    def _note(self, lines: Sequence[str]) -> None:
+        """Say each once."""
+        for line in lines:
+            if line not in self._noted:
+                tqdm.write(f"note: {line}")
+        self._noted.update(lines)
 
     def _save(self) -> None:
-        for callback in self._callbacks:
-            callback.on_checkpoint(self.step)
+        self._each(lambda callback: callback.on_checkpoint(self.step))
         scale = self.stepper.loss_scale
         state = {
             "step": self.step,
@@ -206,7 +237,7 @@ class Trainer:
         tokenizer_file = self.prepared.path / "tokenizer.json"
         save_checkpoint(folder, self.config, tokenizer_file, self.model, self.stepper.optimizer, state, self.world)
         if self.world.is_first:
-            remove_old(self.run_dir, self.step, self.config.checkpoint.keep, int(self.best["step"]) if self.best else None)
+            self._note(remove_old(self.run_dir, self.step, self.config.checkpoint.keep, int(self.best["step"]) if self.best else None))
 
     def _check_finite(self, result: StepResult) -> None:
         # At the smallest loss scale there is nothing left to halve: every further step would be skipped.
@@ -225,15 +256,20 @@ class Trainer:
     def _make_callbacks(self, progress: bool) -> List[jobs.Callback]:
         if not self.world.is_first:
             return self._added
+        try:
+            return [*self._writers(), *([jobs.ShowProgress(self.config, self.step)] if progress else []), *self._added]
+        except OSError as error:
+            raise CheckpointError(_unwritable(self.run_dir, error)) from None
+
+    def _writers(self) -> List[jobs.Callback]:
         every, last = self.config.train.log_every, self.step
         self._trace = jobs.WriteTrace(self.run_dir / "load.npz", self.config, last)
-        made: List[jobs.Callback] = [
+        return [
             jobs.WriteMetrics(self.run_dir / "metrics.jsonl", every, last),
             jobs.WriteTensorBoard(self.run_dir / "tensorboard", every, last),
             self._trace,
             jobs.WriteTimeline(self.run_dir / "timeline.json", self.topology),
         ]
-        return [*made, *([jobs.ShowProgress(self.config, last)] if progress else []), *self._added]
 
     def _load_trace(self) -> Trace:
         assert self._trace is not None  # rank 0 is asked
@@ -241,6 +277,16 @@ class Trainer:
 
     def _on_signal(self, number: int, frame: Optional[FrameType]) -> None:
         self._signal = number
+
+
+def _stopping_signals() -> List[signal.Signals]:
+    """Those that end a run after a saved step. A hang-up that is to be ignored (nohup) is."""
+    hang_up = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
+    return [signal.SIGTERM, signal.SIGINT, *hang_up]
+
+
+def _unwritable(run_dir: Path, error: OSError) -> str:
+    return f"{run_dir} cannot be written: {error}"
 
 
 def _sampler(config: Config, prepared: Prepared, topology: Topology) -> BatchSampler:

@@ -9,7 +9,7 @@ from typing import Any, Dict, Optional
 import numpy as np
 
 from pangu_locmoe.config import Config
-from pangu_locmoe.files import write_atomic
+from pangu_locmoe.files import json_text, write_atomic
 from pangu_locmoe.moe.capacity import DROPLESS, cosine_statistic
 from pangu_locmoe.parallel.topology import Topology
 from pangu_locmoe.train.step import StepResult
@@ -64,25 +64,27 @@ class MetricsFile:
     """metrics.jsonl, a row a line, each written at once.
 
     Args:
-        path: the file; rows after `last_step` are taken out, because a resumed run writes them again.
+        path: the file; rows after `last_step` are taken out, because a resumed run writes them again, and lines that are not
+            JSON, which a kill cut off. What has no step is somebody else's and stays.
     """
 
     def __init__(self, path: Path, last_step: int = 0) -> None:
         kept = []
         if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            for line in path.read_bytes().splitlines():
                 try:
                     row = json.loads(line)
-                except ValueError:
-                    continue  # the run was killed while it wrote this line
-                if row["step"] <= last_step:
-                    kept.append(line)
-        write_atomic(path, "".join(kept).encode("utf-8"))
+                except (ValueError, RecursionError):
+                    continue
+                step = row.get("step") if isinstance(row, dict) else None
+                if not isinstance(step, (int, float)) or step <= last_step:
+                    kept.append(line + b"\n")
+        write_atomic(path, b"".join(kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: Dict[str, Any]) -> None:
         """Append one row. Raises OSError."""
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(json_text(row) + "\n")
         self._file.flush()
 
     def close(self) -> None:

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import time
+from contextlib import ExitStack
 from pathlib import Path
+from signal import Signals
 from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 import mindspore as ms
 
+from pangu_locmoe import console
 from pangu_locmoe.config import Config, SampleConfig, doubtful_settings, load_stored_config
 from pangu_locmoe.data.prepared import Prepared, prepare
-from pangu_locmoe.errors import CheckpointError, ConfigError
-from pangu_locmoe.files import write_atomic
+from pangu_locmoe.errors import CheckpointError, ConfigError, DataError
+from pangu_locmoe.files import json_text, write_atomic
 from pangu_locmoe.generate import Generator
 from pangu_locmoe.model.fused import on_ascend
 from pangu_locmoe.model.size import num_active_params, num_params
 from pangu_locmoe.moe.routers import router_class
+from pangu_locmoe.parallel.agreement import together
 from pangu_locmoe.parallel.communicator import Communicator, SingleProcess
 from pangu_locmoe.parallel.selfcheck import check_groups, check_same_run, check_same_step
 from pangu_locmoe.parallel.world import World
 from pangu_locmoe.report.page import build_report
 from pangu_locmoe.train.checkpoint import latest_whole_checkpoint, read_identity
+from pangu_locmoe.train.claim import claimed
 from pangu_locmoe.train.evaluate import format_evaluation, format_interval
 from pangu_locmoe.train.loop import Trainer
 
@@ -33,6 +37,7 @@ _FREE_KEYS = ("parallel", "evaluation", "checkpoint", "trace", "placement", "sam
 _PLACES = ("data.sources", "data.tokenizer")
 
 
+@console.forgiving()
 def train(
     config: Config,
     run_dir: Path,
@@ -40,11 +45,11 @@ def train(
     init_from: Optional[Path] = None,
     progress: bool = True,
     communicator: Optional[Communicator] = None,
-) -> Optional[str]:
+) -> Optional[Signals]:
     """Train, evaluate, sample, report; everything goes to `run_dir`. In a job of several processes all call this; rank 0 writes.
 
     Returns:
-        None, or the name of the signal that stopped the run (its state is saved).
+        None, or the signal that stopped the run (its state is saved).
 
     Raises:
         LocMoEError: anything a user can act on.
@@ -53,38 +58,52 @@ def train(
     check_same_run(config, communicator)
     router_class(config)  # before anything starts
     check_device(config)
-    _check_run_dir(config, run_dir, resume)
+    with ExitStack() as held:
+        with together(communicator, ConfigError):
+            if communicator.rank == 0:
+                held.enter_context(claimed(run_dir))
+            _check_run_dir(config, run_dir, resume)
+        return _train(config, run_dir, resume, init_from, progress, communicator)
+
+
+def _train(
+    config: Config, run_dir: Path, resume: bool, init_from: Optional[Path], progress: bool, communicator: Communicator
+) -> Optional[Signals]:
     started = time.perf_counter()
     world = World.of(config, communicator)
     check_groups(world.topology, communicator)
     say = print if world.is_first else _say_nothing
-    if not world.is_first:
-        world.communicator.barrier()  # rank 0 prepares, the others find it prepared
-    prepared = prepare(config, progress)
-    if world.is_first:
-        world.communicator.barrier()
+    with together(communicator, DataError):  # rank 0 prepares, the others find it prepared
+        if world.is_first:
+            prepare(config, progress)
+    with together(communicator, DataError):
+        prepared = prepare(config, progress)
     for note in doubtful_settings(config, communicator.size):
         say(f"note: {note}")
     say(prepared.summary())
     trainer = Trainer(config, prepared, run_dir, init_from, world)
     resumed = resume and trainer.resume()
     check_same_step(trainer.step, communicator)
-    if world.is_first:  # only now: a run that cannot begin leaves no directory behind
-        _write(run_dir / "config.yaml", config.to_yaml())
-        _write(run_dir / "data.json", json.dumps(prepared.identity, ensure_ascii=False, indent=1))
+    with together(communicator):
+        if world.is_first:  # only now: a run that cannot begin leaves no directory behind
+            _write(run_dir / "config.yaml", config.to_yaml())
+            _write(run_dir / "data.json", json_text(prepared.identity, indent=1, ascii_only=False))
     if resumed:
         say(f"resuming after step {trainer.step}")
+    elif resume:
+        say(f"nothing to resume: {run_dir} has no checkpoint; starting at step 0")
     for note in trainer.notes:
         say(f"note: {note}")
     say(f"{num_params(config):,} parameters, {num_active_params(config):,} active for one token; {config.moe.router} router; run directory {run_dir}")
     stopped_by = trainer.run(progress)
     if stopped_by is not None:
-        say(f"stopped by {stopped_by} after step {trainer.step}, state saved; continue with --resume auto --run-dir {run_dir}")
+        say(f"stopped by {stopped_by.name} after step {trainer.step}, state saved; continue with --resume auto --run-dir {run_dir}")
+        communicator.barrier()  # msrun kills the others when the first one ends with such an exit code
         return stopped_by
     summary = _summarise(trainer, time.perf_counter() - started)
     if not world.is_first:
         return None
-    _write(run_dir / "summary.json", json.dumps(summary, ensure_ascii=False, indent=1))
+    _write(run_dir / "summary.json", json_text(summary, indent=1, ascii_only=False))
     report = build_report([run_dir], run_dir / "report.html")
     _print_summary(summary)
     print(f"run directory: {run_dir}\nreport: {report}")
@@ -93,24 +112,6 @@ def train(
 
 def _say_nothing(text: str) -> None:
     """What ranks other than 0 print."""
-
-
-def default_run_dir(name: str, router: str, resume: bool) -> Path:
-    """runs/NAME-ROUTER, with a number where that is taken; to resume, the newest of them."""
-    stem = f"{name}-{router.rpartition(':')[2]}"
-    taken = [path for path in _candidates(stem) if path.exists()]
-    if resume and taken:
-        return taken[-1]
-    return next(path for path in _candidates(stem, len(taken) + 2) if not path.exists())
-
-
-def _candidates(stem: str, limit: int = 10_000) -> Iterator[Path]:
-    yield Path("runs") / stem
-    for number in range(2, limit):
-        path = Path("runs") / f"{stem}-{number}"
-        yield path
-        if not path.exists():
-            return
 
 
 def check_device(config: Config) -> None:

@@ -21,7 +21,7 @@ def test_dealing_is_balanced_to_the_largest_cluster(sizes, nodes):
 
 
 def test_clusters_do_not_mix_two_languages(make_config, corpus):
-    prepared = prepare(make_config(sources=[(corpus, "all")]), progress=False)
+    prepared = prepare(make_config(sources=[(corpus, "text")]), progress=False)
     (clusters,) = clusters_by_content(prepared, 4, seed=1)
     np.testing.assert_array_equal(clusters_by_content(prepared, 4, seed=1)[0], clusters)
     rows = prepared.sequences("train", 0, range(len(clusters)))

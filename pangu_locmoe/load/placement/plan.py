@@ -5,7 +5,6 @@ Letters: L layers, N nodes, R ranks, E experts, S slots.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
@@ -14,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pangu_locmoe.errors import DataError
-from pangu_locmoe.files import write_atomic
+from pangu_locmoe.files import json_text, write_atomic
 from pangu_locmoe.load.placement.costs import CROSSINGS, Costs, Evaluation, Ints, evaluate, holdings
 from pangu_locmoe.load.placement.eplb import rebalance
 from pangu_locmoe.load.placement.locality import place
@@ -189,6 +188,6 @@ def plan(
 def save_plan(plan: Plan, path: Path) -> None:
     """Write the plan as JSON, whole or not at all. Raises DataError."""
     try:
-        write_atomic(path, (json.dumps(plan.to_dict()) + "\n").encode())
+        write_atomic(path, (json_text(plan.to_dict()) + "\n").encode())
     except OSError as error:
         raise DataError(f"{path}: cannot be written: {error.strerror}") from None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import os
 import sys
 
@@ -21,11 +23,17 @@ def register(name: str) -> None:
     here = os.getcwd()  # noqa: PTH109
     if here not in sys.path:
         sys.path.insert(0, here)
+    printed = io.StringIO()
     try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # whatever the module does when it is run
-        raise ValueError(f"{module_name or 'a module without a name'} cannot be imported: {type(error).__name__}: {error}") from None
-    found = getattr(module, class_name, None)
+        # Standard output may be what a command is for, such as JSON.
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            module = importlib.import_module(module_name)
+            found = getattr(module, class_name, None)
+    except BaseException as error:  # whatever the module does when it is run, sys.exit among it
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{module_name or 'a module without a name'} cannot be imported: {said}") from None
+    sys.stderr.write(printed.getvalue())
     if not (isinstance(found, type) and issubclass(found, Router)):
-        raise ValueError(f"{module_name} ({module.__file__}) has no subclass of Router named {class_name!r}")
+        file = getattr(module, "__file__", None)
+        raise ValueError(f"{module_name} ({file or 'which has no file'}) has no subclass of Router named {class_name!r}")
     ROUTERS[name], ROUTER_TRAITS[name] = found, found.traits
