@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -66,24 +67,25 @@ def test_a_module_or_class_that_is_not_there_is_refused_where_the_router_is_need
 
 def test_a_router_of_ones_own_says_what_it_cannot_work_with(own_module):
     (own_module / "gateless.py").write_text(
-        "from pangu_locmoe.config.routers import RouterTraits\n"
         "from pangu_locmoe.moe.routers import Router\n"
         "class Mine(Router):\n"
-        "    traits = RouterTraits(has_gate=False)\n"
+        "    has_gate = False\n"
     )
     assert router_class(own_config("gateless:Mine")).traits.has_gate is False
     line = refusal("gateless:Mine", capacity={"policy": "bound"})
     assert line.startswith("moe.capacity.policy = 'bound': needs a router with a gate: gateless:Mine")
 
 
-def test_traits_as_they_were_written_before_are_refused_with_what_to_write(own_module):
-    (own_module / "older.py").write_text(
-        "from pangu_locmoe.moe.routers import Router\n"
-        "class Mine(Router):\n"
-        "    has_locality_loss = True\n"
+def test_a_class_says_what_is_otherwise_with_it_than_with_the_one_it_is_made_from():
+    class Quiet(ROUTERS["locmoe"]):
+        has_balance_loss = False
+
+    class Quieter(Quiet):
+        has_locality_loss = False
+
+    assert Quieter.traits == replace(
+        ROUTER_TRAITS["locmoe"], has_balance_loss=False, has_locality_loss=False
     )
-    line = refusal("older:Mine")
-    assert "write traits = RouterTraits(has_locality_loss=True)" in line
 
 
 def test_the_table_of_traits_is_that_of_the_classes():

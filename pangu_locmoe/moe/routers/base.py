@@ -10,7 +10,7 @@ Letters: T tokens, D hidden, E experts, A assignments (moe/plan.py), N source no
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Dict, Optional, Tuple, Type
 
 import numpy as np
@@ -48,17 +48,16 @@ class RouterContext:
 class Router(nn.Cell):
     """A router maps T tokens to experts. Subclass it in a file of this folder with `name="..."` to register it.
 
-    traits: what it is, for those who do not build it (config/routers.py).
+    traits: what it is, for those who do not build it (config/routers.py). A class says what is otherwise
+        with it by an attribute of the trait's name: has_balance_loss = False.
     """
 
     traits: ClassVar[RouterTraits] = RouterTraits()
 
     def __init_subclass__(cls, name: Optional[str] = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        old = [key for key in vars(cls) if key in _TRAITS]
-        if old:
-            written = ", ".join(f"{key}={getattr(cls, key)}" for key in old)
-            raise TypeError(f"{cls.__name__} has {', '.join(old)}: write traits = RouterTraits({written})")
+        said = {key: value for key, value in vars(cls).items() if key in _TRAITS}
+        cls.traits = replace(cls.traits, **said)
         if name is not None:
             ROUTERS[name] = cls
             ROUTER_TRAITS.setdefault(name, cls.traits)
