@@ -22,13 +22,19 @@ class Policy(Protocol):
     """
 
     def __call__(self, step: int, result: StepResult) -> Iterator[Row]:
-        """After a step; yields a row for metrics.jsonl for everything that changed. Must be used up: it acts as it goes."""
+        """After a step: change what is to change; yield a row for metrics.jsonl for each change.
+
+        It acts as it is iterated, so it has to be used up.
+        """
 
     def state(self) -> Dict[str, Any]:
         """For the checkpoint's state.json; the keys of all policies are different."""
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """From a checkpoint's state, before its weights are loaded. It may be of a run without this policy."""
+        """From a checkpoint's state, before its weights are loaded.
+
+        The checkpoint may be of a run without this policy.
+        """
 
 
 def make_policies(config: Config, stepper: Stepper, trace: Callable[[], Trace]) -> List[Policy]:
@@ -36,8 +42,8 @@ def make_policies(config: Config, stepper: Stepper, trace: Callable[[], Trace]) 
 
     Args:
         config: the run.
-        stepper: what they change, at once where the run starts with something else than the configuration's.
-        trace: the load trace up to the step that was made; asked for on rank 0 only, which records it.
+        stepper: what they change; at once where the run does not start as the stepper does.
+        trace: the load trace up to the step that was made; asked for on rank 0, which records it.
     """
     policies: List[Policy] = [Capacity(config, stepper)]
     if SlotFactors.wanted(config, stepper):

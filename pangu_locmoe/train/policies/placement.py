@@ -1,7 +1,7 @@
-"""Experts follow their tokens (`placement` in the YAML): plans made from the load trace while a run trains.
+"""Experts follow their tokens (`placement` in the YAML), by plans made from the load trace.
 
-Letters: L MoE layers, E experts and as many slots of an expert-parallel group, K rows of the trace, N nodes of the job, M nodes
-of a group.
+Letters: L MoE layers, E experts and as many slots of an expert-parallel group, K rows of the trace,
+N nodes of the job, M nodes of a group.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ VALUE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
 class Placement:
-    """Experts begin where placement.start has them, and move to where the plans of placement.policy want them.
+    """Experts begin where placement.start has them, and move as the plans of placement.policy say.
 
     Args:
         config: the run.

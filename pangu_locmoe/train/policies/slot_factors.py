@@ -1,4 +1,7 @@
-"""moe.capacity.local_factor and remote_factor `auto`: the factors of moe/slot_factors.py, while a run trains."""
+"""moe.capacity.local_factor and remote_factor `auto`, while a run trains.
+
+moe/slot_factors.py has the rule.
+"""
 
 from __future__ import annotations
 

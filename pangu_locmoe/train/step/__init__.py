@@ -1,4 +1,7 @@
-"""One optimizer step, in a single process or as a rank of a job: one family over one objective and one result."""
+"""One optimizer step, in a single process or as a rank of a job.
+
+One family of steppers (stepper.py: local, counts, graph) over one objective and one result.
+"""
 
 from __future__ import annotations
 

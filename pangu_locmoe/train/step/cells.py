@@ -1,8 +1,9 @@
 """The compiled parts of a step: one graph, or those before and after a look at the gradient's norm.
 
-Accumulation needs that look, and so does fp16's loss scaling: then gradients are added up in buffers, and what to do with
-them is decided on the host. What is done with gradients in between, the reduction, is handed in: a single process has
-nothing to reduce, the ranks of a job have HCCL's operators (reduction.py).
+Accumulation needs that look, and so does fp16's loss scaling: then gradients are added up in
+buffers, and what to do with them is decided on the host. What is done with gradients in between,
+the reduction, is handed in: a single process has nothing to reduce, the ranks of a job have HCCL's
+operators (reduction.py).
 """
 
 from __future__ import annotations
@@ -71,7 +72,11 @@ class WholeStep(nn.Cell):
     def construct(
         self, learning_rate: Tensor, step: Tensor, *inputs: Tensor
     ) -> Tuple[Tensor, Dict[str, Tensor], Tensor]:
-        """`inputs` as for the objective. Returns this process's losses and statistics, and the norm of the whole gradient."""
+        """`inputs` as for the objective.
+
+        Returns:
+            this process's losses and statistics, and the norm of the whole gradient.
+        """
         (_, losses, stats), gradients = self.gradient(*inputs)
         reduced, norm = self.reduce(gradients, None)
         self.update(reduced, learning_rate, step, norm)
@@ -88,7 +93,11 @@ class ReduceAlone(nn.Cell):
     def construct(
         self, gradients: Tuple[Tensor, ...], factor: Optional[Tensor]
     ) -> Tuple[Tuple[Tensor, ...], Tensor]:
-        """Returns the gradients times `factor` (None, a constant of the graph: as they are), and their norm."""
+        """Returns the gradients times `factor`, and their norm.
+
+        Without a factor, which is a constant of the graph, nothing is multiplied: it would be one
+        more pass over all gradients.
+        """
         if factor is not None:
             scaled = []
             for gradient in gradients:
@@ -98,7 +107,7 @@ class ReduceAlone(nn.Cell):
 
 
 class Update(nn.Cell):
-    """AdamW from reduced gradients; then each parameter is put together from the pieces that the ranks have updated.
+    """AdamW from reduced gradients; then parameters are put together from the pieces of all ranks.
 
     Args:
         optimizer: of this process's parameters.
@@ -126,7 +135,9 @@ class Update(nn.Cell):
 class Accumulate(nn.Cell):
     """Forward, backward, and add the gradients to buffers."""
 
-    def __init__(self, objective: nn.Cell, parameters: ParameterTuple, buffers: ParameterTuple) -> None:
+    def __init__(
+        self, objective: nn.Cell, parameters: ParameterTuple, buffers: ParameterTuple
+    ) -> None:
         super().__init__(auto_prefix=False)
         self.gradient = ms.value_and_grad(objective, None, parameters, has_aux=True)
         self.buffers, self.count = buffers, len(buffers)
@@ -178,7 +189,7 @@ def gradient_buffers(parameters: Sequence[Parameter]) -> ParameterTuple:
 
 
 def reduced_buffers(optimizer: AdamW, buffers: ParameterTuple) -> ParameterTuple:
-    """Where reduced gradients stay: in the buffers they come from, or of a piece's size in buffers of their own."""
+    """Where reduced gradients stay: where they come from, but pieces in buffers of their own."""
     results = zip(buffers, optimizer.updated, optimizer.divided)
     return ParameterTuple(
         [

@@ -1,4 +1,6 @@
-"""The step of several processes in PyNative around compiled parts of the model, because the exchange's sizes follow the routing.
+"""The step of several processes whose exchange has sizes that follow the routing.
+
+It runs in PyNative around compiled parts of the model.
 
 Constant sizes run in it as well where no graph can hold the exchange: on CPU.
 """
@@ -16,7 +18,13 @@ from pangu_locmoe.config import Config
 from pangu_locmoe.data.loader import Batch
 from pangu_locmoe.model.sigma import PanguSigma
 from pangu_locmoe.parallel.exchange import Ledger
-from pangu_locmoe.parallel.gradients import KINDS, gather_pieces, kinds, reduce_gradients, squared_norm
+from pangu_locmoe.parallel.gradients import (
+    KINDS,
+    gather_pieces,
+    kinds,
+    reduce_gradients,
+    squared_norm,
+)
 from pangu_locmoe.parallel.timeline import Timeline, gather_spans
 from pangu_locmoe.parallel.world import World
 from pangu_locmoe.train.step.result import Report, StepResult, gather_ledgers
@@ -28,7 +36,7 @@ class CountsStepper(Stepper):
 
     Args:
         model: this rank's, with an exchange.
-        config: the run; with train.mode: graph the model's parts between the exchanges are compiled.
+        config: the run; with train.mode: graph what is between the exchanges is compiled.
         world: has the exchange, whose ledger is read after each step.
         capacities: as of `Stepper`.
     """
@@ -114,7 +122,10 @@ class CountsStepper(Stepper):
             self._account(began, started)
 
     def _account(self, began: float, started: float) -> None:
-        """Note a reduction, or a gathering of pieces, that is over now; `began` and `started` are of time's two clocks."""
+        """Note a reduction, or a gathering of pieces, that is over now.
+
+        `began` and `started` are of time's two clocks.
+        """
         self._exchange.ledger.reduce_seconds += time.perf_counter() - started
         if self._exchange.timeline is not None:
             self._exchange.timeline.add("reduction", began)

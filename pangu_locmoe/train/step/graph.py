@@ -1,4 +1,7 @@
-"""The step of one rank of an Ascend job in compiled graphs, one where that can be: as a single process's, with HCCL's operators in it."""
+"""The step of one rank of an Ascend job in compiled graphs, one where that can be.
+
+As a single process's, with HCCL's operators in it.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,13 @@ from pangu_locmoe.train.step.local import LocalStepper
 from pangu_locmoe.train.step.reduction import Reduce, gathers
 from pangu_locmoe.train.step.traffic import planned_traffic
 
-# The front end nests a call for each parameter of an unrolled loop: 1000, its default, is too few for 40 layers. The stack
-# must be large enough for it, too (`ulimit -s unlimited`).
+# The front end nests a call for each parameter of an unrolled loop: 1000, its default, is too few
+# for 40 layers. The stack must be large enough for it, too (`ulimit -s unlimited`).
 RECURSION_LIMIT = 100_000
 
 
 class GraphStepper(LocalStepper):
-    """A `LocalStepper` for the ranks of a job, whose MoE layers must have constant sizes (parallel.sizes: static).
+    """A `LocalStepper` for the ranks of a job, whose exchanges have constant sizes (static).
 
     Raises:
         ConfigError: what is asked for cannot be in a graph, or these are not Ascend's processes.
@@ -50,7 +53,7 @@ class GraphStepper(LocalStepper):
 def graph_parts(
     config: Config, optimizer: AdamW, topology: Topology, communicator: HcclOperators
 ) -> StepParts:
-    """The cells of a rank's step; `communicator` names the groups, in the same order on all ranks."""
+    """The cells of a rank's step; `communicator` makes their groups, in the same order on all."""
     reduce = Reduce(optimizer, topology, communicator)
     return StepParts(config.train, optimizer, reduce, gathers(optimizer, topology, communicator))
 
@@ -59,6 +62,6 @@ def refuse_graph(config: Config) -> None:
     """Raises ConfigError for what cannot be in a graph."""
     if config.trace.timeline is not None:
         raise ConfigError(
-            f"trace.timeline = {config.trace.timeline}: nothing can be timed inside of one graph: must be null; "
-            "MindSpore's profiler shows its operators"
+            f"trace.timeline = {config.trace.timeline}: nothing can be timed inside of one graph: "
+            "must be null; MindSpore's profiler shows its operators"
         )

@@ -1,7 +1,8 @@
 """The step of a single process: one graph where that can be.
 
-In fp32 or bf16 without accumulation the whole step is one compiled graph. Accumulation and fp16's loss scaling need a look
-between backward and update, so there a step is a compiled backward pass for each micro-batch and two compiled parts after it.
+In fp32 or bf16 without accumulation the whole step is one compiled graph. Accumulation and fp16's
+loss scaling need a look between backward and update, so there a step is a compiled backward pass
+for each micro-batch and two compiled parts after it.
 """
 
 from __future__ import annotations

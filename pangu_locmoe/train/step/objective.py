@@ -1,4 +1,4 @@
-"""What a step minimises, and what it is given: cross entropy plus the weighted router losses, on micro-batches.
+"""What a step minimises, cross entropy plus the weighted router losses, and its micro-batches.
 
 Letters: B batch, S sequence, T = B*S tokens, V vocabulary, D hidden.
 """
@@ -42,7 +42,7 @@ class Objective(nn.Cell):
         column_keys_D: Tensor,
         scale: Tensor,
     ) -> Tuple[Tensor, Tensor, Dict[str, Tensor]]:
-        """Returns the scaled loss, the five unscaled LOSSES as fp32 [5], and the model's statistics."""
+        """Returns the scaled loss, the five unscaled LOSSES as fp32 [5], the model's statistics."""
         noise = (row_keys_T, column_keys_D)
         logits_TV, stats = self.model(
             tokens_BS, positions_BS, segments_BS, domains_B, noise, self.capacities, True

@@ -28,8 +28,8 @@ class StepResult:
     losses: loss, cross_entropy, balance_loss, locality_loss, z_loss; the router losses weighted, so
         that they add up.
     grad_norm: global norm before clipping.
-    load_LNE, dropped_LE: assignments of tokens to experts, int64. cosine_LT: fp32. Empty without MoE
-        layers.
+    load_LNE, dropped_LE: assignments of tokens to experts, int64; empty without MoE layers.
+    cosine_LT: fp32; empty without MoE layers.
     layer_sums: one number for each layer, finite exactly where the layer's output was.
     skipped: fp16 overflow; no update was made.
     unrouted: share of the tokens without any expert, where one may have several; else None.
@@ -84,14 +84,13 @@ def step_result(
     size = world.topology.tensor_parallel
     places = {name: values[::size] for name, values in everyones.items()}
     layer_sums = (everyones if rows_divided else places)["layer_sums"]
-    empty_LE = np.zeros((0, 0), np.int64)
     return StepResult(
         losses=dict(zip(LOSSES, places["losses"].mean(axis=0, dtype=np.float64).tolist())),
         grad_norm=norm,
         # The MoE layers of every rank know the counts of the whole world.
-        load_LNE=_total([s["load_LNE"] for s in stats]) if sparse else empty_LE[:, None],
-        dropped_LE=_total(places["dropped"]) if sparse else empty_LE,
-        cosine_LT=np.concatenate(list(places["cosine"]), axis=1) if sparse else empty_LE.astype(np.float32),
+        load_LNE=_total(s["load_LNE"] for s in stats) if sparse else np.zeros((0, 1, 0), np.int64),
+        dropped_LE=_total(places["dropped"]) if sparse else np.zeros((0, 0), np.int64),
+        cosine_LT=_join(places["cosine"]) if sparse else np.zeros((0, 0), np.float32),
         layer_sums=layer_sums.sum(axis=0),
         skipped=skipped,
         unrouted=float(places["unrouted"].mean()) if "unrouted" in places else None,
@@ -103,10 +102,15 @@ def _total(counts: Iterable[np.ndarray]) -> np.ndarray:
     return np.sum(np.stack(list(counts)), axis=0).astype(np.int64)
 
 
+def _join(cosine_PLT: np.ndarray) -> np.ndarray:
+    """The tokens of all places in one row for each layer."""
+    return np.concatenate(list(cosine_PLT), axis=1)
+
+
 def _gather(own: Dict[str, np.ndarray], communicator: Communicator) -> Dict[str, np.ndarray]:
     """Each array of every rank, [ranks, ...] fp32."""
     flat = np.concatenate([np.ravel(part) for part in own.values()]).astype(np.float32)
-    # Alone there is nobody to ask: an operator outside of the graph would take longer than the rest of this.
+    # Alone there is nobody to ask: an operator outside of a graph takes longer than all else here.
     gathered = flat[None]
     if communicator.size > 1:
         gathered = communicator.all_gather(Tensor(flat)).asnumpy()

@@ -1,6 +1,6 @@
-"""One optimizer step: forward, backward, reduction, clip, update. What all ways to make one have in common.
+"""One optimizer step, what all ways to make one have in common: backward, reduction, clip, update.
 
-Letters: B batch, S sequence, T tokens that share the experts of a layer in one micro-batch, L MoE layers, E experts.
+Letters: T tokens that share the experts of a layer in one micro-batch, L MoE layers, E experts.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Stepper(ABC):
     """Runs optimizer steps; owns the optimizer's state and the loss scale.
 
     A step is a backward pass for each micro-batch, the reduction of what they add up to, a look at
-    its norm, and the update. Subclasses say how each is computed. The norm is the same on all ranks,
-    so that all skip together.
+    its norm, and the update. Subclasses say how each is computed. The norm is the same on all
+    ranks, so that all skip together.
 
     Between steps the `set_` methods and `move_experts` change what the next one is; all ranks of a
     job must call them alike.
@@ -110,7 +110,7 @@ class Stepper(ABC):
 
     @property
     def expert_of_slot_LE(self) -> Optional[np.ndarray]:
-        """Where experts are, int [L, E]; None where they cannot move: in a single process, or without any."""
+        """Where experts are, int [L, E]; None in a single process, and without MoE layers."""
         if self.world.exchange is None or not self.model.moe_layers:
             return None
         return moving.expert_of_slot(self.model)
@@ -131,7 +131,11 @@ class Stepper(ABC):
     def _advance(
         self, inputs: Sequence[Tuple[Tensor, ...]], rate: Tensor, number: Tensor
     ) -> Tuple[List[Report], float, bool]:
-        """The step itself: a report for each micro-batch, the norm, and whether fp16 overflowed, so that there is no update."""
+        """The step itself.
+
+        Returns:
+            a report for each micro-batch, the norm, and whether fp16 overflowed: then no update.
+        """
         scale = self.loss_scale.value if self.loss_scale else 1.0
         factor = 1.0 / (scale * len(inputs))
         reports = [self._backward(*each, Tensor(scale, ms.float32)) for each in inputs]
@@ -153,7 +157,7 @@ class Stepper(ABC):
         return overflow
 
     def _use_step(self) -> None:
-        """The step of the capacities and factors there are; one that was used of late is used again, compiled as it is."""
+        """The step of these capacities and factors; one used of late is not compiled anew."""
         key = (self.capacities, self.factors)
         self._step = self._steps.pop(key) if key in self._steps else self._make_step()
         self._steps[key] = self._step
