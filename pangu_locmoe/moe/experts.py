@@ -5,7 +5,7 @@ Letters: E experts, G groups, C slots in a group, D hidden, F inner width.
 
 from __future__ import annotations
 
-from typing import Optional, Sequence, Tuple
+from typing import Iterable, Optional, Tuple
 
 import numpy as np
 from mindspore import Tensor, nn, ops
@@ -46,7 +46,7 @@ class Experts(nn.Cell):
 
 
 def expert_weights(
-    config: Config, layer: int, experts: Sequence[int]
+    config: Config, layer: int, experts: Iterable[int]
 ) -> Tuple[np.ndarray, np.ndarray]:
     """Initial weights fp32 [E, D, F] and [E, F, D].
 

@@ -91,9 +91,7 @@ class MoELayer(nn.Cell):
             `unrouted`, the share of tokens without any (fp32 scalar).
         """
         layout, room = self.transport.layout(x_TD.shape[0], capacity, training)
-        routed = self.route(
-            x_TD, tokens_T, domains_T, noise[0], noise[1], layout, room, training
-        )
+        routed = self.route(x_TD, tokens_T, domains_T, noise[0], noise[1], layout, room, training)
         shared = self.transport.share(routed["load_ME"], routed["probs_ME"])
         y_PD, dropped_E = self.transport.carry(self.experts, routed, shared, capacity, training)
         weight_A = self._unit(routed["weight_A"]) if self.unit_weight else routed["weight_A"]
@@ -115,7 +113,7 @@ class MoELayer(nn.Cell):
         domains_T: Tensor,
         row_keys_T: Tensor,
         column_keys_D: Tensor,
-        layout: Optional[Tensor],
+        layout: Tensor,
         room: int,
         training: bool,
     ) -> Dict[str, Tensor]:
@@ -128,15 +126,11 @@ class MoELayer(nn.Cell):
             (assignments by node and expert, no gradient) and probs_ME (mean probabilities), both fp32.
         """
         noise = (row_keys_T, column_keys_D)
-        plan = self.router(
-            ops.cast(x_TD, mstype.float32), tokens_T, domains_T, noise, training
-        )
+        plan = self.router(ops.cast(x_TD, mstype.float32), tokens_T, domains_T, noise, training)
         nodes = self.transport.nodes_here if training else 1
         load_ME = ops.stop_gradient(_sum_by_node(plan["one_hot_AE"], nodes))
         x_AD = dispatch.repeat_rows(x_TD, self.router.choices)
-        routed = self.transport.pack(
-            x_AD, plan, ops.reduce_sum(load_ME, 0), layout, room, training
-        )
+        routed = self.transport.pack(x_AD, plan, ops.reduce_sum(load_ME, 0), layout, room, training)
         routed["load_ME"] = load_ME
         routed["probs_ME"] = _sum_by_node(plan["probs_TE"], nodes) * (nodes / x_TD.shape[0])
         routed["weight_A"], routed["cosine_T"] = plan["weight_A"], plan["cosine_T"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TypedDict
 
+import numpy as np
 from mindspore import Tensor
 
 LOSSES = ("balance_loss", "locality_loss", "z_loss")
@@ -51,16 +52,22 @@ class RoutingPlan(_Routing, total=False):
     z_loss: Tensor
 
 
-class Shared(TypedDict):
-    """What all ranks know of a layer in a step. Letters: N source nodes, E experts.
+class _Shared(TypedDict):
+    load_NE: Tensor
+    probs_NE: Tensor
+    log_probs_NE: Tensor
+
+
+class Shared(_Shared, total=False):
+    """What all ranks know of a layer in a step. Letters: N source nodes, E experts, P places.
 
     load_NE: assignments from each node to each expert before drops, fp32; no gradient.
     probs_NE: mean of probs_TE over each node's tokens, fp32. Its gradient is that of this rank's tokens,
         so large that the mean over ranks is that of all tokens: a loss computed from probs_NE has the
         value and, averaged over ranks, the gradient that one process has.
     log_probs_NE: logarithm of probs_NE, finite, fp32; no gradient.
+    counts_PE: where exactly the routed tokens travel, assignments of each place's tokens to each expert,
+        int64, on the host.
     """
 
-    load_NE: Tensor
-    probs_NE: Tensor
-    log_probs_NE: Tensor
+    counts_PE: np.ndarray

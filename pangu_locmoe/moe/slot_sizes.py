@@ -15,14 +15,23 @@ from pangu_locmoe.moe.slot_factors import automatic, starting_factors
 from pangu_locmoe.parallel.topology import Topology
 
 
-def source_slots(capacity: CapacityConfig, topology: Topology, rank: int, num_tokens: int) -> np.ndarray:
+def source_slots(
+    capacity: CapacityConfig, topology: Topology, rank: int, num_tokens: int
+) -> np.ndarray:
     """Slots that a rank has for each expert, int [E]; `num_tokens` is the rank's T.
 
     With tensor parallelism rounded up, so that the ranks of a place can share them out evenly.
     """
     capacity, place_ranks = starting_factors(capacity), topology.tensor_parallel
     local, remote = (
-        min(num_tokens, -(-factor_capacity(float(factor or 0.0), num_tokens, topology.num_experts) // place_ranks) * place_ranks)
+        min(
+            num_tokens,
+            -(
+                -factor_capacity(float(factor or 0.0), num_tokens, topology.num_experts)
+                // place_ranks
+            )
+            * place_ranks,
+        )
         for factor in (capacity.local_factor, capacity.remote_factor)
     )
     holders = np.repeat(topology.expert_group(rank), topology.experts_per_rank)
@@ -30,9 +39,16 @@ def source_slots(capacity: CapacityConfig, topology: Topology, rank: int, num_to
     return np.where(nodes == topology.node_of_rank(rank), local, remote).astype(np.int64)
 
 
-def group_slots(capacity: CapacityConfig, topology: Topology, rank: int, num_tokens: int) -> np.ndarray:
+def group_slots(
+    capacity: CapacityConfig, topology: Topology, rank: int, num_tokens: int
+) -> np.ndarray:
     """`source_slots` of all ranks of this rank's expert-parallel group, int [R, E]."""
-    return np.stack([source_slots(capacity, topology, source, num_tokens) for source in topology.expert_group(rank)])
+    return np.stack(
+        [
+            source_slots(capacity, topology, source, num_tokens)
+            for source in topology.expert_group(rank)
+        ]
+    )
 
 
 def certain_drops(config: Config, topology: Topology, rank: int, num_tokens: int) -> Iterator[str]:
@@ -40,7 +56,9 @@ def certain_drops(config: Config, topology: Topology, rank: int, num_tokens: int
     if automatic(config.moe.capacity):
         return
     slots_E = source_slots(config.moe.capacity, topology, rank, num_tokens)
-    holders = np.repeat(topology.expert_group(rank), topology.experts_per_rank) // topology.ranks_per_node
+    holders = (
+        np.repeat(topology.expert_group(rank), topology.experts_per_rank) // topology.ranks_per_node
+    )
     local_E = holders == topology.node_of_rank(rank)
     if slots_E.sum() < num_tokens:
         yield f"a rank has {slots_E.sum()} slots for {num_tokens} tokens: at least {1 - slots_E.sum() / num_tokens:.0%} are dropped"

@@ -34,7 +34,7 @@ class Case:
     """moe, model, train: what differs from `base`. nodes: of the job, and emulated by the single process.
 
     expert_parallel: None is all places. tensor: ranks of a place. shard: the optimizer's moments. rows: sequence parallelism. idle: all tokens go to
-    expert 0. moves: experts change their ranks on the way.
+    expert 0. moves: experts change their ranks on the way. static: constant sizes, with a slot for every token.
     """
 
     moe: dict[str, Any] = field(default_factory=dict)
@@ -48,13 +48,18 @@ class Case:
     rows: bool = False
     idle: bool = False
     moves: bool = False
+    static: bool = False
     steps: int = STEPS
 
     def config(self, ranks: int) -> Config:
         parallel: dict[str, Any] = {"nodes": self.nodes}
+        moe = self.moe
+        if ranks > 1 and self.static:
+            moe = {**moe, "capacity": {"local_factor": float(EXPERTS), "remote_factor": float(EXPERTS)}}
         if ranks > 1:
             parallel |= {
                 "exchange": self.exchange,
+                "sizes": "static" if self.static else "counts",
                 "expert_parallel": self.expert_parallel or ranks // self.tensor,
                 "tensor_parallel": self.tensor,
                 "shard_optimizer": self.shard,
@@ -66,7 +71,7 @@ class Case:
                     "vocab_size": VOCAB, "hidden_size": 48, "num_layers": 2, "num_moe_layers": 1, "num_heads": 4, "ffn_size": 64,
                     "seq_length": LENGTH, "init_std": 0.1, **self.model,
                 },
-                "moe": {"router": "locmoe", "num_experts": EXPERTS, "levels": 1, "locality_loss": 0.1, **self.moe},
+                "moe": {"router": "locmoe", "num_experts": EXPERTS, "levels": 1, "locality_loss": 0.1, **moe},
                 "data": {"sources": [{"path": f"corpus/{domain}", "domain": str(domain)} for domain in range(DOMAINS)]},
                 "train": {"steps": STEPS, "batch_size": BATCH, "warmup_steps": 0, "epsilon": 1e-6, "mode": "pynative", **self.train},
                 "parallel": parallel,
@@ -76,6 +81,9 @@ class Case:
 
 DROPLESS, TIGHT = {"policy": "dropless"}, {"factor": 1.0}
 PLUS = {"router": "locmoe_plus", "token_choice": {"threshold": 0.4, "max_experts": 3}}
+# Losses that a router of the user's own brings, weighed so that a difference would be seen.
+OWN = {"router": "own_routers:OwnLosses", "balance_loss": 0.5, "z_loss": 0.1}
+UNBALANCED = {"router": "own_routers:Unbalanced", "balance_loss": 0.5}
 CASES = {
     "hash": Case({"router": "hash", "capacity": TIGHT}),
     "hash by position": Case({"router": "hash", "levels": 2, "capacity": {"factor": 1.0, "drop_order": "position"}}, nodes=2),
@@ -127,18 +135,31 @@ CASES = {
     ),
     "idle": Case({"router": "hash", "capacity": DROPLESS}, idle=True),
     "idle, drops": Case({"router": "hash", "capacity": TIGHT}, nodes=2, idle=True, exchange="hierarchical"),
+    "locmoe, static": Case({"capacity": DROPLESS, "balance_loss": 0.5}, nodes=2, static=True),
+    "locmoe_plus, static, compiled": Case({**PLUS, "capacity": DROPLESS}, train={"mode": "graph"}, nodes=2, static=True),
+    "own losses": Case({**OWN, "capacity": TIGHT}, nodes=2),
+    "own losses, static": Case({**OWN, "capacity": DROPLESS}, nodes=2, static=True),
+    "own losses, compiled": Case({**OWN, "capacity": DROPLESS}, {"num_layers": 4, "num_moe_layers": 2}, {"mode": "graph", "accumulation_steps": 3}),
+    "own losses, tensor and data parallel": Case({**OWN, "capacity": DROPLESS}, expert_parallel=1, tensor=2),
+    "no balance loss": Case({**UNBALANCED, "capacity": TIGHT}, nodes=2),
+    "no balance loss, static": Case({**UNBALANCED, "capacity": DROPLESS}, nodes=2, static=True),
     "half precision": Case({"router": "switch", "capacity": TIGHT}, train={"precision": "fp16", "loss_scale": 1024.0}, steps=3),
 }
 # The cases of the everyday suite, and how many steps of them; the slow tests run all that the number of ranks allows to the end.
 EVERYDAY = {
-    2: {"two levels": 6, "data parallel": 6, "idle": 3, "half precision": 3},
+    2: {
+        "two levels": 6, "data parallel": 6, "idle": 3, "half precision": 3, "locmoe, static": 3, "own losses": 3, "own losses, static": 3,
+        "no balance loss": 3, "no balance loss, static": 3,
+    },
     3: {"three nodes": 6},
     4: {
         "locmoe, nodes": STEPS, "locmoe, nodes, hierarchical": 6, "locmoe, nodes, moves": 11, "locmoe_plus, nodes": 6, "compiled": 3,
         "tensor and expert parallel": 6, "tensor and expert parallel, groupwise": 6, "sharded": 6, "sequence parallel, compiled": 3,
     },
 }  # fmt: skip
-GRADIENTS = ("locmoe, nodes", "data parallel", "idle")
+GRADIENTS = (
+    "locmoe, nodes", "data parallel", "idle", "locmoe, static", "own losses", "own losses, static", "no balance loss", "no balance loss, static",
+)  # fmt: skip
 
 
 def possible(ranks: int) -> list[str]:

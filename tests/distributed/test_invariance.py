@@ -20,7 +20,7 @@ PAIRS = [(4, "locmoe, nodes")]
 
 def single(name: str, steps: int) -> list[dict[str, Any]]:
     """The rows of one process; cases that differ only in how a job does them share it."""
-    alone = replace(cases.CASES[name], exchange="flat", expert_parallel=None, tensor=1, shard=False, rows=False, moves=False)
+    alone = replace(cases.CASES[name], exchange="flat", expert_parallel=None, tensor=1, shard=False, rows=False, moves=False, static=False)
     return _alone(json.dumps(asdict(alone))).rows(steps)
 
 

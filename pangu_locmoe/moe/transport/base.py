@@ -12,7 +12,7 @@ E experts, P slots (rows that leave), N nodes of the job, M of them whose tokens
 
 from __future__ import annotations
 
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, Tuple
 
 import numpy as np
 from mindspore import Tensor, nn, ops
@@ -55,9 +55,7 @@ class Transport(nn.Cell):
         """The experts of this process in the order of its weights, int."""
         raise NotImplementedError
 
-    def layout(
-        self, num_tokens: int, capacity: int, training: bool
-    ) -> Tuple[Optional[Tensor], int]:
+    def layout(self, num_tokens: int, capacity: int, training: bool) -> Tuple[Tensor, int]:
         """What `pack` goes by, and may change between steps: a tensor, and a constant of its graph.
 
         They are arguments of the compiled part, because an attribute would be a constant of it.
@@ -69,7 +67,7 @@ class Transport(nn.Cell):
         x_AD: Tensor,
         plan: RoutingPlan,
         load_E: Tensor,
-        layout: Optional[Tensor],
+        layout: Tensor,
         room: int,
         training: bool,
     ) -> Packed:

@@ -11,7 +11,7 @@ expert keeps, P = G*C slots (places of the world in counts_PE).
 
 from __future__ import annotations
 
-from typing import Any, Dict, Optional, Tuple
+from typing import Tuple
 
 import mindspore as ms
 import numpy as np
@@ -22,7 +22,7 @@ from pangu_locmoe.model.fused import used
 from pangu_locmoe.moe import dispatch, fused
 from pangu_locmoe.moe.capacity import DROPLESS
 from pangu_locmoe.moe.experts import Experts
-from pangu_locmoe.moe.plan import RoutingPlan
+from pangu_locmoe.moe.plan import RoutingPlan, Shared
 from pangu_locmoe.moe.transport.base import Packed, RankTransport
 from pangu_locmoe.parallel.exchange import Exchange, ExchangeRows
 from pangu_locmoe.parallel.topology import Topology
@@ -38,9 +38,7 @@ class CountsTransport(RankTransport):
             self.dispatch, self.combine = fused.PermuteTokens(), fused.UnpermuteTokens()
         self.group = [topology.place_of_rank(rank) for rank in exchange.ranks]
 
-    def layout(
-        self, num_tokens: int, capacity: int, training: bool
-    ) -> Tuple[Optional[Tensor], int]:
+    def layout(self, num_tokens: int, capacity: int, training: bool) -> Tuple[Tensor, int]:
         return self.slot_of_expert_E, 0
 
     def pack(
@@ -48,7 +46,7 @@ class CountsTransport(RankTransport):
         x_AD: Tensor,
         plan: RoutingPlan,
         load_E: Tensor,
-        layout: Optional[Tensor],
+        layout: Tensor,
         room: int,
         training: bool,
     ) -> Packed:
@@ -71,8 +69,7 @@ class CountsTransport(RankTransport):
             "affinity_A": ops.gather(plan["affinity_A"], order_A, 0),
         }
 
-    def share(self, load_ME: Tensor, probs_ME: Tensor) -> Dict[str, Any]:  # type: ignore[override]
-        """Also counts_PE, all places' counts on the host, int64."""
+    def share(self, load_ME: Tensor, probs_ME: Tensor) -> Shared:
         own_2E = ops.concat((load_ME, ops.stop_gradient(probs_ME)), 0)
         # The ranks of a place have the same tokens: its first one speaks for it.
         shared_P2E = self.exchange.communicator.all_gather(own_2E).asnumpy()
@@ -83,19 +80,14 @@ class CountsTransport(RankTransport):
         return {
             "load_NE": Tensor(counts_PE.reshape(by_node).sum(axis=1).astype(np.float32)),
             "probs_NE": self.with_own_gradient(Tensor(probs_NE), probs_ME),
-            # NumPy's: in PyNative, MindSpore tries ways to share a logarithm out over threads, and they
-            # differ in the last bit.
+            # NumPy's: in PyNative, MindSpore tries ways to share a logarithm out over threads, and
+            # they differ in the last bit.
             "log_probs_NE": Tensor(np.log(probs_NE + np.float32(1e-20))),
             "counts_PE": counts_PE,
         }
 
-    def carry(  # type: ignore[override]
-        self,
-        experts: Experts,
-        packed: Packed,
-        shared: Dict[str, Any],
-        capacity: int,
-        training: bool,
+    def carry(
+        self, experts: Experts, packed: Packed, shared: Shared, capacity: int, training: bool
     ) -> Tuple[Tensor, Tensor]:
         counts_RS = shared["counts_PE"][self.group][:, self.expert_of_slot_E]
         sent_RR = counts_RS.reshape(len(self.group), len(self.group), -1).sum(axis=2)
@@ -136,7 +128,9 @@ class CountsTransport(RankTransport):
         return self.dispatch(y_PD, slot_of_row, row_of_slot)
 
 
-def assign_slots(counts_RG: np.ndarray, affinity_M: np.ndarray | None, capacity: int) -> Tuple[np.ndarray, int, np.ndarray]:
+def assign_slots(
+    counts_RG: np.ndarray, affinity_M: np.ndarray | None, capacity: int
+) -> Tuple[np.ndarray, int, np.ndarray]:
     """Which slot each received row takes.
 
     Rows come sorted by source rank, then by local expert, then by position. An expert keeps the rows of the highest

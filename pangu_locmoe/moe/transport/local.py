@@ -6,7 +6,7 @@ N nodes.
 
 from __future__ import annotations
 
-from typing import Optional, Tuple
+from typing import Tuple
 
 import numpy as np
 from mindspore import Tensor, ops
@@ -33,9 +33,7 @@ class LocalTransport(Transport):
         """All, in order."""
         return np.arange(self.num_experts)
 
-    def layout(
-        self, num_tokens: int, capacity: int, training: bool
-    ) -> Tuple[Optional[Tensor], int]:
+    def layout(self, num_tokens: int, capacity: int, training: bool) -> Tuple[Tensor, int]:
         return None, capacity
 
     def pack(
@@ -43,7 +41,7 @@ class LocalTransport(Transport):
         x_AD: Tensor,
         plan: RoutingPlan,
         load_E: Tensor,
-        layout: Optional[Tensor],
+        layout: Tensor,
         room: int,
         training: bool,
     ) -> Packed:

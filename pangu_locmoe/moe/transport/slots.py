@@ -17,7 +17,7 @@ P slots of this rank (places of the world in shared_P2E), N nodes, G local exper
 
 from __future__ import annotations
 
-from typing import Dict, Optional, Tuple
+from typing import Dict, Tuple
 
 import mindspore as ms
 import numpy as np
@@ -47,7 +47,9 @@ class SlotExchange(nn.Cell):
         chunks: how many exchanges the slots are divided over; those of a chunk lie together.
     """
 
-    def __init__(self, exchange: Exchange, slots_RE: np.ndarray, features: int, chunks: int = 1) -> None:
+    def __init__(
+        self, exchange: Exchange, slots_RE: np.ndarray, features: int, chunks: int = 1
+    ) -> None:
         super().__init__()
         size, place = len(exchange.ranks), exchange.place
         groups = slots_RE.shape[1] // size
@@ -56,7 +58,9 @@ class SlotExchange(nn.Cell):
         self.layout_2E = Tensor(np.stack([slots_RE[place], starts_E]).astype(np.int32))
         self.slots = int(slots_RE[place].sum())
         matrix_RR = slots_RE.reshape(size, size, groups).sum(axis=2)
-        self.there, self.back = (_mover(exchange, matrix, features) for matrix in (matrix_RR, matrix_RR.T))
+        self.there, self.back = (
+            _mover(exchange, matrix, features) for matrix in (matrix_RR, matrix_RR.T)
+        )
         # A source sends as much to all experts of one rank: its share of every local expert's buffer is as wide.
         width_R = slots_RE[:, place * groups]
         self.buffers = (groups, int(width_R.sum()), features)
@@ -79,6 +83,7 @@ class SlotExchange(nn.Cell):
         if not self.sorted_by_source:
             rows = self.reorder(rows, self.place_of_row, self.row_of_place)
         return self.back(rows)
+
 
 class SlotsTransport(RankTransport):
     """All slots of a rank travel, and as many in every step."""
@@ -111,9 +116,7 @@ class SlotsTransport(RankTransport):
         _check_divisible(rows_RE, "parallel.tensor_parallel", sharers, what)
         self.trained = SlotExchange(self.exchange, slots_RE, self.features, self.chunks)
 
-    def layout(
-        self, num_tokens: int, capacity: int, training: bool
-    ) -> Tuple[Optional[Tensor], int]:
+    def layout(self, num_tokens: int, capacity: int, training: bool) -> Tuple[Tensor, int]:
         way = self.trained if training else self._for_evaluation(num_tokens, capacity)
         return way.layout_2E, way.slots
 
@@ -122,7 +125,7 @@ class SlotsTransport(RankTransport):
         x_AD: Tensor,
         plan: RoutingPlan,
         load_E: Tensor,
-        layout: Optional[Tensor],
+        layout: Tensor,
         room: int,
         training: bool,
     ) -> Packed:
@@ -150,7 +153,9 @@ class SlotsTransport(RankTransport):
     def share(self, load_ME: Tensor, probs_ME: Tensor) -> Shared:
         own_X = ops.reshape(ops.concat((load_ME, probs_ME), 0), (-1,))
         shared_PX = ops.stop_gradient(self.gather(ops.stop_gradient(own_X)))
-        if self.place_ranks > 1:  # the ranks of a place have the same tokens: its first one speaks for it
+        if (
+            self.place_ranks > 1
+        ):  # the ranks of a place have the same tokens: its first one speaks for it
             shared_PX = shared_PX[:: self.place_ranks]
         by_node = (self.num_nodes, self.places_per_node, 2, self.num_experts)
         shared_N2E = ops.reduce_sum(ops.reshape(shared_PX, by_node), 1)
@@ -192,7 +197,9 @@ class SlotsTransport(RankTransport):
 def _check_divisible(numbers_RE: np.ndarray, key: str, divisor: int, what: str) -> None:
     uneven = numbers_RE[numbers_RE % divisor > 0]
     if len(uneven):
-        raise ConfigError(f"{key} = {divisor}: cannot divide {int(uneven[0])} {what}; change moe.capacity.local_factor or remote_factor")
+        raise ConfigError(
+            f"{key} = {divisor}: cannot divide {int(uneven[0])} {what}; change moe.capacity.local_factor or remote_factor"
+        )
 
 
 class _PyNativeGather(nn.Cell):
@@ -212,8 +219,21 @@ def _mover(exchange: Exchange, matrix_RR: np.ndarray, features: int) -> nn.Cell:
         group = communicator.group(exchange.ranks)
         if sharers:
             own = sharers.index(communicator.rank)
-            return SharedRows(group, communicator.group(sharers), features, matrix_RR, exchange.place, own, len(sharers))
-        return AllToAllRows(group, features, matrix_RR[exchange.place].tolist(), matrix_RR[:, exchange.place].tolist())
+            return SharedRows(
+                group,
+                communicator.group(sharers),
+                features,
+                matrix_RR,
+                exchange.place,
+                own,
+                len(sharers),
+            )
+        return AllToAllRows(
+            group,
+            features,
+            matrix_RR[exchange.place].tolist(),
+            matrix_RR[:, exchange.place].tolist(),
+        )
     return ExchangeRows(exchange, matrix_RR)
 
 
@@ -228,5 +248,9 @@ def _rows_by_expert(width_R: np.ndarray, groups: int) -> np.ndarray:
     """For each place in [G, C] the received row: rows come by source, then by local expert."""
     first_R = np.cumsum(width_R * groups) - width_R * groups
     return np.concatenate(
-        [first + group * width + np.arange(width) for group in range(groups) for first, width in zip(first_R, width_R)]
+        [
+            first + group * width + np.arange(width)
+            for group in range(groups)
+            for first, width in zip(first_R, width_R)
+        ]
     )
