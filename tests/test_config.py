@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pangu_locmoe.config import Config, doubtful_settings, json_schema, load_config, parse_config
+from pangu_locmoe.config import Config, doubtful_settings, json_schema, load_config, load_stored_config, parse_config
 from pangu_locmoe.errors import ConfigError
 
 CONFIG_FOLDER = Path(__file__).parents[1] / "configs"
@@ -319,6 +319,34 @@ def test_static_slots_too_few_for_local_routing_are_said(local, said):
     config = parse_config({"moe": {"router": "hash", "capacity": capacity}, "parallel": {"sizes": "static", "expert_parallel": 4, "nodes": 2}})
     lines = list(doubtful_settings(config))
     assert len(lines) == len(said) and all(part in line for part, line in zip(said, lines))
+
+
+@pytest.mark.parametrize("steps, share", [(12, "40%"), (30, "100%")])
+def test_a_run_may_end_inside_its_warm_up(steps, share):
+    config = parse_config({"moe": {"router": "hash"}, "train": {"warmup_steps": 30, "steps": steps}})
+    (line,) = doubtful_settings(config)
+    assert line.startswith(f"train.warmup_steps = 30 with train.steps = {steps}: the run ends inside its warm-up, at {share} of train.learning_rate")
+    assert not list(doubtful_settings(parse_config({"moe": {"router": "hash"}, "train": {"warmup_steps": 30, "steps": 31}})))
+
+
+@pytest.mark.parametrize(
+    "parallel, sharding, nodes",
+    [
+        ({"emulated_nodes": 4, "ranks_per_node": None}, "domain", 4),
+        ({"emulated_nodes": 1, "ranks_per_node": None}, "iid", 1),
+        ({"emulated_nodes": 1, "expert_parallel": 4, "ranks_per_node": 2}, "domain", 2),
+        ({"expert_parallel": 4, "tensor_parallel": 2, "ranks_per_node": 2}, "iid", 4),
+        ({"expert_parallel": 4, "ranks_per_node": 4}, "iid", 1),
+        ({"expert_parallel": 4, "ranks_per_node": 4}, "domain", 2),  # several, but how many is not kept
+        ({"nodes": 4}, "domain", 4),
+    ],
+)
+def test_the_file_of_an_older_run_still_loads(tmp_path, parallel, sharding, nodes):
+    path = write(tmp_path, "config.yaml", json.dumps({"parallel": parallel, "data": {"sharding": sharding}, "moe": {"router": "hash"}}))
+    assert load_stored_config(path).parallel.nodes == nodes
+    if "nodes" not in parallel:
+        with pytest.raises(ConfigError, match=r"parallel\.nodes takes its place"):
+            load_config(path)
 
 
 def test_the_locality_loss_defaults_to_nothing_where_it_can_only_cost():

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pangu_locmoe.cli import main
 from pangu_locmoe.errors import DataError
 from pangu_locmoe.load.importing import import_trace
 from pangu_locmoe.load.trace import read_trace, write_trace
@@ -141,6 +142,10 @@ def test_bad_json_lines_are_named(tmp_path, bad, words):
     ("1,0,0," + "9" * 5000, "tokens must be a whole number"),
     ("1,0,0,999999999999999999", "more than"),
     (",0,0,1", "step must be a whole number"),
+    ("1,0,0,\0002", "tokens must be|not CSV"),
+    ("1,0,0," + "9" * 200_000, "not CSV: field larger|tokens must be"),  # the limit is the whole process's
+    ("1,0,0,2\r1,0,1,2", "has a carriage return within it"),
+    ('1,0,0,"2"x', "not CSV"),
 ])  # fmt: skip
 def test_bad_csv_lines_are_named(tmp_path, bad, words):
     file = write(tmp_path / "a.csv", lines("step,layer,expert,tokens", "0,0,0,2", bad, "2,0,0,2"))
@@ -154,6 +159,44 @@ def test_bad_csv_lines_are_named(tmp_path, bad, words):
 def test_other_headers_are_refused(tmp_path, header):
     with pytest.raises(DataError, match=r"line 1: the header must be step,layer,expert,tokens"):
         import_trace(write(tmp_path / "a.csv", header + "\n0,0,0,1\n"))
+
+
+@pytest.mark.parametrize("name", ["a.CSV", "a.Csv", "a.csv.gz", "a.CSV.GZ"])
+def test_the_name_of_a_table_may_have_capitals(tmp_path, name):
+    content = b"step,layer,expert,tokens\r\n0,0,1,5\r\n"
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.lower().endswith(".gz") else content)
+    assert import_trace(tmp_path / name).load_KLE.tolist() == [[[0, 5]]]
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    {
+        "a.csv": b"step,layer,expert,tokens\r0,0,0,5\r",  # an old Macintosh's line ends
+        "b.csv": "step,layer,expert,tokens\n0,0,0,5\n".encode("utf-16"),
+        "c.csv": "step,layer,expert,tokens\n0,0,0,5\n".encode("utf-16-le"),
+        "d.csv": b'"step\nlayer"\n0,0\n',
+        "e.csv": b'step,layer,expert,tokens\n0,0,0,"5\n',
+        "f.csv": b"step,layer,expert,tokens\n" + b"0,0,0,999999999999999999\n" * 40,  # whose sum is out of int64
+        "g.csv.gz": gzip.compress(b"step,layer,expert,tokens\n" + b"0,0,0,5\n" * 5000)[:60],
+        "h.csv.gz": gzip.compress(b"step,layer,expert,tokens\n0,0,0,5\n") + b"more",
+        "i.tsv": b"step\tlayer\texpert\ttokens\n",
+        "j.jsonl": b'{"step":0,"layer":0,"top_indices":[0]}\r{"step":1,"layer":0,"top_indices":[0]}\r',
+        "k.jsonl": b'{"step":0,\0"layer":0,"top_indices":[0]}\n',
+        "l.jsonl": '{"step":0,"layer":0,"top_indices":[0]}\n'.encode("utf-16"),
+    }.items(),
+)
+def test_any_other_content_is_one_line(tmp_path, name, content, capsys):
+    (tmp_path / name).write_bytes(content)
+    assert main(["load", "import", str(tmp_path / name), "--output", str(tmp_path / "o.npz")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"pangu-locmoe: {tmp_path / name}, line ") and said.count("\n") == 1
+    assert not (tmp_path / "o.npz").exists()
+
+
+def test_a_line_without_an_end_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("pangu_locmoe.load.importing.LARGEST_LINE", 2**20)
+    with pytest.raises(DataError, match="line 2: is longer than 1 MiB"):
+        import_trace(write(tmp_path / "a.jsonl.gz", lines(line()) + "x" * 2**22))
 
 
 def test_a_missing_layer_is_named(tmp_path):

@@ -357,6 +357,27 @@ def test_a_model_without_experts_has_no_exchange():
     assert step.exchange == step.experts == step.straggler == 0 < step.reduction
 
 
+@pytest.mark.parametrize(
+    "experts, changed, said",
+    [
+        (8, {}, "for example --set parallel.expert_parallel=8"),
+        (8, {"train": {"recompute": True}}, "for example --set parallel.expert_parallel=8 --set train.recompute=false"),
+        (3, {}, "set moe.num_experts (3) and the number of places (8, 16) so that a parallel.expert_parallel above 1 divides them"),
+    ],
+)
+def test_that_nothing_is_exchanged_is_said_with_what_to_set(experts, changed, said):
+    def simulated(parallel, **train):
+        config = small_config(moe={"router": "hash", "num_experts": experts}, parallel=parallel, train={"batch_size": 16, **train})
+        return simulate(config, [4, 8], ["hash", "switch"], DEVICE)
+
+    found = simulated({}, **changed.get("train", {}))
+    (line,) = (note for note in found.to_dict()["notes"] if "nothing is exchanged" in note)
+    assert line.startswith("parallel.expert_parallel is 1") and line.endswith(said)
+    assert f"note: {line}" in found.format()
+    if experts == 8:  # what it says works
+        assert all(row.step.exchange > 0 for row in simulated({"expert_parallel": 8}).rows)
+
+
 def test_micro_batches_repeat_the_messages_only():
     once, thrice = (
         only(small_config(moe={"num_experts": 8}, parallel={"expert_parallel": 4}, train={"batch_size": 48, "accumulation_steps": steps})).step for steps in (1, 3)

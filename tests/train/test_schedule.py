@@ -19,6 +19,12 @@ def test_warm_up_is_linear_and_ends_at_the_peak(schedule):
     assert [got[step] for step in range(1, 11)] == pytest.approx([0.2 * step for step in range(1, 11)])
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "polynomial", "constant"])
+@pytest.mark.parametrize("steps", [1, 4, 9, 10])
+def test_a_run_that_ends_inside_its_warm_up(schedule, steps):
+    assert rates(schedule=schedule, steps=steps) == pytest.approx({step: 0.2 * step for step in range(1, steps + 1)})
+
+
 def test_cosine():
     got = rates(schedule="cosine")
     # a quarter, a half and all of the way: 0.2 + 1.8 * (1 + cos(pi x)) / 2
