@@ -103,6 +103,22 @@ def test_fetch_corpus_refuses(arguments, message):
     assert done.stderr.startswith(f"fetch_corpus.sh: {message}") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--ranks", "three"], "--ranks must be a whole number of at least 1, not three"),
+        (["--nodes"], "--nodes needs a value"),
+        (["--ranks", "3", "configs/cpu_smoke.yaml"], "moe.num_experts (8) must be divisible by the 3 ranks that would share the experts"),
+        (["--set", "parallel.ranks_per_node=2"], "parallel.ranks_per_node = 2: parallel.nodes takes its place"),
+    ],
+)
+def test_a_job_that_cannot_work_is_refused_before_it_starts(tmp_path, arguments, message):
+    done = bash("scripts/train_cpu_cluster.sh", "--run-dir", str(tmp_path / "run"), *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"train_cpu_cluster.sh: {message}") and done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_fetch_corpus_leaves_a_corpus_alone(tmp_path):
     (tmp_path / "LICENSES.md").write_text("there")
     done = bash("scripts/fetch_corpus.sh", "--output", str(tmp_path))
