@@ -218,7 +218,7 @@ def test_a_graph_that_is_not_the_plan_fails_with_one_line(file, monkeypatch, cap
     [
         (["--ranks", "1"], "--ranks 1: must be at least 2"),
         (["--ranks", "12"], "ranks (12) must be divisible by parallel.expert_parallel (8)"),
-        (["--ranks", "8", "--set", "parallel.nodes=3"], "ranks (8) must be divisible by parallel.nodes (3)"),
+        (["--ranks", "8", "--set", "parallel.nodes=16"], "ranks (8) must be divisible by parallel.nodes (16)"),
         (["--ranks", "8", "--rank", "8"], "--rank 8: must be between 0 and 7"),
         (["--ranks", "8", "--set", "parallel.sizes=counts", "--set", "moe.capacity={}"], "parallel.sizes = 'counts'"),
         (["--ranks", "8", "--device", "ascend_910d"], "device 'ascend_910d': must be one of"),
