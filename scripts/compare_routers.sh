@@ -28,6 +28,7 @@ are in DIR. Needs root and iproute2, takes hours, and wants the machine to itsel
 TEXT
 }
 
+here=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/job.sh
 config=configs/compare.yaml output='' seeds=3 more_seeds='' steps=120 timing_steps=16 shares=18,29 rates=''
@@ -43,14 +44,15 @@ while [ $# -gt 0 ]; do
         --output | --seeds | --more-seeds | --steps | --timing-steps | --shares | --rates | --only | --results | --config | --set)
             [ $# -ge 2 ] && [ -n "$2" ] || fail "$1 needs a value"
             case $1 in
-                --output) output=$2 ;;
+                --output) output=$(from_here "$2") ;;
                 --seeds) seeds=$2 ;;
                 --more-seeds) more_seeds=$2 ;;
                 --steps) steps=$2 ;;
                 --timing-steps) timing_steps=$2 ;;
                 --shares) shares=$2 ;;
                 --rates) rates=$2 ;;
-                --config) config=$2 ;;
+                --config) config=$(config_from_here "$2") ;;
+                --results) more+=("$1" "$(from_here "$2")") ;;
                 --set) sets+=("$1" "$2") ;;
                 *) more+=("$1" "$2") ;;
             esac

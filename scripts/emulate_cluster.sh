@@ -22,6 +22,7 @@ the logs of all ranks are in DIR/logs, what went over the links is in DIR/links.
 TEXT
 }
 
+here=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/job.sh
 shape=() rate=50mbit port=8118
@@ -79,7 +80,7 @@ prepare_job "$nodes-nodes"
 
 stopped=0 watcher='' jobs=()
 clean() {
-    trap '' INT TERM
+    trap '' INT TERM HUP
     [ -z "$watcher" ] || kill "$watcher" 2>/dev/null || true
     remove_cluster $$
     wait
@@ -87,6 +88,7 @@ clean() {
 trap clean EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
+trap 'exit 129' HUP
 
 ip link add "moe$$b" type bridge 2>/dev/null || fail "may not make network interfaces here, which needs the right CAP_NET_ADMIN"
 ip link set "moe$$b" up
@@ -118,18 +120,19 @@ for ((node = 0; node < nodes; node++)); do
 done
 
 # On a signal the ranks save their state and end by themselves; the next signal ends everything at once.
-stop() {
-    stopped=$1
-    trap "exit $1" INT TERM
-    echo "emulate_cluster.sh: stopping after this step" >&2
+stop() { # stop SIGNAL CODE
+    stopped=$2
+    trap "exit $2" INT TERM HUP
     for ((node = 0; node < nodes; node++)); do
         for process in $(ip netns pids "moe$$n$node"); do
-            ! grep -qsz '^MS_ROLE=MS_WORKER$' "/proc/$process/environ" || kill -TERM "$process" 2>/dev/null || true
+            ! grep -qsz '^MS_ROLE=MS_WORKER$' "/proc/$process/environ" || kill "-$1" "$process" 2>/dev/null || true
         done
     done
+    echo "emulate_cluster.sh: stopping after this step" >&2 || true # the terminal may be gone
 }
-trap 'stop 130' INT
-trap 'stop 143' TERM
+trap 'stop INT 130' INT
+trap 'stop TERM 143' TERM
+trap 'stop HUP 129' HUP
 show_job "${jobs[0]}"
 
 code=0
@@ -139,6 +142,7 @@ for job in "${jobs[@]}"; do
     done
     wait "$job" || code=$?
 done
+[ $stopped != 0 ] || stopped=$(stopped_code)
 [ $stopped = 0 ] || code=$stopped
 kill "$watcher" 2>/dev/null && wait "$watcher" || true
 watcher=''

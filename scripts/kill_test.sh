@@ -22,12 +22,9 @@ time, N times, resuming after each. Exit code 0 if every restart resumed and the
 TEXT
 }
 
-fail() {
-    echo "kill_test.sh: $1" >&2
-    exit 2
-}
-
+here=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. scripts/job.sh
 config=configs/cpu_cluster.yaml kills=20 ranks=4 per_node=2 steps=200 port=8119 output=runs/kill-test seed=1 rest=()
 while [ $# -gt 0 ]; do
     case $1 in
@@ -40,14 +37,14 @@ while [ $# -gt 0 ]; do
                 --ranks-per-node) per_node=$2 ;;
                 --steps) steps=$2 ;;
                 --port) port=$2 ;;
-                --output) output=$2 ;;
+                --output) output=$(from_here "$2") ;;
                 --seed) seed=$2 ;;
                 --set) rest+=(--set "$2") ;;
             esac
             shift
             ;;
         -*) fail "unknown flag $1; --help lists the flags" ;;
-        *) config=$1 ;;
+        *) config=$(config_from_here "$1") ;;
     esac
     shift
 done

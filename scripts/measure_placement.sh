@@ -20,12 +20,9 @@ takes about 12 minutes, and wants the machine to itself. What is finished in DIR
 TEXT
 }
 
-fail() {
-    echo "measure_placement.sh: $1" >&2
-    exit 2
-}
-
+here=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. scripts/job.sh
 config=configs/placement.yaml rate=100mbit seeds=2 output=runs/placement
 more=()
 while [ $# -gt 0 ]; do
@@ -34,10 +31,11 @@ while [ $# -gt 0 ]; do
         --config | --rate | --seeds | --output | --results | --set)
             [ $# -ge 2 ] && [ -n "$2" ] || fail "$1 needs a value"
             case $1 in
-                --config) config=$2 ;;
+                --config) config=$(config_from_here "$2") ;;
                 --rate) rate=$2 ;;
                 --seeds) seeds=$2 ;;
-                --output) output=$2 ;;
+                --output) output=$(from_here "$2") ;;
+                --results) more+=("$1" "$(from_here "$2")") ;;
                 *) more+=("$1" "$2") ;;
             esac
             shift

@@ -18,12 +18,9 @@ is finished in the runs' directory is not trained again; a run that was interrup
 TEXT
 }
 
-fail() {
-    echo "record_traces.sh: $1" >&2
-    exit 2
-}
-
+here=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. scripts/job.sh
 config=configs/trace.yaml output=tests/data/traces seeds=2 runs=runs/traces
 changes=()
 while [ $# -gt 0 ]; do
@@ -32,9 +29,9 @@ while [ $# -gt 0 ]; do
         --output | --seeds | --runs | --set)
             [ $# -ge 2 ] && [ -n "$2" ] || fail "$1 needs a value"
             case $1 in
-                --output) output=$2 ;;
+                --output) output=$(from_here "$2") ;;
                 --seeds) seeds=$2 ;;
-                --runs) runs=$2 ;;
+                --runs) runs=$(from_here "$2") ;;
                 --set) changes+=(--set "$2") ;;
             esac
             shift
@@ -98,6 +95,7 @@ record() { # record ROUTER SEED
 # A signal goes to both runs, which save their state: the next call continues.
 trap 'kill $(jobs -p) 2>/dev/null; wait; exit 130' INT
 trap 'kill $(jobs -p) 2>/dev/null; wait; exit 143' TERM
+trap 'kill $(jobs -p) 2>/dev/null; wait; exit 129' HUP
 code=0
 for seed in $(seq "$seeds"); do
     running=()

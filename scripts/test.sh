@@ -12,6 +12,7 @@ usage: bash scripts/test.sh [--slow] [--only PATH]
 TEXT
 }
 
+here=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 marks='not slow' only=tests
 while [ $# -gt 0 ]; do
@@ -20,6 +21,7 @@ while [ $# -gt 0 ]; do
         --only)
             [ $# -ge 2 ] || { echo "test.sh: --only needs a path" >&2; exit 2; }
             only=$2
+            [ ! -e "$here/$2" ] || only=$here/$2
             shift
             ;;
         --help | -h)

@@ -18,19 +18,19 @@ Trains CONFIG (configs/cpu_smoke.yaml), evaluates it, prints a sample of each do
 TEXT
 }
 
+here=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/job.sh
 config=configs/cpu_smoke.yaml
-flags=()
 while [ $# -gt 0 ]; do
     if [ "$1" = --help ] || [ "$1" = -h ]; then
         usage
         exit 0
     fi
     take_train_flag "$@"
-    [ "${1#-}" = "$1" ] || flags+=("${@:1:taken}")
     shift "$taken"
 done
 
 prepare_corpus
-exec python -m pangu_locmoe train "$config" "${flags[@]}"
+[ -z "$run_dir" ] || rest+=(--run-dir "$run_dir")
+exec python -m pangu_locmoe train "$config" "${sets[@]}" --resume "$resume" "${rest[@]}" "${progress[@]}"

@@ -35,14 +35,10 @@ Repository, data and run directory must be at the same paths on all servers, on 
   --no-progress          as for scripts/train.sh
   --help                 this text
 
-Exit codes: 0 trained; 1 the job failed; 2 something here is wrong with the flags or the configuration; 3 a server is not ready.
+Exit codes: 0 trained; 1 the job failed; 2 something here is wrong with the flags or the configuration; 3 a server is not ready;
+129, 130, 143 stopped by a signal (128 + its number), state saved.
 Settings already in the environment (HCCL_SOCKET_IFNAME, HCCL_IF_BASE_PORT, ASCEND_RT_VISIBLE_DEVICES, MS_*) are kept.
 TEXT
-}
-
-fail() {
-    echo "train_ascend.sh: $1" >&2
-    exit 2
 }
 
 number() { # FLAG VALUE LEAST MOST
@@ -51,6 +47,7 @@ number() { # FLAG VALUE LEAST MOST
 
 here=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. scripts/job.sh
 config=configs/ascend/small.yaml per_node=8 nodes=1 node_rank='' master='' port=8118 hostfile='' dry_run='' preflight=yes
 expect='' disk_gb=50 deterministic='' buffer='' connect='' execute=1836 algo='' bind=True python='' run_dir='' resume=never
 sets=() rest=()
@@ -80,14 +77,15 @@ while [ $# -gt 0 ]; do
                 --hccl-algo) algo=$2 ;;
                 --python) python=$2 ;;
                 --set) sets+=("$2") ;;
-                --run-dir) run_dir=$2 ;;
+                --run-dir) run_dir=$(from_here "$2") ;;
                 --resume) resume=$2 ;;
+                --init-from) rest+=("$1" "$(from_here "$2")") ;;
                 *) rest+=("$1" "$2") ;;
             esac
             shift
             ;;
         -*) fail "unknown flag $1; --help lists the flags" ;;
-        *) config=$1 ;;
+        *) config=$(config_from_here "$1") ;;
     esac
     shift
 done
@@ -157,7 +155,9 @@ if [ ${#hosts[@]} -gt 0 ]; then
         # With -tt the far side's shell gets a hang-up when ssh ends, and ends its ranks.
         for pid in "${started[@]}"; do kill -TERM "$pid" 2>/dev/null || true; done
     }
-    trap 'stop; exit 130' INT TERM
+    trap 'stop; exit 130' INT
+    trap 'stop; exit 143' TERM
+    trap 'stop; exit 129' HUP
     [ -n "$dry_run" ] || mkdir -p "$run_dir/logs"
     for index in "${!hosts[@]}"; do
         remote="cd $(quoted "$PWD")&& exec bash scripts/train_ascend.sh $(quoted "$config" --node-rank "$index" "${pass[@]}" "${rest[@]}")"
@@ -182,7 +182,7 @@ if [ ${#hosts[@]} -gt 0 ]; then
         fi
     done
     # ssh says 255 where it could not connect.
-    [ $code -le 3 ] || code=1
+    case $code in [0-3] | 129 | 130 | 143) ;; *) code=1 ;; esac
     exit $code
 fi
 
@@ -238,16 +238,33 @@ done
 [ -x "$launcher" ] || fail "--python $python: has no msrun beside it"
 mkdir -p "$logs"
 set +e
-"${command[@]}" >"$logs/msrun.log" 2>&1 &
+# A session of its own: Ctrl-C would make msrun kill the ranks before they have saved anything.
+setsid "${command[@]}" >"$logs/msrun.log" 2>&1 &
 job=$!
-trap 'kill -TERM $job 2>/dev/null' TERM INT HUP
+# On a signal the ranks save their state and end by themselves; the next signal ends everything at once.
+stopped=0
+stop() { # stop SIGNAL CODE
+    stopped=$2
+    trap "signal_role KILL MS_WORKER; signal_role KILL MS_SCHED; exit $2" INT TERM HUP
+    signal_role "$1" MS_WORKER
+}
+trap 'stop INT 130' INT
+trap 'stop TERM 143' TERM
+trap 'stop HUP 129' HUP
 # msrun numbers the logs of a server's ranks from the server's first.
 tail --pid=$job --retry -n +1 -qf "$logs/worker_$((node_rank * per_node)).log" 2>/dev/null |
     grep --line-buffered -v -e '^\[WARNING\]' -e '^\[INFO\]' -e '^$' &
 wait $job
 code=$?
+while kill -0 $job 2>/dev/null; do # `wait` returns early when a signal comes
+    wait $job
+    code=$?
+done
 sleep 0.2
-if [ $code -ne 0 ]; then
+[ $stopped != 0 ] || stopped=$(stopped_code "$logs")
+if [ $stopped != 0 ]; then
+    code=$stopped
+elif [ $code -ne 0 ]; then
     grep -hs '^pangu-locmoe: ' "$logs"/worker_*.log | sort -u | head -n 1 >&2
     echo "train_ascend.sh: the job failed on server $node_rank (exit code $code); logs are in $logs" >&2
     [ $code -le 3 ] || code=1

@@ -20,6 +20,7 @@ The logs of all ranks are in DIR/logs.
 TEXT
 }
 
+here=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/job.sh
 shape=() port=8118
@@ -54,22 +55,17 @@ setsid msrun --worker_num "$ranks" --local_worker_num "$ranks" --master_addr 127
     --run-dir "$run_dir" --resume "$resume" "${rest[@]}" "${progress[@]}" >"$run_dir/logs/msrun.log" 2>&1 &
 job=$!
 
-signal_role() { # signal_role SIGNAL ROLE: to msrun's children of that role
-    local process
-    for process in $(pgrep -P $job); do
-        ! grep -qsz "^MS_ROLE=$2\$" "/proc/$process/environ" || kill "-$1" "$process" 2>/dev/null || true
-    done
-}
 # On a signal the ranks save their state and end by themselves; the next signal ends everything at once.
 stopped=0
-stop() {
-    stopped=$1
-    trap "signal_role KILL MS_WORKER; signal_role KILL MS_SCHED; exit $1" INT TERM
-    echo "train_cpu_cluster.sh: stopping after this step" >&2
-    signal_role TERM MS_WORKER
+stop() { # stop SIGNAL CODE
+    stopped=$2
+    trap "signal_role KILL MS_WORKER; signal_role KILL MS_SCHED; exit $2" INT TERM HUP
+    signal_role "$1" MS_WORKER
+    echo "train_cpu_cluster.sh: stopping after this step" >&2 || true # the terminal may be gone
 }
-trap 'stop 130' INT
-trap 'stop 143' TERM
+trap 'stop INT 130' INT
+trap 'stop TERM 143' TERM
+trap 'stop HUP 129' HUP
 show_job $job
 
 # msrun waits for its scheduler, which takes ten seconds to notice that the ranks are gone.
@@ -79,6 +75,7 @@ while kill -0 $job 2>/dev/null; do
 done
 code=0
 wait $job || code=$?
+[ $stopped != 0 ] || stopped=$(stopped_code)
 [ $stopped = 0 ] || code=$stopped
 sleep 0.2
 [ $stopped != 0 ] || explain_job $code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from dataclasses import dataclass
 from typing import Optional
 
@@ -48,6 +49,8 @@ def join() -> Communicator:
     """
     if "MS_ROLE" not in os.environ:
         return SingleProcess()
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in whatever a script starts in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if os.environ["MS_ROLE"] == "MS_WORKER":  # scripts/explain_job.py finds a dead process's rank by this line
         print(f"[INFO] rank {os.environ.get('RANK_ID', '?')} is process {os.getpid()}", flush=True)
     if os.environ.get("PANGU_LOCMOE_DEVICE") == "Ascend":  # scripts/train_ascend.sh
