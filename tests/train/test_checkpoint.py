@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 
 import numpy as np
@@ -132,6 +133,103 @@ def test_a_checkpoint_is_replaced_as_a_whole(config, model, folder, tokenizer_fi
     assert checkpoints.read_state(folder)["step"] == 2
     assert not (folder / "optimizer.safetensors").exists()
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+@pytest.mark.parametrize("call", range(1, 8))
+def test_a_crash_at_any_point_of_a_replacement_leaves_a_whole_one(config, model, tokenizer_file, tmp_path, monkeypatch, call):
+    """Every rename and every removal is a point; after it nothing more is done."""
+    run_dir = tmp_path / "run"
+    path = run_dir / "checkpoints" / "step-00000004"
+    checkpoints.save_checkpoint(path, config, tokenizer_file, model, None, {"step": 4, "best": "old"})
+
+    class Crash(BaseException):
+        pass
+
+    calls = []
+
+    def crashing(real):
+        def function(*arguments, **keywords):
+            if len(calls) == call:
+                raise Crash
+            calls.append(real)
+            return real(*arguments, **keywords)
+
+        return function
+
+    for owner, name in ((type(path), "rename"), (checkpoints.shutil, "rmtree"), (type(path), "mkdir")):
+        monkeypatch.setattr(owner, name, crashing(getattr(owner, name)))
+    try:
+        checkpoints.save_checkpoint(path, config, tokenizer_file, model, None, {"step": 4, "best": "new"})
+    except Crash:
+        pass
+    monkeypatch.undo()
+    found = checkpoints.latest_whole_checkpoint(run_dir)
+    assert found is not None and checkpoints.read_state(found)["best"] in ("old", "new")
+    assert checkpoints.recover(run_dir) == []
+    assert [one.name for one in path.parent.iterdir()] == ["step-00000004"]
+    assert checkpoints.latest_whole_checkpoint(run_dir) == path
+
+
+FOREIGN = (
+    "step-best", "step-00000001-hf", "step-1", "step-00000001 (copy)", "step-000000012", "step-\u0661\u0661\u0661\u0661\u0661\u0661\u0661\u0661", "STEP-00000001", "best",
+    ".step-best", ".step-00000002.bak", "step-00000001.old",
+)  # fmt: skip
+
+
+def test_what_is_not_ours_is_neither_counted_nor_taken_nor_touched(folder, tmp_path):
+    run_dir = tmp_path / "run"
+    place = run_dir / "checkpoints"
+    for step in (1, 2, 10):
+        shutil.copytree(folder, place / f"step-{step:08d}")
+    for name in FOREIGN:
+        shutil.copytree(folder, place / name)
+    (tmp_path / "elsewhere").mkdir()
+    (place / "step-00000099").symlink_to(folder)
+    (place / "step-00000098").write_text("a file")
+    (place / "step-00000000").symlink_to(tmp_path / "elsewhere")
+    before = {path.name for path in place.iterdir()}
+    assert [path.name for path in checkpoints.step_folders(run_dir)] == ["step-00000001", "step-00000002", "step-00000010"]
+    assert checkpoints.find_checkpoint(run_dir).name == "step-00000010"
+    assert checkpoints.recover(run_dir) == []
+    assert checkpoints.remove_old(run_dir, 10, 1, None) == []
+    assert {path.name for path in place.iterdir()} == before - {"step-00000001", "step-00000002"}
+
+
+def test_a_removal_that_fails_is_a_line(folder, tmp_path, monkeypatch):
+    run_dir = tmp_path / "run"
+    for step in (1, 2):
+        shutil.copytree(folder, run_dir / "checkpoints" / f"step-{step:08d}")
+
+    def refuse(*arguments, **keywords):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", refuse)
+    (line,) = checkpoints.remove_old(run_dir, 2, 1, None)
+    assert line == f"{run_dir}/checkpoints/step-00000001 cannot be removed: Permission denied"
+
+
+def test_a_clean_up_that_fails_is_a_note(tmp_path, monkeypatch, capsys):
+    config = tiny.tiny_config(moe={"router": "hash"}, train={"steps": 3, "warmup_steps": 1}, checkpoint={"every": 1, "keep": 1}, evaluation={"every": 3, "sequences": 1})
+
+    def refuse(folder, *arguments, **keywords):
+        if folder.name == "step-00000001":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return real(folder, *arguments, **keywords)
+
+    real = shutil.rmtree
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", refuse)
+    assert train(config, tmp_path / "run", progress=False) is None
+    assert capsys.readouterr().out.count("step-00000001 cannot be removed: Permission denied\n") == 1
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "null", "3", '{"step": null}', '{"step": "4"}', '{"step": -1}', '{"step": 1, "shards": []}', '{"step": 1, "shards": {"model": 0}}', "\xff", '{"step": '])
+def test_a_state_that_is_none_is_one_line(folder, capsys, text):
+    (folder / "state.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(CheckpointError, match=rf"^{folder} is not a checkpoint: [^\n]+$"):
+        checkpoints.read_state(folder)
+    assert main(["evaluate", str(folder)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith(f"pangu-locmoe: {folder} is not a checkpoint: ") and "\n" not in error
 
 
 @pytest.mark.parametrize("where", ["weights", "sync", "rename"])

@@ -109,7 +109,7 @@ def test_without_any_whole_checkpoint_nothing_is_written_over(short_run):
 
 def test_half_written_checkpoints_and_rows_are_cleared_away(short_run):
     wanted = tiny.rows(short_run)
-    (short_run / "checkpoints" / ".step-00000006.abc").mkdir()
+    (short_run / "checkpoints" / ".step-00000006").mkdir()
     with (short_run / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"step": 7, "loss": 1.0}\n{"step": 8, "lo')
     train(short_config(), short_run, resume=True, progress=False)
