@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 from contextlib import nullcontext
@@ -34,8 +35,20 @@ def main(arguments: Optional[List[str]] = None) -> int:
         return 2
     except BrokenPipeError:
         return 1
-    except KeyboardInterrupt:
-        return 130
+    except BaseException as error:
+        if not _was_interrupted(error):
+            raise
+        # At once, because the interpreter's end takes seconds with MindSpore and aborts if its import was interrupted.
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+        os._exit(130)
+
+
+def _was_interrupted(error: Optional[BaseException]) -> bool:
+    """Whether Ctrl-C is behind an error; libraries that are being imported make others of it."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _train(options: argparse.Namespace) -> int:

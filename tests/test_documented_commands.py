@@ -7,7 +7,6 @@ import importlib
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 from typing import Optional
 

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 import shutil
+import signal
+import subprocess
+import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +20,7 @@ from tqdm import tqdm
 from pangu_locmoe.config import Config
 from pangu_locmoe.data.bigram import CONTEXTS, bits_per_byte, count_bigrams
 from pangu_locmoe.data.copies import CopiedRuns
-from pangu_locmoe.data.corpus import SPLITS, Corpus, scan
+from pangu_locmoe.data.corpus import SPLITS, Corpus, corpus_files, scan
 from pangu_locmoe.data.identity import TextDigest, tokenizer_digest
 from pangu_locmoe.data.packing import Packer
 from pangu_locmoe.data.records import RecordWriter
@@ -26,23 +32,86 @@ _TOKENIZER_BYTES = 10_000_000
 """Text the tokenizer is trained on, in equal parts from each domain; more changes little and takes longer."""
 _CHUNK_BYTES = 1_000_000
 """Text tokenized at a time: enough for all processors, little enough for the memory."""
+_SOON_BYTES = 1_000_000
+"""Text that is prepared before another process would have started."""
+_REFUSED = 2
+"""Exit code of that process where what it wrote is a DataError's text."""
 
 
 def build(config: Config, path: Path, progress: bool) -> None:
-    """Make the folder `path`; it appears whole or not at all. Raises DataError if corpus, tokenizer or disk refuse."""
+    """Make the folder `path`; it appears whole or not at all. Raises DataError if corpus, tokenizer or disk refuse.
+
+    A corpus of some size is prepared by a process of its own: the libraries that train the tokenizer and write the
+    files do not hear of Ctrl-C, but a process can be ended at any time.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     except OSError as error:
         raise DataError(f"data.prepared_dir: {path.parent}: cannot be written: {error.strerror}") from None
     try:
-        _fill(config, temporary, progress)
+        (_fill if _is_soon_done(config) else _fill_apart)(config, temporary, progress)
         temporary.chmod(0o755)
         _publish(temporary, path)
     except OSError as error:
         raise DataError(f"data.prepared_dir: {path.parent}: cannot be written: {error.strerror}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_soon_done(config: Config) -> bool:
+    paths = [path for _, path in corpus_files(config.data)]
+    zipped = any(path.suffix.lower() == ".gz" for path in paths)  # which may hold anything
+    return not zipped and sum(path.stat().st_size for path in paths) <= _SOON_BYTES
+
+
+def _fill_apart(config: Config, folder: Path, progress: bool) -> None:
+    """`_fill` in a process of its own, which ends when this one is interrupted or ends."""
+    package_root = str(Path(__file__).resolve().parents[2])
+    paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pangu_locmoe.data.preparing"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+    )
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        process.stdin.write(pickle.dumps((config, folder, progress)))
+        process.stdin.flush()  # and left open: its end is this process's end
+        answer = process.stdout.read().decode("utf-8")
+        code = process.wait()
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    if code == _REFUSED:
+        raise DataError(answer)
+    if code < 0:
+        raise DataError(f"the process that prepares the data was ended by {signal.Signals(-code).name}; is the memory full?")
+    if code:
+        raise RuntimeError(f"the process that prepares the data failed with exit code {code}; see above")
+
+
+def _serve() -> int:
+    """What that process does: read `_fill`'s arguments from stdin, run it, and write what it refuses to stdout."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the one that waits ends this one
+    answer, sys.stdout = sys.stdout, sys.stderr  # whatever else is printed
+    config, folder, progress = pickle.load(sys.stdin.buffer)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        _fill(config, folder, progress)
+    except (DataError, OSError) as error:
+        text = str(error) if isinstance(error, DataError) else f"data.prepared_dir: {folder.parent}: cannot be written: {error.strerror}"
+        answer.buffer.write(text.encode("utf-8"))
+        answer.flush()
+        return _REFUSED
+    return 0
+
+
+def _end_with_parent() -> None:
+    sys.stdin.buffer.read()
+    os._exit(1)
 
 
 def _publish(temporary: Path, path: Path) -> None:
@@ -211,3 +280,7 @@ def _counts(side: _Side) -> dict[str, int]:
         "sequences": side.packer.sequences,
         "unused_tokens": side.unused_tokens,
     }
+
+
+if __name__ == "__main__":
+    sys.exit(_serve())
