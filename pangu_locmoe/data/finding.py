@@ -1,6 +1,6 @@
 """What a source names -> files: folders are walked, links followed, globs expanded; what is passed over is counted.
 
-Every folder is entered once, so links in a circle end and many links to one folder cost nothing.
+Everything is taken once, so links in a circle end and many links to one place cost nothing.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ PROBLEMS = {
     "dangling": "links that lead nowhere",
     "special": "pipes, sockets and devices",
     "hidden": "files and folders whose names begin with a dot",
-    "entered": "folders reached a second time, by a link",
+    "repeated": "files and folders reached a second time, by a link",
 }
 """Why something is passed over, beside "unreadable"."""
 
 Count = Callable[[str, str], None]
 """Takes a problem and where it is."""
-Entered = dict[tuple[int, int], Path]
-"""Device and number of a folder -> the name it was entered by."""
+Taken = dict[tuple[int, int], Path]
+"""Device and number of a file or folder -> the name it was reached by first."""
 
 
 def find_files(path: str, count: Count) -> list[Path]:
@@ -45,8 +45,8 @@ def find_files(path: str, count: Count) -> list[Path]:
         matches = _expand(Path(place.anchor), place.parts[1:] if place.anchor else place.parts, note)
     if path.endswith(os.sep):
         matches = filter(_is_folder, matches)
-    entered: Entered = {}
-    files = {file for match in matches for file in _files(match, entered, note)}
+    taken: Taken = {}
+    files = {file for match in matches for file in _files(match, taken, note)}
     for problem, where in problems:
         count(problem, where)
     return sorted(files)
@@ -58,19 +58,19 @@ def shown(path: Path) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
-def _files(place: Path, entered: Entered, count: Count) -> Iterator[Path]:
-    """The regular files at or below `place`, in folders that were not entered before."""
+def _files(place: Path, taken: Taken, count: Count) -> Iterator[Path]:
+    """The regular files at or below `place`, if not taken before."""
     waiting = [place]
     while waiting:
         path = waiting.pop()
         status = _status(path, count)
-        if status is None:
+        if status is None or not _take(path, status, taken, count):
             continue
         if stat.S_ISREG(status.st_mode):
             yield path
         elif not stat.S_ISDIR(status.st_mode):
             count("special", shown(path))
-        elif _enter(path, status, entered, count):
+        else:
             waiting += [path / name for name in reversed(_names(path, "*", count))]
 
 
@@ -90,12 +90,12 @@ def _expand(folder: Path, parts: tuple[str, ...], count: Count) -> Iterator[Path
 
 def _folders(folder: Path, count: Count) -> Iterator[Path]:
     """A folder and all below it, each once."""
-    entered: Entered = {}
+    taken: Taken = {}
     waiting = [folder] if _is_folder(folder) else []
     while waiting:
         path = waiting.pop()
         status = _status(path, count)
-        if status is not None and _enter(path, status, entered, count):
+        if status is not None and _take(path, status, taken, count):
             yield path
             waiting += [path / name for name in reversed(_names(path, "*", count, _is_folder))]
 
@@ -115,12 +115,12 @@ def _names(folder: Path, pattern: str, count: Count, wanted: Callable[[Path], bo
     return [name for name in names if not name.startswith(".")]
 
 
-def _enter(folder: Path, status: os.stat_result, entered: Entered, count: Count) -> bool:
-    """Whether a folder is new; one that was entered by another name is counted."""
-    first = entered.setdefault((status.st_dev, status.st_ino), folder)
-    if first is not folder and first != folder:
-        count("entered", shown(folder))
-    return first is folder
+def _take(path: Path, status: os.stat_result, taken: Taken, count: Count) -> bool:
+    """Whether a place is new; one that was reached by another name is counted."""
+    first = taken.setdefault((status.st_dev, status.st_ino), path)
+    if first != path:
+        count("repeated", shown(path))
+    return first is path
 
 
 def _status(path: Path, count: Count) -> Optional[os.stat_result]:

@@ -110,7 +110,8 @@ def _serve() -> int:
 
 
 def _end_with_parent() -> None:
-    sys.stdin.buffer.read()
+    while os.read(0, 1):  # not through sys.stdin, whose lock would be held when this process ends
+        pass
     os._exit(1)
 
 

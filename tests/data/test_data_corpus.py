@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any, Callable
 
@@ -11,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pangu_locmoe.config import Config
+from pangu_locmoe.data import documents
 from pangu_locmoe.data.corpus import Corpus, scan
 from pangu_locmoe.data.documents import CorpusReport, pieces
+from pangu_locmoe.data.prepared import prepare
 from pangu_locmoe.errors import DataError
 
 Make = Callable[..., Config]
@@ -161,3 +164,104 @@ def test_a_file_that_changes_while_it_is_read(make_config: Make, corpus: Path) -
     (corpus / "en" / "03.txt").write_text("something else")
     with pytest.raises(DataError, match="changed"):
         list(found.documents())
+
+
+def near_copy(text: str) -> str:
+    return text.replace("cluster", "machine", 1) + "\nThe end."
+
+
+def test_near_copies_are_on_one_side_whatever_the_order_and_the_domain(make_config: Make, corpus: Path) -> None:
+    for i in range(30):
+        text = make_text("en", i, 600)
+        (corpus / "en" / f"{i:02d}.txt").write_text(text)
+        (corpus / "zh" / f"copy{i}.txt").write_text(near_copy(text))
+    found = scanned(make_config(validation_fraction=0.5))
+    split = sides(found)
+    assert found.report.alike == 60
+    assert all((make_text("en", i, 600) in split["train"]) == (near_copy(make_text("en", i, 600)) in split["train"]) for i in range(30))
+    swapped = sides(scanned(make_config(validation_fraction=0.5, sources=[(corpus / "zh", "zh"), (corpus / "en", "en")])))
+    assert swapped == split
+    assert 0.2 < found.report.documents["validation"]["en"] / 30 < 0.8
+    assert CorpusReport.from_dict(json.loads(json.dumps(found.report.to_dict()))) == found.report
+
+
+def test_a_domain_of_near_copies_only_still_has_two_sides(make_config: Make, tmp_path: Path) -> None:
+    (tmp_path / "alike").mkdir()
+    for i in range(5):
+        (tmp_path / "alike" / f"{i}.txt").write_text(make_text("en", 1, 600) + str(i))
+    found = sides(scanned(make_config(sources=[(tmp_path / "alike", "en")])))
+    assert {len(found["train"]), len(found["validation"])} == {1, 4}
+
+
+def links(folder: Path, tmp_path: Path) -> None:
+    """A folder with a link to another, with links in circles, one to a folder twice, and one that leads nowhere."""
+    other = tmp_path / "other"
+    (other / "deep").mkdir(parents=True)
+    for i in range(3):
+        (other / "deep" / f"o{i}.txt").write_text(make_text("en", 100 + i))
+    (folder / "link").symlink_to(other)
+    (folder / "link2").symlink_to(other)
+    (other / "up").symlink_to(folder)
+    (other / "self").symlink_to("self")
+    (folder / "dangling.txt").symlink_to("/nonexistent")
+
+
+@pytest.mark.parametrize("pattern", ["", "**", "**/*.txt", "*", "../e[n]"])
+def test_links_are_followed_once_and_what_is_passed_over_is_counted(make_config: Make, corpus: Path, tmp_path: Path, pattern: str) -> None:
+    links(corpus / "en", tmp_path)
+    os.mkfifo(corpus / "en" / "pipe.txt")
+    (corpus / "en" / ".hidden.txt").write_text("hidden")
+    found = scanned(make_config(sources=[(f"{corpus / 'en'}/{pattern}" if pattern else corpus / "en", "en")]))
+    assert found.report.documents["train"]["en"] + found.report.documents["validation"]["en"] == 33
+    expected = {"special": 1, "hidden": 1, "dangling": 1 if pattern == "**/*.txt" else 2}
+    if pattern == "*":  # the link `up` comes by what the pattern named already
+        expected.update(hidden=2, dangling=3)
+    assert {key: found.report.problems[key] for key in expected} == expected
+    assert set(found.report.problems) <= {*expected, "repeated"}
+    assert all(problem in documents.PROBLEMS for problem in found.report.problems)
+
+
+def test_a_folder_that_cannot_be_read_is_counted(make_config: Make, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (corpus / "en" / "closed").mkdir()
+    listdir = os.listdir
+
+    def refusing(path: Path) -> list[str]:
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied")
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", refusing)
+    for path in (corpus / "en", f"{corpus}/**/*.txt"):
+        assert scanned(make_config(sources=[(path, "en")])).report.problems["unreadable"] == 1
+
+
+def test_globs_find_folders_and_hidden_names_that_they_spell(make_config: Make, corpus: Path) -> None:
+    (corpus / ".cache").mkdir()
+    (corpus / ".cache" / "x.txt").write_text(make_text("en", 200))
+    for pattern, count in (("*", 60), ("e*/", 30), ("**/en", 30), ("*/*[0-4].txt", 30), (".c*/x.txt", 1), ("./../corpus/z*", 30)):
+        assert len(documents.source_files(f"{corpus}/{pattern}", CorpusReport())) == count
+
+
+def test_a_source_of_which_nothing_can_be_read_says_why(make_config: Make, tmp_path: Path) -> None:
+    (tmp_path / "gone.txt").symlink_to("/nonexistent")
+    with pytest.raises(DataError, match=r"gone.txt: no file that can be read \(left out: 1 links that lead nowhere\)"):
+        scanned(make_config(sources=[(tmp_path / "gone.txt", "en")]))
+
+
+@pytest.mark.parametrize("suffix", [".JSONL", ".ndjson", ".NdJson.GZ", ".jsonl.Gz", ".jsonlines"])
+def test_json_lines_by_any_name(make_config: Make, tmp_path: Path, suffix: str) -> None:
+    content = "\n".join(json.dumps({"text": f"text {i}"}) for i in range(5)).encode()
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(gzip.compress(content) if suffix.lower().endswith(".gz") else content)
+    assert len(list(scanned(make_config(sources=[(path, "en")])).documents())) == 5
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.bin", b"line\nend.bin", b"\xff\xfe\x1b[31m.bin", "中文é.bin".encode()])
+def test_a_file_name_is_any_bytes(make_config: Make, corpus: Path, name: bytes) -> None:
+    for content, ending in ((b"\xff\xfe", b""), (make_text("en", 300).encode(), b".txt"), (b'{"no": 1}', b".jsonl")):
+        Path(os.fsdecode(os.fsencode(corpus / "en") + b"/" + name + ending)).write_bytes(content)
+    prepared = prepare(make_config(), progress=False)
+    assert prepared.report.problems == {"undecodable": 1, "bad_line": 1} and prepared.report.files == 63
+    for places in prepared.report.examples.values():
+        assert places[0].isprintable() and places[0].encode("utf-8")
+    assert prepared.summary().encode("utf-8")
