@@ -109,3 +109,30 @@ def test_the_table_has_the_bigram_beside_it(row):
         assert row["measured_on"][domain] == {"documents": int(documents), "sequences": int(sequences), "tokens": int(tokens)}
         assert (int(sequences), int(tokens)) == (5, 5 * 32)
     assert lines[4].split()[1:] == [f"{row['validation_loss']:.3f}", f"{math.exp(row['validation_loss']):.1f}", f"{row['bits_per_byte']:.3f}", "4.250", str(sum(on["documents"] for on in row["measured_on"].values())), "15", "480"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_padding_is_not_text(config, model, batch_size):
+    """A side shorter than a sequence: loss and bits per byte are of its own tokens, in whatever batch they come."""
+    short = {"max_bytes_per_domain": 6000, "validation_fraction": 0.01}
+    values = {**config.model_dump(mode="json"), "data": short, "evaluation": {"sequences": 5, "batch_size": batch_size}}
+    config = tiny.tiny_config(**{**values, "train": {"mode": "pynative"}})
+    prepared = prepare(config, False)
+    row = Evaluator(model, config, prepared)()
+    for domain, name in enumerate(tiny.DOMAINS):
+        ((_, batch),) = [found for found in validation_batches(prepared, 5, 1, True) if found[0] == domain]
+        tokens = prepared.counts["validation"][name]["tokens"] - 1
+        assert 0 < tokens < config.model.seq_length
+        losses = token_losses(config, model, batch)[0, :tokens]
+        assert row["measured_on"][name] == {"documents": 1, "sequences": 1, "tokens": tokens}
+        assert row["validation_loss_by_domain"][name] == pytest.approx(losses.mean(), rel=1e-5)
+        size = prepared.counts["validation"][name]["bytes"]
+        assert row["bits_per_byte_by_domain"][name] == pytest.approx(losses.sum() / math.log(2) / size, rel=1e-5)
+
+
+def test_the_end_of_a_document_is_a_target(config):
+    """Only the padding after the last document is none; `<eod>` between two documents is."""
+    prepared = prepare(config, False)
+    batches = [batch for _, batch in validation_batches(prepared, 10**6, 1, True)]
+    ends = sum(int((batch.targets_BS == prepared.tokenizer.end_of_document).sum()) for batch in batches)
+    assert ends > 3 and all((batch.documents_BS >= 0).all() for batch in batches)
