@@ -80,7 +80,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from pangu_locmoe.train.evaluate import format_evaluation, format_interval
 
     row = evaluate_checkpoint(options.checkpoint, options.sequences)
-    parts = (format_checkpoint(row), format_interval(row), format_evaluation(row, row["bigram_bits_per_byte"]))
+    parts = (format_evaluation(row, row["bigram_bits_per_byte"]), format_interval(row), format_checkpoint(row))
     print(json_text(row) if options.json else "\n".join(parts))
     return 0
 
@@ -91,8 +91,8 @@ def _generate(options: argparse.Namespace) -> int:
 
     sample = _sample(options)
     generator = restore_generator(options.checkpoint)
-    print(format_checkpoint(used_checkpoint(options.checkpoint)), file=sys.stderr)  # the text alone is the output
     domain = domain_index(generator.config, options.domain)
+    print(format_checkpoint(used_checkpoint(options.checkpoint)), file=sys.stderr)  # the text alone is the output
     print(options.prompt, end="", flush=True)
     for pieces in generator.stream([options.prompt], [domain], sample, options.seed):
         print(pieces[0], end="", flush=True)

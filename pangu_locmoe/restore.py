@@ -54,8 +54,8 @@ def used_checkpoint(path: Path) -> Dict[str, Any]:
 
 
 def format_checkpoint(used: Dict[str, Any]) -> str:
-    """A line for the checkpoint, one for each note."""
-    return "\n".join([f"checkpoint {used['checkpoint']}, step {used['step']}", *(f"note: {note}" for note in used["notes"])])
+    """A line for each note, and one for the checkpoint."""
+    return "\n".join([*(f"note: {note}" for note in used["notes"]), f"checkpoint {used['checkpoint']}, step {used['step']}"])
 
 
 def restore_generator(path: Path) -> Generator:

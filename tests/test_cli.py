@@ -202,8 +202,9 @@ def test_evaluate_prints_json_or_a_table(capsys, checkpoint):
     assert row["perplexity_by_domain"]["zh"] == pytest.approx(math.exp(row["validation_loss_by_domain"]["zh"]))
     assert exit_code("evaluate", checkpoint, "--sequences", 2) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == ["en", "zh", "code", "all"]
-    assert lines[-1].split()[1] == f"{row['validation_loss']:.3f}" and lines[-1].split()[4] == f"{bigram['all']:.3f}"
+    assert [line.split()[0] for line in lines[1:5]] == ["en", "zh", "code", "all"]
+    assert lines[4].split()[1] == f"{row['validation_loss']:.3f}" and lines[4].split()[4] == f"{bigram['all']:.3f}"
+    assert lines[-1] == f"checkpoint {checkpoint}, step 0"
     assert "must be at least 1" in refused(capsys, "evaluate", checkpoint, "--sequences", 0)
 
 

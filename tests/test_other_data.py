@@ -114,8 +114,8 @@ def test_evaluating_says_which_checkpoint_on_what(home, capsys):
     assert low < row["validation_loss"] < high
     assert main(["evaluate", str(run)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"checkpoint {newest}, step 4"
-    assert lines[1] == f"loss of other documents of this kind: {low:.3f} to {high:.3f} (95%)"
+    assert lines[-1] == f"checkpoint {newest}, step 4"
+    assert lines[-2] == f"loss of other documents of this kind: {low:.3f} to {high:.3f} (95%)"
 
 
 def test_evaluating_on_other_text_says_so(home):
