@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -227,7 +228,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--top-p", type=float, default=0.95)
     verb.add_argument("--seed", type=int, default=1)
 
-    verb = _add(verbs, "capacity", _capacity, "LocMoE's lower bound on the expert capacity, as JSON")
+    verb = _add(verbs, "capacity", _capacity, "LocMoE's lower bound on the expert capacity, as JSON; its probability is of |cosine| >= delta, as published, twice that of a token on the expert's side")
     verb.add_argument("--hidden-size", type=int, required=True, help="d")
     verb.add_argument("--num-experts", type=int, required=True, help="n")
     verb.add_argument("--cosine", type=float, required=True, help="delta: the cosine from which on a token belongs to an expert")

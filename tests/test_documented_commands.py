@@ -87,7 +87,7 @@ def explained(script: str) -> str:
 @pytest.mark.parametrize("command", SHELL)
 def test_a_script_has_these_flags_and_this_configuration(command, monkeypatch):
     monkeypatch.chdir(ROOT)
-    before, _, after = command.partition("scripts/")
+    _, _, after = command.partition("scripts/")
     script, *rest = words(after)
     text = explained(script) + (explained("train_ascend.sh") if script == "slurm_ascend.sh" else "")
     flags: dict[str, list[str]] = {}

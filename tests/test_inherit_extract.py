@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,11 +14,12 @@ from small import small_config
 from train import tiny
 
 from pangu_locmoe.config import parse_config
-from pangu_locmoe.data.loader import validation_batches
+from pangu_locmoe.data.loader import Batch, validation_batches
+from pangu_locmoe.data.packing import positions_and_segments
 from pangu_locmoe.data.prepared import prepare
 from pangu_locmoe.errors import CheckpointError
 from pangu_locmoe.model.extract import extract, sub_config
-from pangu_locmoe.model.inherit import inherit
+from pangu_locmoe.model.inherit import inherit, training_text
 from pangu_locmoe.model.sigma import PanguSigma
 from pangu_locmoe.moe.capacity import DROPLESS
 from pangu_locmoe.restore import evaluate_checkpoint, restore_generator, restore_model
@@ -105,12 +107,32 @@ def test_the_mean_is_that_of_the_routers_probabilities(inherited, router):
     """The division and the probability cancel on average: at the dense model's hidden states the first layer's ratio is 1."""
     folder, _ = inherited(router)
     model, config = restore_model(folder)
-    weights = [logits(model, config, batch)[1]["weight_L"].asnumpy() for _, batch in validation(config, 16)]
     # The calibration's own texts; hidden states of the first sparse layer are the dense model's.
+    prepared, weights, tokens = prepare(config, False), [], []
+    for domain, tokens_BS in training_text(prepared, 3):
+        positions_BS, segments_BS = positions_and_segments(tokens_BS, prepared.tokenizer.end_of_document, config.data.reset_at_document_end)
+        batch = Batch(tokens_BS, tokens_BS, positions_BS, segments_BS, np.full(len(tokens_BS), domain, np.int32), np.ones(len(tokens_BS), bool))
+        weights.append(logits(model, config, batch)[1]["weight_L"].asnumpy())
+        tokens.append(tokens_BS.size)
     scale = load_file(dense()[0] / "model.safetensors")["blocks.1.ffn.w_out"] / load_file(folder / "model.safetensors")["blocks.1.moe.experts.0.w_out"]
     assert scale.std() < 1e-5
-    # The calibration takes 8 sequences at a time, this 16, whose last may repeat one.
-    np.testing.assert_allclose(np.mean(weights, axis=0)[0], scale.mean(), rtol=0.02)
+    np.testing.assert_allclose(np.average(weights, axis=0, weights=tokens)[0], scale.mean(), rtol=1e-4)
+
+
+def test_the_calibrations_text_is_training_text_without_padding():
+    """Sequences of all lengths of each domain's training side, spread over it, none of them padded."""
+    prepared = prepare(sparse_config("switch"), False)
+    end = prepared.tokenizer.end_of_document
+    rows = [(domain, tuple(row)) for domain, tokens_BS in training_text(prepared, 3) for row in tokens_BS.tolist()]
+    for domain, available in enumerate(prepared.num_sequences["train"]):
+        own = [row for other, row in rows if other == domain]
+        sides = {split: prepared.sequences(split, domain, range(prepared.num_sequences[split][domain]))[:, :-1].tolist() for split in ("train", "validation")}
+        assert len(own) == min(16, available)
+        assert all(row[-1] != end and any(tuple(whole[: len(row)]) == row for whole in sides["train"]) for row in own)
+        assert sum(len(row) for row in own) >= 16 * 30 or available < 16
+    padding = np.array([[end, 5, 6, end, end], [5, 6, 7, 8, end], [end] * 5])
+    padded = SimpleNamespace(tokenizer=prepared.tokenizer, num_sequences={"train": [3]}, sequences=lambda split, domain, numbers: padding[numbers])
+    assert [tokens_BS.tolist() for _, tokens_BS in training_text(padded, 3)] == [[[end]], [[end, 5, 6]], [[5, 6, 7, 8]]]
 
 
 @pytest.mark.parametrize("router", ["switch", "locmoe", pytest.param("locmoe_plus", marks=pytest.mark.slow)])

@@ -35,9 +35,15 @@ class CapacityConfig(Section):
     warmup_steps: int = Field(100, ge=1, description="bound, dynamic: steps before delta is first measured; routing swings wildly in the first 50")
     every: Optional[int] = Field(None, ge=1, description="dynamic: steps between measurements; null: 100")
     hysteresis: Optional[float] = Field(None, ge=0, description="dynamic: change the capacity only by more than this share of it; null: 0.2")
+    max_drop: Optional[float] = Field(None, ge=0, le=1, description="bound, dynamic: the capacity stays, up to the factor's, large enough to drop at most this share of the tokens of the measured step; 1: the bound alone; null: 0.05")
     drop_order: Literal["affinity", "position"] = Field("affinity", description="which tokens lose when an expert is full: the lowest affinity, or the last position")
     local_factor: Union[Annotated[float, Field(gt=0)], Literal["auto"], None] = Field(None, description="capacity factor for sources in the expert's node (static exchange); auto: follows the measured counts")
     remote_factor: Union[Annotated[float, Field(gt=0)], Literal["auto"], None] = Field(None, description="capacity factor for sources in other nodes (static exchange); auto: follows the measured counts")
+
+    @property
+    def allowed_drop(self) -> float:
+        """max_drop, its default resolved."""
+        return 0.05 if self.max_drop is None else self.max_drop
 
 
 class TokenChoiceConfig(Section):

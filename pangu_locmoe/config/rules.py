@@ -43,6 +43,8 @@ def _broken_moe_rules(config: Config) -> Iterator[tuple[str, str]]:
     for key in ("every", "hysteresis"):
         if getattr(moe.capacity, key) is not None and moe.capacity.policy != "dynamic":
             yield f"moe.capacity.{key}", "needs moe.capacity.policy: dynamic"
+    if moe.capacity.max_drop is not None and moe.capacity.policy not in ("bound", "dynamic"):
+        yield "moe.capacity.max_drop", "needs moe.capacity.policy: bound or dynamic"
     for key in ("local_factor", "remote_factor"):
         given, static = getattr(moe.capacity, key) is not None, config.parallel.sizes == "static"
         if given and not static:
@@ -163,6 +165,11 @@ def doubtful_settings(config: Config, num_ranks: Optional[int] = None) -> Iterat
         num_ranks: processes of the job; None: as many as hold all experts once.
     """
     moe, data = config.moe, config.data
+    if moe.capacity.policy in ("bound", "dynamic") and config.model.num_moe_layers:
+        yield (
+            f"moe.capacity.policy = {moe.capacity.policy!r}: LocMoE's lower bound is most often far below what the load needs; "
+            f"moe.capacity.max_drop ({moe.capacity.allowed_drop:.0%} of the tokens of the measured step) is the floor, moe.capacity.factor the ceiling"
+        )
     # No error: one key should switch the router.
     if moe.router in ROUTER_TRAITS:
         for key in type(moe).model_fields:

@@ -2,20 +2,22 @@
 
 With the hash router, whose weight is 1, the sparse model gives the dense model's logits at once. A gated router scales an
 expert's output by a probability p < 1, so the experts' output matrices are divided by the mean p of their layer,
-measured on validation text while the weights are held at 1, where the hidden states are the dense model's own. The
+measured on training text while the weights are held at 1, where the hidden states are the dense model's own. The
 sparse model then equals the dense one on average, and token by token as far as p varies little.
+
+Letters: B batch, S sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 from mindspore import Tensor
 
 from pangu_locmoe.config import Config
-from pangu_locmoe.data.loader import validation_batches
+from pangu_locmoe.data.packing import positions_and_segments
 from pangu_locmoe.data.prepared import Prepared, prepare
 from pangu_locmoe.errors import CheckpointError
 from pangu_locmoe.model.sigma import PanguSigma
@@ -87,14 +89,32 @@ def compensate(model: PanguSigma, config: Config, prepared: Prepared) -> list[fl
     for layer in layers:
         layer.unit_weight = True
     capacities, keys = (DROPLESS,) * len(layers), Tensor(np.zeros(1, np.int32))
-    weights = []
-    for _, batch in validation_batches(prepared, _CALIBRATION_SEQUENCES, config.micro_batch, config.data.reset_at_document_end):
-        arrays = (batch.tokens_BS, batch.positions_BS, batch.segments_BS, batch.domains_B)
+    weights, tokens = [], []
+    for domain, tokens_BS in training_text(prepared, config.micro_batch):
+        positions_BS, segments_BS = positions_and_segments(tokens_BS, prepared.tokenizer.end_of_document, config.data.reset_at_document_end)
+        arrays = (tokens_BS, positions_BS, segments_BS, np.full(len(tokens_BS), domain, np.int32))
         _, stats = model(*map(Tensor, arrays), (keys, keys), capacities, False)
         weights.append(stats["weight_L"].asnumpy())
-    means = np.mean(weights, axis=0)
+        tokens.append(tokens_BS.size)
+    means = np.average(weights, axis=0, weights=tokens)
     for layer, mean in zip(layers, means):
         layer.unit_weight = False
         w_out = layer.experts.w_out
         w_out.set_data(Tensor(w_out.asnumpy() / mean))
     return [float(mean) for mean in means]
+
+
+def training_text(prepared: Prepared, batch_size: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield (domain, tokens_BS) of sequences spread over each domain's training text, at most `batch_size` at a time.
+
+    Sequences are without the `<eod>` that pads a domain's last one: those that have some are shorter, and come with their like.
+    """
+    for domain, available in enumerate(prepared.num_sequences["train"]):
+        numbers = np.unique(np.linspace(0, available - 1, min(available, _CALIBRATION_SEQUENCES), dtype=int)) if available else []
+        inputs = prepared.sequences("train", domain, [int(number) for number in numbers])[:, :-1]
+        real = inputs != prepared.tokenizer.end_of_document
+        lengths = np.where(real.any(axis=1), inputs.shape[1] - real[:, ::-1].argmax(axis=1), 1)
+        for length in np.unique(lengths):
+            rows = np.ascontiguousarray(inputs[lengths == length, :length])
+            for start in range(0, len(rows), batch_size):
+                yield domain, rows[start : start + batch_size]

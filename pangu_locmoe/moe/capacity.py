@@ -22,7 +22,8 @@ class CapacityBounds:
     """LocMoE's lower bound on the capacity in its three forms, in tokens; infinity where a double cannot hold it.
 
     cosine: delta, the cosine from which on a token belongs to an expert.
-    probability: p_delta, that a token uniform on the unit sphere belongs to one expert (Lemma 3).
+    probability: p_delta, that a token uniform on the unit sphere has a cosine of delta or more, or of -delta or less, with one
+        expert's gate (Lemma 3). It is two-sided; a token belongs to an expert on one side only, with half of it.
     exact, erfc, exponential: the theorem's lower bound, its form for large d, and a weaker one than that.
     """
 
@@ -35,6 +36,9 @@ class CapacityBounds:
 
 def capacity_bounds(hidden_size: int, num_experts: int, cosine: float) -> CapacityBounds:
     """LocMoE's theorem: ec_min >= 1 / (n p_delta), with p_delta = 1 - I_{delta^2}(1/2, (d-1)/2).
+
+    As published: p_delta is the probability of |cos| >= delta, while routing asks for cos >= delta, which is half as probable.
+    With that half every form would be twice as large.
 
     For large d, p_delta is close to erfc(sqrt(x)), and that is below exp(-x), with x = delta^2 d / (2 - delta^2). With
     delta <= 0 every token belongs to the expert and all forms are 1/n.
@@ -71,23 +75,43 @@ def factor_capacity(factor: float, num_tokens: int, num_experts: int) -> int:
     return max(1, math.ceil(factor * num_tokens / num_experts - 1e-9))
 
 
-def bound_capacity(bounds: CapacityBounds, upper: int) -> int:
-    """The exact bound, rounded up and clamped to [1, upper]."""
-    return upper if bounds.exact >= upper else max(1, math.ceil(bounds.exact))
+def drop_floor(load_PE: np.ndarray, num_tokens: int, max_drop: float) -> int:
+    """The smallest capacity with which experts take (1 - max_drop) * num_tokens assignments of a measured load, at least 1.
+
+    The theorem's bound holds for any capacity that is enough, and is itself most often far from enough.
+
+    Args:
+        load_PE: assignments to each expert in each part of the step whose tokens share slots.
+        num_tokens: of all parts together. A token of most routers is one assignment; of several the experts may refuse some.
+        max_drop: the share that may be dropped.
+    """
+    needed = (1 - max_drop - 1e-9) * num_tokens
+    low, high = 1, max(1, math.ceil(load_PE.max(initial=0)))
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if np.minimum(load_PE, middle).sum() >= needed else (middle + 1, high)
+    return low
 
 
-def dynamic_capacity(bounds: CapacityBounds, upper: int, now: int, hysteresis: float) -> int:
-    """LocMoE+'s C_min = exp(d delta^2 / (2 - delta^2)) / n, rounded up to one of a few sizes and clamped to [1, upper].
+def bound_capacity(bounds: CapacityBounds, upper: int, floor: int = 1) -> int:
+    """The exact bound, rounded up and clamped to [floor, upper]; where these cross, upper."""
+    return upper if bounds.exact >= upper else min(upper, max(floor, math.ceil(bounds.exact)))
+
+
+def dynamic_capacity(bounds: CapacityBounds, upper: int, now: int, hysteresis: float, floor: int = 1) -> int:
+    """LocMoE+'s C_min = exp(d delta^2 / (2 - delta^2)) / n, rounded up to one of a few sizes and clamped to [floor, upper].
 
     Sizes are upper / 1.25^k, rounded up, so that a run needs few compiled shapes and comes back to those it has.
 
     Args:
         bounds: with delta_max, as published, or with another statistic of the cosines.
         upper: the largest capacity.
-        now: the capacity there is, which stays unless the bound is off by more than `hysteresis` of it.
+        now: the capacity there is, which stays unless the bound is off by more than `hysteresis` of it, or it is below the floor.
+        floor: of `drop_floor`; where it is above `upper`, upper.
     """
-    wanted = min(max(bounds.exponential, 1.0), float(upper))
-    if abs(wanted - now) <= hysteresis * now:
+    floor = min(floor, upper)
+    wanted = min(max(bounds.exponential, float(floor)), float(upper))
+    if abs(wanted - now) <= hysteresis * now and now >= floor:
         return now
     exponent = math.floor(math.log(upper / wanted) / math.log(RATIO) + 1e-9)
     return min(size for size in (math.ceil(upper / RATIO**k - 1e-9) for k in (exponent, exponent + 1)) if size >= wanted)

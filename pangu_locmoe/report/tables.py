@@ -149,11 +149,11 @@ def capacity_html(runs: list[Run]) -> str:
     for run in runs:
         events = [event for event in run.events if event["event"] == "capacity" and isinstance(event.get("layers"), list)]
         for layer in (layer for layer in (events[-1]["layers"] if events else []) if isinstance(layer, dict)):
-            cells = [text(number(layer.get(key)), 4) for key in ("delta", "exact", "erfc", "exponential", "capacity")]
+            cells = [text(number(layer.get(key)), 4) for key in ("delta", "exact", "erfc", "exponential", "floor", "capacity")]
             rows.append(
                 [f"layer {layer.get('layer', '?')}", *([run.name] if len(runs) > 1 else []), text(number(events[-1].get("step"))), *cells]
             )
-    return table_html(["Layer", *(["Run"] if len(runs) > 1 else []), "Step", "δ", "Exact", "erfc", "Exponential", "Capacity"], rows)
+    return table_html(["Layer", *(["Run"] if len(runs) > 1 else []), "Step", "δ", "Exact", "erfc", "Exponential", "Floor by drops", "Capacity"], rows)
 
 
 def placement_html(runs: list[Run]) -> str:

@@ -128,6 +128,7 @@ class ShowProgress(Callback):
         # Nothing but the validation lines where standard error is not a terminal.
         self._bar = tqdm(total=config.train.steps, initial=last_step, unit="step", dynamic_ncols=True, mininterval=0.5, disable=None)
         self._loss = math.nan
+        self._bound = "exact" if config.moe.capacity.policy == "bound" else "exponential"
 
     def on_step(self, step: int, result: StepResult, row: Row) -> None:
         self._loss = row["loss"] if math.isnan(self._loss) else 0.9 * self._loss + 0.1 * row["loss"]
@@ -138,6 +139,13 @@ class ShowProgress(Callback):
         if "validation_loss" in row:
             text = ", ".join(f"{domain} {value:.3f}" for domain, value in row["bits_per_byte_by_domain"].items())
             self._bar.write(f"step {row['step']}: validation loss {row['validation_loss']:.4f}, bits per byte {row['bits_per_byte']:.4f} ({text})")
+
+        for layer in row.get("layers", []) if row.get("event") == "capacity" else []:
+            if layer["set_by"] == "max_drop":
+                self._bar.write(
+                    f"note: step {row['step']}, layer {layer['layer']}: the bound is {layer[self._bound]:.3g}; capacity {layer['capacity']}, "
+                    "of which moe.capacity.max_drop is the reason"
+                )
 
     def close(self) -> None:
         self._bar.close()

@@ -132,6 +132,7 @@ class Trainer:
         load_optimizer(folder, self.stepper.optimizer, Held.by(self.model))
         self.loader.load_state_dict(state["data"])
         self.step, self.best = state["step"], state["best"]
+        self.stepper.updates = state.get("updates", self.step)  # runs of older versions counted skipped steps
         if self.stepper.loss_scale is not None:
             self.stepper.loss_scale.value, self.stepper.loss_scale.good_steps = state["loss_scale"]
 
@@ -174,11 +175,15 @@ class Trainer:
     def _advance(self) -> None:
         config, started = self.config, time.perf_counter()
         batch = next(self.loader)
-        rate = learning_rate(config.train, self.step + 1)
+        rate = learning_rate(config.train, self.stepper.updates + 1)
+        # A static step has slots by these, not a capacity; what is between the steps may change them.
+        static = self.world.exchange is not None and config.parallel.sizes == "static"
+        factors = self.stepper.factors if static else None
         result = self.stepper(batch, self.step + 1, rate)
         self.step += 1
         row = training_row(
-            config, self.topology, self.step, result, rate, time.perf_counter() - started, self.stepper.capacities, self.stepper.expert_of_slot_LE
+            config, self.topology, self.step, result, rate, time.perf_counter() - started, self.stepper.capacities,
+            self.stepper.expert_of_slot_LE, factors,
         )
         self._check_finite(result)
         if self.stepper.loss_scale is not None:
@@ -226,6 +231,7 @@ class Trainer:
         scale = self.stepper.loss_scale
         state = {
             "step": self.step,
+            "updates": self.stepper.updates,
             "data": self.loader.state_dict(),
             "identity": self.prepared.identity,
             "best": self.best,

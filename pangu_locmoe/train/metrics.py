@@ -8,7 +8,7 @@ from typing import Any, Dict, Optional
 
 import numpy as np
 
-from pangu_locmoe.config import Config
+from pangu_locmoe.config import CapacityConfig, Config
 from pangu_locmoe.files import json_text, write_atomic
 from pangu_locmoe.moe.capacity import DROPLESS, cosine_statistic
 from pangu_locmoe.parallel.topology import Topology
@@ -19,7 +19,7 @@ Row = Dict[str, Any]
 
 def training_row(
     config: Config, topology: Topology, step: int, result: StepResult, learning_rate: float, seconds: float, capacities: tuple[int, ...],
-    expert_of_slot_LE: Optional[np.ndarray] = None,
+    expert_of_slot_LE: Optional[np.ndarray] = None, factors: Optional[CapacityConfig] = None,
 ) -> Dict[str, Any]:
     """One training row; what has no meaning in this run is null.
 
@@ -28,19 +28,19 @@ def training_row(
     token may have several experts, tokens in all of these are its assignments to experts, experts_per_token says how many it asked for
     on average, and unrouted_fraction is the share of tokens that no expert kept. In a job of several processes also what all
     ranks sent each other inside nodes and between them (payload), and the seconds of the slowest rank in the exchange and in the
-    reduction of the gradients.
+    reduction of the gradients. With static sizes there is no capacity, but the slots' local_factor and remote_factor, which `factors` has.
     """
     load_LE = result.load_LNE.sum(axis=1)
     routed = int(load_LE.sum())
     gated = bool(result.cosine_LT.any())
-    row = {
+    row: Dict[str, Any] = {
         "step": step,
         **result.losses,
         "learning_rate": learning_rate,
         "grad_norm": result.grad_norm,
         "tokens_per_second": config.train.batch_size * config.model.seq_length / seconds,
         "step_seconds": seconds,
-        "capacity": max(capacities) if capacities and DROPLESS not in capacities else None,
+        "capacity": max(capacities) if capacities and DROPLESS not in capacities and factors is None else None,
         "dropped_fraction": int(result.dropped_LE.sum()) / routed if routed else 0.0,
         "max_over_mean_load": float((load_LE.max(axis=1) / load_LE.mean(axis=1)).mean()) if routed else None,
         "local_fraction": topology.local_fraction(result.load_LNE, expert_of_slot_LE) if routed and topology.num_nodes > 1 else None,
@@ -48,6 +48,8 @@ def training_row(
         "unrouted_fraction": result.unrouted,
         "delta": cosine_statistic(result.cosine_LT, config.moe.capacity.statistic) if gated else None,
     }
+    if factors is not None:
+        row.update(local_factor=factors.local_factor, remote_factor=factors.remote_factor)
     if result.traffic is not None:
         row.update(
             intra_node_bytes=result.traffic.intra_node_bytes,

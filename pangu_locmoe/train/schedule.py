@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step."""
+"""The learning rate as a function of the updates made."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pangu_locmoe.config import TrainConfig
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Learning rate of step 1, 2, ..., config.steps: linear warm-up, then cosine or polynomial decay, or constant."""
+    """Learning rate of update 1, 2, ..., config.steps (steps that fp16 skips make none): linear warm-up, then cosine or polynomial decay, or constant."""
     if step <= config.warmup_steps:
         return config.learning_rate * step / config.warmup_steps
     if config.schedule == "constant":

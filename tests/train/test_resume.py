@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -20,6 +22,7 @@ from pangu_locmoe.parallel.world import World
 from pangu_locmoe.train.checkpoint import latest_whole_checkpoint, read_arrays, remove_old
 from pangu_locmoe.train.loop import Trainer
 from pangu_locmoe.train.run import train
+from pangu_locmoe.train.schedule import learning_rate
 
 
 def test_a_signal_between_two_looks_is_not_lost(tmp_path):
@@ -151,3 +154,39 @@ def test_a_checkpoint_of_another_model_names_the_first_weight(short_run):
     save_file(arrays, other / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"another model: blocks\.0\.norm1\.gamma gives .* \[5\], not \[32\]"):
         train(short_config(), short_run, resume=True, progress=False)
+
+
+def test_the_schedule_counts_updates_and_so_does_a_resumed_run(tmp_path):
+    """fp16 with a scale that overflows at first: the rate of the first update is that of update 1, at whichever step it comes."""
+    config = tiny.tiny_config(
+        model={"num_layers": 2, "num_moe_layers": 0},
+        train={"precision": "fp16", "mode": "pynative", "loss_scale": 2.0**30, "steps": 24, "learning_rate": 0.003, "warmup_steps": 10},
+        evaluation={"every": 24, "sequences": 1},
+        checkpoint={"every": 4, "keep": 9},
+    )
+    assert train(config, tmp_path / "whole", progress=False) is None
+    rows = [row for row in tiny.rows(tmp_path / "whole") if "loss" in row]
+    updates = 0
+    for before, row in zip([{"loss_scale": 2.0**30}, *rows], rows):
+        assert row["learning_rate"] == learning_rate(config.train, updates + 1)
+        updates += row["loss_scale"] >= before["loss_scale"]
+    assert 4 <= 24 - updates <= 16
+    folder = tmp_path / "whole" / "checkpoints" / "step-00000024"
+    assert json.loads((folder / "state.json").read_text())["updates"] == updates
+    # From a checkpoint within the skipped steps, and from one of a version that did not count.
+    for start, counts in ((4, True), (20, False)):
+        run_dir = tmp_path / f"resumed{start}"
+        shutil.copytree(tmp_path / "whole", run_dir)
+        for other in (run_dir / "checkpoints").iterdir():
+            if int(other.name[5:]) > start:
+                shutil.rmtree(other)
+        if not counts:
+            file = run_dir / "checkpoints" / f"step-{start:08d}" / "state.json"
+            state = json.loads(file.read_text())
+            del state["updates"]
+            file.write_text(json.dumps(state))
+        assert train(config, run_dir, resume=True, progress=False) is None
+        if counts:
+            assert tiny.rows(run_dir) == tiny.rows(tmp_path / "whole")
+        else:
+            assert [row for row in tiny.rows(run_dir) if "loss" in row][start]["learning_rate"] == learning_rate(config.train, start + 1)

@@ -85,12 +85,16 @@ def test_the_capacity_is_measured_once_and_fixed(run_dir, training):
     (event,) = [row for row in tiny.rows(run_dir) if "event" in row]
     assert (event["event"], event["step"]) == ("capacity", 7)
     (layer,) = event["layers"]
-    assert set(layer) == {"layer", "delta", "exact", "erfc", "exponential", "capacity"}
+    assert set(layer) == {"layer", "delta", "exact", "erfc", "exponential", "floor", "set_by", "capacity"}
     assert layer["layer"] == 1
     bounds = capacity_bounds(32, 4, layer["delta"])
     assert [layer[name] for name in ("exact", "erfc", "exponential")] == [bounds.exact, bounds.erfc, bounds.exponential]
     upper = math.ceil(1.25 * 8 * 32 / 4)
-    assert layer["capacity"] == bound_capacity(bounds, upper) < upper
+    assert layer["capacity"] == bound_capacity(bounds, upper, layer["floor"]) < upper
+    # The floor is the smallest capacity that drops a fifth or less of what the step has routed.
+    assert layer["set_by"] == ("max_drop" if layer["floor"] > bounds.exact else "bound")
+    load_E = tiny.trace(run_dir)["load"][6, 0]
+    assert np.maximum(load_E - layer["floor"], 0).sum() <= 0.2 * 256 < np.maximum(load_E - layer["floor"] + 1, 0).sum()
     assert [row["capacity"] for row in training] == [upper] * 7 + [layer["capacity"]] * 33
     # The row of the same step states the same statistic.
     assert training[6]["delta"] == pytest.approx(layer["delta"], abs=1e-7)

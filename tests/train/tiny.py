@@ -82,7 +82,7 @@ def reference_config() -> Config:
     """The run that the tests of the loop and of resuming share: dropout, two nodes, and a capacity measured on the way."""
     return tiny_config(
         model={"dropout": 0.1},
-        moe={"locality_loss": 0.1, "capacity": {"policy": "bound", "warmup_steps": 7, "statistic": 0.25}},
+        moe={"locality_loss": 0.1, "capacity": {"policy": "bound", "warmup_steps": 7, "statistic": 0.25, "max_drop": 0.2}},
         parallel={"nodes": 2},
         data={"sharding": "domain"},
         train={"steps": 40, "learning_rate": 0.003},

@@ -35,6 +35,7 @@ class StepResult:
     unrouted: share of the tokens without any expert, where one may have several; else None.
     traffic: what all ranks exchanged; None in a single process.
     spans: what each rank did when, in the step of trace.timeline.
+    loads_MLNE: load_LNE of each micro-batch; None: of the only one.
     """
 
     losses: Dict[str, float]
@@ -47,6 +48,7 @@ class StepResult:
     unrouted: Optional[float] = None
     traffic: Optional[Ledger] = None
     spans: Optional[List[List[Span]]] = None
+    loads_MLNE: Optional[np.ndarray] = None
 
 
 def step_result(
@@ -95,6 +97,7 @@ def step_result(
         skipped=skipped,
         unrouted=float(places["unrouted"].mean()) if "unrouted" in places else None,
         traffic=traffic,
+        loads_MLNE=np.stack([s["load_LNE"] for s in stats]) if sparse else None,
     )
 
 

@@ -94,6 +94,7 @@ class Stepper(ABC):
             capacities = (start,) * config.model.num_moe_layers
         self.capacities = capacities
         self.factors = starting_factors(config.moe.capacity)
+        self.updates = 0  # made so far; steps that fp16 skipped are none
         self._steps: Dict[Any, Callable[..., Any]] = {}  # the latest used last
 
     def set_capacities(self, capacities: Tuple[int, ...]) -> None:
@@ -121,10 +122,14 @@ class Stepper(ABC):
         moving.move_experts(self.model, self.optimizer, self.world.exchange, wanted_LE)
 
     def __call__(self, batch: Batch, step: int, learning_rate: float) -> StepResult:
-        """Train on one global batch. `step` counts from 1."""
+        """Train on one global batch.
+
+        `step` counts from 1, and is what randomness depends on; Adam counts `updates`.
+        """
         inputs = micro_batches(batch, step, self.config, self.world)
-        rate, number = Tensor(learning_rate, ms.float32), Tensor(step, ms.int32)
+        rate, number = Tensor(learning_rate, ms.float32), Tensor(self.updates + 1, ms.int32)
         reports, norm, skipped = self._advance(inputs, rate, number)
+        self.updates += not skipped
         rows_divided = self.config.parallel.sequence_parallel
         return step_result(reports, norm, skipped, self._traffic(), self.world, rows_divided)
 

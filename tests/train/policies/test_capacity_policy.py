@@ -15,7 +15,9 @@ from pangu_locmoe.data.prepared import prepare
 from pangu_locmoe.moe.capacity import (
     DROPLESS,
     RATIO,
+    bound_capacity,
     capacity_bounds,
+    drop_floor,
     dynamic_capacity,
     factor_capacity,
     initial_capacity,
@@ -66,18 +68,49 @@ def test_capacity_shrinks_by_halves():
     assert [transition_capacity(step, 4, 100, 100) for step in range(5)] == [100] * 5
 
 
-def result_of(*deltas: float) -> StepResult:
-    """One cosine for each layer."""
-    empty = np.zeros((len(deltas), 1, 4), np.int64)
-    return StepResult({}, 0.0, empty, empty[:, 0], np.array(deltas)[:, None], np.zeros(1))
+def result_of(*deltas: float, loads_MLNE=None) -> StepResult:
+    """One cosine for each layer; no load where none is given."""
+    loads_MLNE = np.zeros((1, len(deltas), 1, 4), np.int64) if loads_MLNE is None else loads_MLNE
+    load_LNE = loads_MLNE.sum(axis=0)
+    return StepResult({}, 0.0, load_LNE, load_LNE[:, 0], np.array(deltas)[:, None], np.zeros(1), loads_MLNE=loads_MLNE)
+
+
+def dropped(load_PE, capacity):
+    return int(np.maximum(np.asarray(load_PE) - capacity, 0).sum())
+
+
+@given(st.lists(st.lists(st.integers(0, 50), min_size=4, max_size=4), min_size=1, max_size=3), st.floats(0, 1))
+def test_the_floor_is_the_smallest_capacity_that_drops_no_more(load_PE, max_drop):
+    load_PE = np.array(load_PE)
+    tokens = int(load_PE.sum())
+    floor = drop_floor(load_PE, tokens, max_drop)
+    assert floor >= 1 and dropped(load_PE, floor) <= max_drop * tokens + 1e-6
+    assert floor == 1 or dropped(load_PE, floor - 1) > max_drop * tokens - 1e-6
+
+
+def test_a_floor_in_numbers():
+    """Loads 60, 20, 10, 10: 54 slots drop 6, 44 drop 16; of 200 proposals of 100 tokens, 25 slots of each of 4 experts hold 100."""
+    load = np.array([[60, 20, 10, 10]])
+    assert [drop_floor(load, 100, share) for share in (0.0, 0.06, 0.16, 0.4, 0.95, 1.0)] == [60, 54, 44, 20, 2, 1]
+    assert drop_floor(np.array([[50, 50, 50, 50]]), 100, 0.0) == 25
+    # Two micro-batches, one even and one not: together they would look like 15 each.
+    assert drop_floor(np.array([[20, 0], [10, 10]]), 40, 0.0) == 20
+
+
+@given(st.floats(-1, 1), st.integers(1, 400), st.integers(1, UPPER), st.floats(0, 1))
+def test_no_capacity_is_below_the_floor(delta, floor, now, hysteresis):
+    bounds = capacity_bounds(HIDDEN, EXPERTS, delta)
+    for found in (bound_capacity(bounds, UPPER, floor), dynamic_capacity(bounds, UPPER, now, hysteresis, floor)):
+        assert min(floor, UPPER) <= found <= UPPER
 
 
 class Capacities:
     """What a policy sees of a stepper."""
 
-    def __init__(self, config):
-        start = initial_capacity(config.moe.capacity, TOKENS, EXPERTS)
-        self.num_tokens, self.capacities = TOKENS, (start,) * config.model.num_moe_layers
+    def __init__(self, config, num_tokens=TOKENS):
+        start = initial_capacity(config.moe.capacity, num_tokens, EXPERTS)
+        self.num_tokens = num_tokens
+        self.capacities = (start,) * config.model.num_moe_layers
 
     def set_capacities(self, capacities):
         self.capacities = capacities
@@ -93,6 +126,13 @@ def follow(config, deltas, steps):
         assert policy.state() == {"capacities": list(stepper.capacities)}
         found.append(stepper.capacities)
     return first, found, events
+
+
+def measured(config, result, num_tokens=TOKENS):
+    """Capacities after the first step, and its event."""
+    stepper = Capacities(config, num_tokens)
+    (event,) = Capacity(config, stepper)(1, result)
+    return stepper.capacities, event
 
 
 def config_of(**moe):
@@ -124,6 +164,42 @@ def test_token_choice_comes_first_then_the_bound():
 def test_the_bound_is_still_measured_once():
     _, found, events = follow(config_of(capacity={"policy": "bound", "warmup_steps": 2}), lambda step: (0.01, 0.01), 5)
     assert found == [(320, 320)] + [(1, 1)] * 4 and [event["step"] for event in events] == [2]
+
+
+def even_and_uneven() -> np.ndarray:
+    """Two micro-batches of 2 x 1024 tokens from two nodes: even ones, and ones of which half go to expert 0 of each node's own."""
+    even, uneven = np.full(EXPERTS, 128), np.array([576, *[64] * 7])
+    return np.array([[[even, even]] * 2, [[even, uneven]] * 2])
+
+
+@pytest.mark.parametrize("policy", ["bound", "dynamic"])
+@pytest.mark.parametrize(
+    ("num_tokens", "parts_PE"),
+    [(2048, [[256] * 8, [704, *[192] * 7]]), (1024, [[128] * 8] * 3 + [[576, *[64] * 7]])],
+    ids=["one group", "two groups, each in a node"],
+)
+@pytest.mark.parametrize("max_drop", [None, 0.02])
+def test_drops_of_the_measured_step_stay_below_the_share(policy, num_tokens, parts_PE, max_drop):
+    """The bound is 1: what is dropped at the step is counted by micro-batch and group."""
+    config = config_of(router="locmoe", capacity={"policy": policy, "warmup_steps": 1, "factor": 8.0, "max_drop": max_drop, **({"every": 1} if policy == "dynamic" else {})})
+    train = config.train.model_copy(update={"batch_size": 128, "accumulation_steps": 2})
+    result = result_of(0.01, 0.01, loads_MLNE=even_and_uneven())
+    now, event = measured(config.model_copy(update={"train": train}), result, num_tokens)
+    share = 0.05 if max_drop is None else max_drop
+    for capacity, layer in zip(now, event["layers"]):
+        assert dropped(parts_PE, capacity) <= share * 4096 < dropped(parts_PE, layer["floor"] - 1)
+        assert layer["set_by"] == "max_drop" and layer["exact"] < 1 and capacity == layer["capacity"] >= layer["floor"]
+
+
+def test_the_factor_is_the_ceiling_and_one_the_bound_alone():
+    """All tokens to one expert would need 2,048 slots."""
+    loads_MLNE = np.zeros((1, 2, 1, EXPERTS), np.int64)
+    loads_MLNE[..., 0] = TOKENS
+    result = result_of(0.01, 0.2, loads_MLNE=loads_MLNE)
+    for max_drop, capacities, reasons in ((None, (320, 320), ["factor"] * 2), (1.0, (1, bound_capacity(capacity_bounds(HIDDEN, EXPERTS, 0.2), 320)), ["bound"] * 2)):
+        config = config_of(capacity={"policy": "bound", "warmup_steps": 1, "max_drop": max_drop})
+        now, event = measured(config, result)
+        assert now == capacities and [layer["set_by"] for layer in event["layers"]] == reasons
 
 
 @pytest.mark.parametrize("accumulation_steps", [1, 2])
@@ -170,7 +246,7 @@ def test_a_resumed_run_has_the_same_capacities_and_numbers(tmp_path):
         moe={
             "router": "locmoe_plus",
             "token_choice": {"threshold": 0.6, "max_experts": 2, "transition_steps": 5},
-            "capacity": {"policy": "dynamic", "every": 3, "warmup_steps": 1, "statistic": 0.1, "hysteresis": 0.0},
+            "capacity": {"policy": "dynamic", "every": 3, "warmup_steps": 1, "statistic": 0.1, "hysteresis": 0.0, "max_drop": 0.5},
         },
         parallel={"nodes": 2},
         train={"steps": 8, "mode": "pynative", "learning_rate": 0.003},

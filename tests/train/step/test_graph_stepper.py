@@ -50,7 +50,9 @@ def test_a_step_takes_this_ranks_sequences(monkeypatch):
     monkeypatch.setattr("pangu_locmoe.train.step.graph.ms.jit", lambda cell: step if isinstance(cell, WholeStep) else cell)
     stepper = make(OnPaper(1, 2, lambda name, ranks: None))
     rows = np.arange(4 * 8, dtype=np.int32).reshape(4, 8)
-    result = stepper(Batch(rows, rows + 1, rows + 2, rows + 3, np.arange(4, dtype=np.int32), np.ones(4, bool)), step=3, learning_rate=0.25)
+    stepper.updates = 2
+    result = stepper(Batch(rows, rows + 1, rows + 2, rows + 3, np.arange(4, dtype=np.int32), np.ones(4, bool)), step=9, learning_rate=0.25)
+    assert stepper.updates == 3
     assert [float(tensor.asnumpy()) for tensor in (*given[:2], given[-1])] == [0.25, 3.0, 1.0]
     for offset, tensor in enumerate(given[2:6]):
         np.testing.assert_array_equal(tensor.asnumpy(), rows[2:] + offset)

@@ -148,6 +148,7 @@ def test_an_overflow_skips_the_update_and_halves_the_scale():
     before = [parameter.asnumpy().copy() for parameter in state]
     result = stepper(batch, 1, 0.003)
     assert result.skipped and not np.isfinite(result.grad_norm) and np.isfinite(result.losses["loss"])
+    assert stepper.updates == 0
     assert stepper.loss_scale.value == 2.0**39
     for parameter, array in zip(state, before):
         np.testing.assert_array_equal(parameter.asnumpy(), array)
@@ -157,3 +158,18 @@ def test_an_overflow_skips_the_update_and_halves_the_scale():
     assert not again.skipped
     np.testing.assert_array_equal(tiny.losses([again]), tiny.losses(fp16_steps()[:1]))
     assert any((parameter.asnumpy() != array).any() for parameter, array in zip(state, before))
+
+
+def test_adam_counts_updates_not_steps():
+    """After three skipped steps the first update is Adam's first: without its bias correction it would be several times larger."""
+    config = fp16(mode="pynative")
+    batch = next(tiny.batches(config, prepare(config, False)))
+    late, early = tiny.make_stepper(config), tiny.make_stepper(config)
+    late.loss_scale.value = 2.0**60
+    assert all(late(batch, step, 0.003).skipped for step in (1, 2, 3))
+    late.loss_scale.value = 1024.0
+    for stepper, step in ((late, 4), (early, 1)):
+        assert not stepper(batch, step, 0.003).skipped
+    assert (late.updates, early.updates) == (1, 1)
+    for own, other in zip(late.parameters, early.parameters):
+        np.testing.assert_array_equal(own.asnumpy(), other.asnumpy())
