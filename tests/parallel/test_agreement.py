@@ -94,7 +94,7 @@ def test_a_rank_that_cannot_write_its_part_ends_the_checkpoint_on_all(tmp_path, 
 
     monkeypatch.setattr(checkpoints, "_sync", full)
     topology = World.of(config).topology
-    two = type(topology).from_config(config.model_copy(update={"parallel": config.parallel.model_copy(update={"expert_parallel": 2, "ranks_per_node": 2})}), 2)
+    two = type(topology).from_config(config.model_copy(update={"parallel": config.parallel.model_copy(update={"expert_parallel": 2, "nodes": 1})}), 2)
 
     def save(communicator):
         checkpoints.save_checkpoint(tmp_path / "step-00000002", config, tokenizer_file, model, None, {"step": 2}, World(communicator, two, object()))

@@ -17,7 +17,7 @@ from pangu_locmoe.train.policies.capacity import Capacity
 from pangu_locmoe.train.policies.placement import Placement
 from pangu_locmoe.train.policies.slot_factors import SlotFactors
 
-PARALLEL = {"expert_parallel": 2, "ranks_per_node": 1}
+PARALLEL = {"expert_parallel": 2, "nodes": 2}
 TOPOLOGY = Topology(2, 1, 2, 4)
 
 
@@ -28,7 +28,7 @@ class OnPaper:
         self.world, self.num_tokens = World(SingleProcess(), TOPOLOGY, exchange), 32
         self.capacities, self.factors = (10,), starting_factors(config.moe.capacity)
         self.expert_of_slot_LE = np.arange(4)[None]
-        self.model = SimpleNamespace(moe_layers={"blocks.1.moe": SimpleNamespace(place=self.place)})
+        self.model = SimpleNamespace(moe_layers={"blocks.1.moe": SimpleNamespace(transport=SimpleNamespace(place=self.place))})
 
     def place(self, expert_of_slot_E):
         self.expert_of_slot_LE = expert_of_slot_E[None]

@@ -34,14 +34,14 @@ def sequences_of(config, world) -> list[list[int]]:
 
 
 def test_a_single_process_takes_an_equal_share_of_each_nodes_run():
-    config = small_config(train={"batch_size": 12, "accumulation_steps": 3}, parallel={"emulated_nodes": 2})
+    config = small_config(train={"batch_size": 12, "accumulation_steps": 3}, parallel={"nodes": 2})
     assert sequences_of(config, World.of(config)) == [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]]
 
 
 @pytest.mark.parametrize("ranks, per_node, tensor", [(2, 1, 1), (4, 2, 1), (4, 4, 1), (8, 4, 2)])
 def test_the_places_of_a_job_divide_what_a_single_process_has(ranks, per_node, tensor):
     train = {"batch_size": 16, "accumulation_steps": 2}
-    alone = small_config(train=train, parallel={"emulated_nodes": ranks // per_node})
+    alone = small_config(train=train, parallel={"nodes": ranks // per_node})
     wanted = sequences_of(alone, World.of(alone))
     topology = Topology(ranks, per_node, ranks // tensor, 8, tensor)
     config = small_config(train=train)
