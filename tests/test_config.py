@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import yaml
 
 from pangu_locmoe.config import Config, doubtful_settings, json_schema, load_config, load_stored_config, parse_config
 from pangu_locmoe.errors import ConfigError
+from pangu_locmoe.moe.routers import router_class
 
 CONFIG_FOLDER = Path(__file__).parents[1] / "configs"
 CONFIGS = sorted(CONFIG_FOLDER.rglob("*.yaml"))
@@ -54,6 +56,12 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no such choice": ({"train": {"precision": "fp8"}}, ["train.precision = 'fp8'", "'fp32', 'fp16' or 'bf16'"]),
     "three levels": ({"moe": {"levels": 3}}, ["moe.levels = 3", "less than or equal to 2"]),
     "nameless domain": ({"data": {"sources": [{"path": "a", "domain": ""}]}}, ["data.sources.0.domain = ''", "at least 1 character"]),
+    "domain of all": ({"data": {"sources": [{"path": "a", "domain": "all"}]}}, ["data.sources.0.domain = 'all'", "must be another name: `all` stands for all domains"]),
+    "domain of two lines": ({"data": {"sources": [{"path": "a", "domain": "e\nn"}]}}, ["data.sources.0.domain = 'e\\nn'", "must be printable characters"]),
+    "domain with space": ({"data": {"sources": [{"path": "a", "domain": "en "}]}}, ["data.sources.0.domain = 'en '", "without space at its ends"]),
+    "domain without end": ({"data": {"sources": [{"path": "a", "domain": "e" * 65}]}}, ["data.sources.0.domain = 'eee", "text of at most 64 characters"]),
+    "seed of 64 bits": ({"train": {"seed": 2**63}}, [f"train.seed = {2**63}", f"less than or equal to {2**63 - 1}"]),
+    "negative seed": ({"train": {"seed": -1}}, ["train.seed = -1", "greater than or equal to 0"]),
     "factor of nothing": ({"moe": {"capacity": {"factor": 0.0}}}, ["moe.capacity.factor = 0.0", "greater than 0"]),
     "quantile above one": ({"moe": {"capacity": {"statistic": 1.5}}}, ["moe.capacity.statistic = 1.5", "a quantile between 0 and 1"]),
     # combinations
@@ -368,3 +376,44 @@ def test_reading_a_configuration_simulating_and_the_load_verbs_do_without_mindsp
     )
     assert "pangu_locmoe.config" in done.stderr
     assert "mindspore" not in done.stderr
+
+
+@pytest.mark.parametrize("domain", ["train", "validation", "..", "a/b", "a b", "zh-简体", "null", "é" * 64])
+def test_a_domain_may_be_called_almost_anything(domain):
+    assert parse_config({"data": {"sources": [{"path": "a", "domain": domain}]}}).domains == (domain,)
+
+
+@pytest.mark.parametrize(
+    "body, said",
+    [
+        ("import sys; sys.exit(3)", "SystemExit: 3"),
+        ("raise KeyboardInterrupt", "KeyboardInterrupt:"),
+        ("class E(BaseException): pass\nraise E('a\\nb')", "E: a b"),
+        ("print('loud'); import sys; print('more', file=sys.stderr); 1 / 0", "ZeroDivisionError: division by zero"),
+        ("def __getattr__(name): raise SystemExit(name)", "SystemExit: R"),
+    ],
+)
+def test_whatever_a_router_module_does_is_one_line(tmp_path, monkeypatch, capsys, body, said):
+    name = f"bad_{abs(hash(body))}"
+    (tmp_path / f"{name}.py").write_text(body)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(ConfigError, match=rf"^moe\.router = '{name}:R': {name} cannot be imported: {re.escape(said)}\s?$"):
+        router_class(parse_config({"moe": {"router": f"{name}:R"}}))
+    assert capsys.readouterr() == ("", "")
+
+
+def test_what_a_router_module_prints_is_not_standard_output(tmp_path, monkeypatch, capsys):
+    (tmp_path / "loud_router.py").write_text("from pangu_locmoe.moe.routers.hash import HashRouter as R\nprint('loud')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    router_class(parse_config({"moe": {"router": "loud_router:R"}}))
+    assert capsys.readouterr() == ("", "loud\n")
+
+
+@pytest.mark.parametrize("text", ["train: {seed: " + "9" * 5000 + "}", "[" * 1000])
+def test_a_file_that_yaml_cannot_hold_is_one_line(tmp_path, text):
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=rf"^{file}: not YAML: [^\n]*$"):
+        load_config(file)

@@ -69,6 +69,46 @@ def test_a_job_begins_in_a_new_directory_and_goes_on_in_the_newest(tmp_path, res
     assert done.stdout == f"{tmp_path}/{wanted}\n"
 
 
+def test_paths_are_the_callers(tmp_path):
+    """But a configuration of ours may be named from anywhere."""
+    (tmp_path / "own.yaml").touch()
+    text = f"here={tmp_path}; cd {ROOT}; . scripts/job.sh; "
+    text += "".join(f'take_train_flag {flag}; ' for flag in ("own.yaml", "--run-dir r", "--init-from w"))
+    text += 'echo $config $run_dir ${rest[@]}; take_train_flag configs/cpu_smoke.yaml; take_train_flag --run-dir /r; echo $config $run_dir; here=$PWD; from_here r'
+    assert bash("-c", text).stdout == f"{tmp_path}/own.yaml {tmp_path}/r --init-from {tmp_path}/w\nconfigs/cpu_smoke.yaml /r\nr\n"
+
+
+def test_every_script_that_goes_to_the_repository_knows_where_it_was_called():
+    for name in CALLED:
+        source = (ROOT / "scripts" / name).read_text(encoding="utf-8")
+        flags = set(re.findall(r"^ *(?:[a-z-]+ \| )*(?:--)?(run-dir|output|config|results|runs|init-from|hostfile|only)\)", source, re.MULTILINE))
+        if "\ncd " in source and flags:
+            assert "here=$PWD\ncd " in source or '$(cd "$(dirname "$2")"' in source, name
+
+
+def test_a_live_run_is_refused_before_its_logs_are_touched(tmp_path):
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    (logs / "worker_0.log").write_text("live")
+    hold = ". scripts/job.sh; resume=auto run_dir=$1; hold_run_dir; rm -f $run_dir/logs/*.log"
+    for lock in ("run.lock", "logs/job.lock"):
+        (tmp_path / lock).write_text("process 7 on earth\n")
+        done = bash("-c", f"exec 8<{tmp_path / lock}; flock -n 8; bash -c '{hold}' x {tmp_path}")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert re.fullmatch(r"\S+: --run-dir \S+: process 7 on earth is training there; .*\n", done.stderr)
+        assert (logs / "worker_0.log").exists()
+    assert bash("-c", hold, "x", str(tmp_path)).returncode == 0
+    assert not (logs / "worker_0.log").exists()
+    (tmp_path / "config.yaml").touch()
+    assert bash("-c", hold.replace("auto", "never"), "x", str(tmp_path)).stderr.endswith("holds a run already; give another directory, or --resume auto to continue it\n")
+
+
+@pytest.mark.parametrize("said, code", [("Worker process 7 exit with exception. Error code: 143.", 143), ("Error code: -15.", 0), ("Error code: 2.", 0), ("", 0)])
+def test_the_code_of_a_job_that_a_signal_stopped(tmp_path, said, code):
+    (tmp_path / "msrun.log").write_text(said)
+    assert bash("-c", f"set -euo pipefail; . scripts/job.sh; stopped_code {tmp_path}").stdout == f"{code}\n"
+
+
 @pytest.mark.parametrize(
     "config, code", [("base: ROOT/configs/cpu_smoke.yaml", 0), ("data: {sources: [{path: other/corpus, domain: en}]}", 1), ("data: {no: 1}", 1)]
 )

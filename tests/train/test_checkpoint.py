@@ -141,7 +141,7 @@ def test_a_crash_at_any_point_of_a_replacement_leaves_a_whole_one(config, model,
     """Every rename and every removal is a point; after it nothing more is done."""
     run_dir = tmp_path / "run"
     path = run_dir / "checkpoints" / "step-00000004"
-    checkpoints.save_checkpoint(path, config, tokenizer_file, model, None, {"step": 4, "best": "old"})
+    checkpoints.save_checkpoint(path, config, tokenizer_file, model, _adam(model), {"step": 4, "best": "old"})
 
     class Crash(BaseException):
         pass
@@ -160,7 +160,7 @@ def test_a_crash_at_any_point_of_a_replacement_leaves_a_whole_one(config, model,
     for owner, name in ((type(path), "rename"), (checkpoints.shutil, "rmtree"), (type(path), "mkdir")):
         monkeypatch.setattr(owner, name, crashing(getattr(owner, name)))
     with contextlib.suppress(Crash):
-        checkpoints.save_checkpoint(path, config, tokenizer_file, model, None, {"step": 4, "best": "new"})
+        checkpoints.save_checkpoint(path, config, tokenizer_file, model, _adam(model), {"step": 4, "best": "new"})
     monkeypatch.undo()
     found = checkpoints.latest_whole_checkpoint(run_dir)
     assert found is not None and checkpoints.read_state(found)["best"] in ("old", "new")
@@ -208,7 +208,7 @@ def test_a_removal_that_fails_is_a_line(folder, tmp_path, monkeypatch):
 
 
 def test_a_clean_up_that_fails_is_a_note(tmp_path, monkeypatch, capsys):
-    config = tiny.tiny_config(moe={"router": "hash"}, train={"steps": 3, "warmup_steps": 1}, checkpoint={"every": 1, "keep": 1}, evaluation={"every": 3, "sequences": 1})
+    config = tiny.tiny_config(moe={"router": "hash"}, train={"steps": 3, "warmup_steps": 1, "mode": "pynative"}, checkpoint={"every": 1, "keep": 1}, evaluation={"every": 3, "sequences": 1})
 
     def refuse(folder, *arguments, **keywords):
         if folder.name == "step-00000001":

@@ -83,6 +83,6 @@ def test_two_starts_at_once_take_different_directories(tmp_path, monkeypatch):
 
 
 def test_resume_with_nothing_to_resume_says_so(tmp_path, capsys):
-    config = tiny.tiny_config(moe={"router": "hash"}, train={"steps": 1, "warmup_steps": 0}, evaluation={"every": 1, "sequences": 1})
+    config = tiny.tiny_config(moe={"router": "hash"}, train={"steps": 1, "warmup_steps": 0, "mode": "pynative"}, evaluation={"every": 1, "sequences": 1})
     train(config, tmp_path / "run", resume=True, progress=False)
     assert f"nothing to resume: {tmp_path / 'run'} has no checkpoint; starting at step 0\n" in capsys.readouterr().out
