@@ -142,7 +142,7 @@ class TrainConfig(Section):
 
 class EvaluationConfig(Section):
     every: int = Field(100, ge=1, description="steps between evaluations; always at the last step")
-    sequences: int = Field(64, ge=1, description="validation sequences per domain at each evaluation")
+    sequences: int = Field(64, ge=1, description="validation sequences per domain at each evaluation, spread evenly over its text")
     batch_size: Optional[int] = Field(None, ge=1, description="sequences at a time; null: train.batch_size / train.accumulation_steps")
 
 

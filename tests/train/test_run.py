@@ -28,7 +28,7 @@ TRAINING_FIELDS = {
     "step", "loss", "cross_entropy", "balance_loss", "locality_loss", "z_loss", "learning_rate", "grad_norm", "tokens_per_second",
     "step_seconds", "capacity", "dropped_fraction", "max_over_mean_load", "local_fraction", "experts_per_token", "unrouted_fraction", "delta",
 }  # fmt: skip
-VALIDATION_FIELDS = {"step", "validation_loss", "bits_per_byte", "validation_loss_by_domain", "bits_per_byte_by_domain"}
+VALIDATION_FIELDS = {"step", "measured_on", "validation_loss_interval", "validation_loss", "bits_per_byte", "validation_loss_by_domain", "bits_per_byte_by_domain"}
 
 
 @pytest.fixture(scope="module")
