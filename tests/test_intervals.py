@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from pangu_locmoe.intervals import MOST_BLOCKS, difference, in_blocks, interval, mean_of
-from pangu_locmoe.study.documents import UNKNOWN, loss_table, on_other_documents
+from pangu_locmoe.study.documents import UNKNOWN, loss_table, note, on_other_documents
 
 
 def documents(seed: int, count: int = 200, noise: float = 0.5) -> np.ndarray:
@@ -74,10 +74,11 @@ def test_a_gap_between_two_models_is_surer_than_their_losses():
 def test_a_table_has_both_spreads_or_says_what_records_them():
     blocks = [one_domain(documents(seed)) for seed in (7, 7)]
     models = {"hash": [{"seed": 1, "loss": 3.0, "blocks": blocks[0]}], "switch": [{"seed": 1, "loss": 3.25, "blocks": blocks[1]}]}
-    text = loss_table(models, "hash", "again")
+    text = loss_table(models, "hash")
     low, high = interval(blocks[0])
-    assert f"| switch | 3.250 | {low:.3f} to {high:.3f} | +0.250 | +0.000 to +0.000 |" in text and "again" not in text
+    assert f"| switch | 3.250 | {low:.3f} to {high:.3f} | +0.250 | +0.000 to +0.000 |" in text
     del models["switch"][0]["blocks"]
-    assert f"| switch | 3.250 | {UNKNOWN} | +0.250 | {UNKNOWN} |" in loss_table(models, "hash", "again")
-    assert "`again` measures again" in loss_table(models, "hash", "again")
+    assert f"| switch | 3.250 | {UNKNOWN} | +0.250 | {UNKNOWN} |" in loss_table(models, "hash")
+    assert note("training", [{"validation": [], "blocks": {}}, {"times": []}]) == ""
+    assert "`bash scripts/reproduce.sh --again training` measures" in note("training", [{"validation": []}])
     assert on_other_documents([blocks[0]], less=[one_domain(documents(8))]) == "measured on different text"

@@ -19,7 +19,7 @@ import numpy as np
 from pangu_locmoe.moe.capacity import capacity_bounds, cosine_statistic
 from pangu_locmoe.moe.routers import ROUTERS
 from pangu_locmoe.study import step_times, verdict
-from pangu_locmoe.study.documents import UNKNOWN, missing, on_other_documents
+from pangu_locmoe.study.documents import UNKNOWN, on_other_documents
 from pangu_locmoe.study.experiment import Case, Claim, Experiment, Measured
 from pangu_locmoe.study.step_times import Times, by_run, shorter
 from pangu_locmoe.study.training import CONFIG, Record, routers, trained
@@ -280,8 +280,7 @@ def table(measured: List[Measured]) -> str:
                 first = {"affinity": "least affinity", "position": "last position"}[order]
                 lines.append([router, first, f"{factor:g}", str(group[0]["capacity"]), verdict.spread(loss), f"{gain:+.1%}", verdict.spread(dropped, ".1%"), verdict.spread(seconds, ".1f"), on_other_documents([result.get("blocks") for result in group])])
     known = any(line[-1] != UNKNOWN for line in lines[2:])
-    text = "\n".join("| " + " | ".join(line if known else line[:-1]) + " |" for line in lines)
-    return text if known else f"{text}\n\n{missing('bash scripts/reproduce.sh --again capacity')}"
+    return "\n".join("| " + " | ".join(line if known else line[:-1]) + " |" for line in lines)
 
 
 def draw(measured: List[Measured], path: Path) -> None:

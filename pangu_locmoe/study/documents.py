@@ -13,13 +13,12 @@ Runs = List[Dict[str, Any]]
 """of one model, one for each seed: `seed`, `loss`, and `blocks` where the version that measured it recorded them"""
 
 
-def loss_table(models: Dict[str, Runs], base: str, command: str) -> str:
+def loss_table(models: Dict[str, Runs], base: str) -> str:
     """A Markdown table of losses, and of what they are above the base's in the same seed, each with both spreads.
 
     Args:
         models: runs by name.
         base: the name that the others are compared with.
-        command: what records blocks of documents, for the line under a table that lacks them.
     """
     head = ["router", "validation loss [seeds]", "on other documents, 95%", f"above {base}'s [seeds]", "on other documents, 95%"]
     lines = [head, ["---"] * len(head)]
@@ -30,15 +29,16 @@ def loss_table(models: Dict[str, Runs], base: str, command: str) -> str:
         apart = on_other_documents([run.get("blocks") for run, _ in pairs], "+.3f", [other.get("blocks") for _, other in pairs])
         own = [name, verdict.spread([run["loss"] for run in runs]), on_other_documents([run.get("blocks") for run in runs])]
         lines.append([*own, *(["–", "–"] if name == base else [verdict.spread(gaps, "+.3f"), apart])])
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"{text}\n\n{missing(command)}" if any(UNKNOWN in line for line in lines) else text
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def missing(command: str) -> str:
-    """What a table says that has no intervals from documents."""
+def note(name: str, results: Sequence[Any]) -> str:
+    """What the page says of an experiment whose losses were measured without blocks of documents; nothing of others."""
+    if not any(isinstance(result, dict) and "validation" in result and "blocks" not in result for result in results):
+        return ""
     return (
-        "These numbers are older than intervals from blocks of documents, and of the first sequences of each domain instead of a "
-        f"sample spread over it; `{command}` measures again."
+        f"The losses of `{name}` are older than intervals from blocks of documents, and of the first sequences of each domain "
+        f"instead of a sample spread over it; `bash scripts/reproduce.sh --again {name}` measures them anew."
     )
 
 

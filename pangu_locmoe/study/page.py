@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import List, Sequence, Union
 
 from pangu_locmoe.files import write_atomic
-from pangu_locmoe.study import capacity, gates, load, recorded, training, verdict
+from pangu_locmoe.study import capacity, documents, gates, load, recorded, training, verdict
 from pangu_locmoe.study.experiment import Claim, Experiment, read_measured
 from pangu_locmoe.study.recorded import Recorded
 
@@ -54,6 +54,8 @@ def write_page(file: Path, raw: Path, committed: Path, quick: bool) -> None:
                 one.picture(measured, picture)
             table = one.table(measured) if measured and one.table is not None else ""
             missing = len(one.cases(quick)) - len(measured)
+            older = documents.note(one.name, [row["result"] for row in measured])
+            notes += [older] if older else []
             if measured and missing > 0:
                 notes.append(f"`{one.name}` lacks {missing} of its {len(one.cases(quick))} cases: its rows are preliminary.")
         if not found:

@@ -150,7 +150,7 @@ def table(measured: List[Measured]) -> str:
         result = row["result"]
         run = {"seed": row["case"]["seed"], "loss": result["validation"][-1][1], "blocks": result.get("blocks")}
         models.setdefault(row["case"]["router"], []).append(run)
-    return loss_table(models, next(iter(models)), "bash scripts/reproduce.sh --again training")
+    return loss_table(models, next(iter(models)))
 
 
 def draw(measured: List[Measured], path: Path) -> None:
