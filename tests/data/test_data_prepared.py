@@ -1,12 +1,19 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any, Callable
 
 import numpy as np
 import pytest
+from conftest import make_text
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -89,6 +96,62 @@ def test_a_failure_leaves_nothing(make_config: Make, tmp_path: Path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         prepare(make_config(), progress=False)
     assert list((tmp_path / "prepared").iterdir()) == []
+
+
+def test_a_corpus_of_some_size_is_prepared_by_another_process_to_the_same_result(
+    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = prepare(make_config(), progress=False)
+    monkeypatch.setattr(preparing, "_SOON_BYTES", 0)
+    there = prepare(make_config(prepared_dir=str(tmp_path / "there")), progress=False)
+    assert (there.path / "prepared.json").read_text() == (here.path / "prepared.json").read_text()
+    assert stream(there, "train", 1) == stream(here, "train", 1)
+    only_one = make_config(sources=[(tmp_path / "corpus" / "en" / "00.txt", "en")])
+    with pytest.raises(DataError, match="^data.sources: domain en has one document"):
+        prepare(only_one, progress=False)
+
+
+@pytest.mark.parametrize("seconds", [1, 8])
+def test_an_interrupt_ends_prepare_soon_and_leaves_nothing(tmp_path: Path, seconds: float) -> None:
+    rng = random.Random(0)  # letters without a break: training on it takes a minute
+    for i in range(10):
+        (tmp_path / f"{i}.txt").write_text("".join(rng.choices("abcdefghij", k=1_000_000)))
+    (tmp_path / "t.yaml").write_text(f"data: {{prepared_dir: prepared, sources: [{{path: '{tmp_path}/*.txt', domain: a}}]}}")
+    process = subprocess.Popen([sys.executable, "-m", "pangu_locmoe", "prepare", "t.yaml"], cwd=tmp_path, start_new_session=True)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    started = time.perf_counter()
+    assert process.wait(60) == 130 and time.perf_counter() - started < 2
+    assert not (tmp_path / "prepared").exists() or list((tmp_path / "prepared").iterdir()) == []
+    with pytest.raises(ProcessLookupError):  # nothing of its group goes on
+        while time.perf_counter() - started < 5:
+            os.killpg(process.pid, 0)
+
+
+def test_copies_of_training_text_are_reported(make_config: Make, corpus: Path) -> None:
+    for i in range(30):  # long shared passages in documents that are not near-copies
+        (corpus / "en" / f"{i:02d}.txt").write_text(make_text("en", i, 600) + make_text("en", 99, 100) + make_text("en", 50 + i, 600))
+    prepared = prepare(make_config(validation_fraction=0.2), progress=False)
+    assert prepared.report.alike == 0
+    counts = prepared.counts["validation"]
+    copied, clean = prepared.copies["en"], prepared.copies["zh"]
+    assert copied["searched"] == counts["en"]["tokens"] - counts["en"]["documents"]
+    assert 0.05 < copied["copied"] / copied["searched"] < 0.12 and clean["copied"] == 0
+    assert f"of {copied['searched']} validation tokens are in runs of 32 and more" in prepared.summary()
+
+
+def test_a_tokenizer_that_changes_the_corpus_is_refused_and_what_is_not_in_force_is_said(
+    make_config: Make, prepared: Prepared, tmp_path: Path, corpus: Path
+) -> None:
+    values = json.loads((prepared.path / "tokenizer.json").read_text())
+    values["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    (tmp_path / "t.json").write_text(json.dumps(values))
+    again = prepare(make_config(tokenizer=str(tmp_path / "t.json"), validation_fraction=0.2), progress=False)
+    assert again.counts == prepared.counts and "tokenizer: not in force: truncation" in again.summary()
+    values["normalizer"] = {"type": "Replace", "pattern": {"String": "router"}, "content": "switch"}
+    (tmp_path / "t.json").write_text(json.dumps(values))
+    with pytest.raises(DataError, match=r"t.json: text is changed by normalizer Replace"):
+        prepare(make_config(tokenizer=str(tmp_path / "t.json")), progress=False)
 
 
 def test_a_half_deleted_folder_is_made_again(make_config: Make) -> None:

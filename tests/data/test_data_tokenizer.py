@@ -2,11 +2,15 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Regex
+from tokenizers.pre_tokenizers import Split
 
 from pangu_locmoe.data.tokenizer import StreamDecoder, Tokenizer
 from pangu_locmoe.errors import DataError
@@ -98,3 +102,112 @@ def test_unusable_files(tokenizer: Tokenizer, tmp_path: Path) -> None:
 def test_half_characters_are_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(DataError, match="surrogates"):
         tokenizer.encode("\ud800")
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+
+
+def changed(tokenizer: Tokenizer, tmp_path: Path, change: Any) -> Path:
+    """A tokenizer.json with some keys replaced; `change` may be a pre-tokenizer stage, an added token's settings or keys."""
+    tokenizer.save(tmp_path / "t.json")
+    values = json.loads((tmp_path / "t.json").read_text())
+    if "stage" in change:
+        values["pre_tokenizer"]["pretokenizers"].insert(0, change["stage"])
+    elif "content" in change:
+        plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+        values["added_tokens"].append({"id": len(values["model"]["vocab"]), **plain, **change})
+    elif "model" in change:
+        values["model"].update(change["model"])
+    else:
+        values.update(change)
+    (tmp_path / "changed.json").write_text(json.dumps(values))
+    return tmp_path / "changed.json"
+
+
+TEMPLATE = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "<eod>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {"<eod>": {"id": "<eod>", "ids": [0], "tokens": ["<eod>"]}},
+}
+
+
+@pytest.mark.parametrize(
+    "change, name",
+    [
+        ({"truncation": {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}}, "truncation"),
+        (
+            {"padding": {"strategy": "BatchLongest", "direction": "Left", "pad_to_multiple_of": 8, "pad_id": 7, "pad_type_id": 0, "pad_token": "#"}},
+            "padding",
+        ),
+        ({"model": {"dropout": 0.5}}, "model dropout"),
+        ({"post_processor": TEMPLATE}, "post_processor"),
+        ({"stage": {**BYTE_LEVEL, "add_prefix_space": True}}, "pre_tokenizer ByteLevel add_prefix_space"),
+        ({"content": "router", "lstrip": True}, "added token 'router' lstrip"),
+        ({"content": "专家", "rstrip": True, "special": True}, "added token '专家' rstrip"),
+    ],
+)
+def test_what_cuts_fills_or_varies_is_switched_off(tokenizer: Tokenizer, tmp_path: Path, change: Any, name: str) -> None:
+    if "stage" in change:  # in place of the one that is there, as ByteLevel is not done twice
+        tokenizer.save(tmp_path / "t.json")
+        change = {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [change["stage"]]}}
+    loaded = Tokenizer.load(changed(tokenizer, tmp_path, change))
+    assert loaded.switched_off == [name]
+    for texts in (["the  router  专家 \n", "a much longer text about the experts of the cluster " * 5], ["x"]):
+        ids = loaded.encode_batch(texts)
+        assert [loaded.decode(each) for each in ids] == texts and loaded.encode_batch(texts) == ids
+    loaded.save(tmp_path / "again.json")
+    assert Tokenizer.load(tmp_path / "again.json").switched_off == []
+
+
+@pytest.mark.parametrize(
+    "change, name",
+    [
+        *[({"normalizer": {"type": kind}}, f"normalizer {kind}") for kind in ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "Nmt")],
+        ({"normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}}, "normalizer Strip"),
+        ({"normalizer": {"type": "Prepend", "prepend": "▁"}}, "normalizer Prepend"),
+        ({"normalizer": {"type": "Replace", "pattern": {"String": "``"}, "content": '"'}}, "normalizer Replace"),
+        ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}}, "normalizer NFC, normalizer Lowercase"),
+        *[({"stage": {"type": kind}}, f"pre_tokenizer {kind}") for kind in ("Whitespace", "WhitespaceSplit", "BertPreTokenizer")],
+        ({"stage": {"type": "Punctuation", "behavior": "Removed"}}, "pre_tokenizer Punctuation"),
+        ({"stage": {"type": "Split", "pattern": {"String": " "}, "behavior": "Removed", "invert": False}}, "pre_tokenizer Split"),
+        ({"stage": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}}, "pre_tokenizer Metaspace"),
+        ({"pre_tokenizer": {"type": "Digits", "individual_digits": True}}, "pre_tokenizer without ByteLevel"),
+        ({"model": {"continuing_subword_prefix": "##"}}, "model continuing_subword_prefix '##'"),
+        ({"model": {"end_of_word_suffix": "</w>"}}, "model end_of_word_suffix '</w>'"),
+    ],
+)
+def test_what_changes_text_is_refused_and_named(tokenizer: Tokenizer, tmp_path: Path, change: Any, name: str) -> None:
+    with pytest.raises(DataError, match=re.escape(name)) as refused:
+        Tokenizer.load(changed(tokenizer, tmp_path, change))
+    assert "\n" not in str(refused.value) and "changed.json" in str(refused.value)
+
+
+def test_what_only_some_text_shows_is_refused_when_it_comes(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    rare = {"type": "Replace", "pattern": {"String": "zebra"}, "content": "horse"}
+    loaded = Tokenizer.load(changed(tokenizer, tmp_path, {"normalizer": rare}))
+    with pytest.raises(DataError, match=r"normalizer Replace \('a zebra' comes back as 'a horse'\)"):
+        loaded.encode("a zebra")
+
+
+@pytest.mark.parametrize("content", ["routers", " of the ", "中国", "é中", "   "])
+def test_added_tokens_stand_for_their_characters(tokenizer: Tokenizer, tmp_path: Path, content: str) -> None:
+    loaded = Tokenizer.load(changed(tokenizer, tmp_path, {"content": content}))
+    text = f"x{content}y {content} z"
+    assert 400 in loaded.encode(text) and loaded.decode(loaded.encode(text)) == text
+    assert loaded.bytes_of(400) == content.encode()
+
+
+@pytest.mark.parametrize("unit", ["a", "中", "あ", "1", "-", " ", "\n", "\r\n", "\t", "😀", "\u0301", "ab", " -"])
+def test_training_takes_no_longer_on_text_without_breaks(unit: str) -> None:
+    """A run of 400,000 took minutes when a piece could be as long as the text."""
+    text = unit * (400_000 // len(unit.encode()))
+    trained = Tokenizer.train([text, "hello world " * 50], 300)
+    assert max(map(len, pieces_of(trained, text[:5000]))) <= 130
+    assert "".join(pieces_of(trained, text[:5000])) == text[:5000]
+
+
+def pieces_of(tokenizer: Tokenizer, text: str) -> list[str]:
+    """What the pattern alone makes of a text."""
+    pattern = Split(Regex(json.loads(tokenizer._backend.to_str())["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]), "isolated")
+    return [piece for piece, _ in pattern.pre_tokenize_str(text)]
