@@ -27,7 +27,7 @@ class CopiedRuns:
         room = _SEARCHED_BYTES / max(len(held_out_bytes), 1)
         self._shares = [min(room / max(size, 1), 1.0) for size in held_out_bytes]
         self._windows: list[list[np.ndarray]] = [[] for _ in held_out_bytes]
-        self._found: np.ndarray | None = None
+        self._is_indexed = False
 
     def hold(self, domain: int, contents: Sequence[bytes], ids: Sequence[np.ndarray]) -> None:
         """Take held-out pieces of text and their tokens, int32 [n] each."""
@@ -40,7 +40,7 @@ class CopiedRuns:
 
     def search(self, ids: Sequence[np.ndarray], end_of_document: int) -> None:
         """Look for the held-out windows in training pieces."""
-        if self._found is None:
+        if not self._is_indexed:
             self._index()
         # No held-out window has an end of a document in it.
         hashes = window_hashes(np.concatenate([part for tokens in ids for part in (tokens, [end_of_document])]), RUN)
@@ -49,6 +49,7 @@ class CopiedRuns:
         self._found[places[self._sorted[places] == hashes]] = True
 
     def _index(self) -> None:
+        self._is_indexed = True
         windows = [part for parts in self._windows for part in parts]
         # The largest number at the end, so that every search ends at a place.
         self._sorted = np.unique(np.concatenate([*windows, np.array([2**64 - 1], np.uint64)]))
@@ -61,7 +62,7 @@ class CopiedRuns:
 
     def counts(self) -> list[tuple[int, int]]:
         """(tokens looked for, tokens of them in a copied run) of each domain."""
-        if self._found is None:
+        if not self._is_indexed:
             self._index()
         result = []
         for parts in self._windows:

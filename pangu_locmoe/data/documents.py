@@ -129,13 +129,17 @@ def read_documents(path: Path, domains: Collection[str], max_bytes: int, report:
     report.files += 1
     place = shown(path)
     try:
-        with gzip.open(path, "rb") if zipped else path.open("rb") as file:
+        with _open(path, zipped) as file:
             if name.removesuffix(".gz").endswith(_JSON_LINES):
                 yield from _json_lines(file, place, domains, max_bytes, report)
             else:
                 yield from _whole(file, place, max_bytes, report)
     except (OSError, EOFError, zlib.error):
         report.count("unreadable", place)
+
+
+def _open(path: Path, zipped: bool) -> IO[bytes]:
+    return gzip.open(path, "rb") if zipped else path.open("rb")  # type: ignore[return-value]
 
 
 def _whole(file: IO[bytes], path: str, max_bytes: int, report: CorpusReport) -> Iterator[tuple[None, str]]:

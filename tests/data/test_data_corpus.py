@@ -244,7 +244,7 @@ def test_globs_find_folders_and_hidden_names_that_they_spell(make_config: Make, 
 
 def test_a_source_of_which_nothing_can_be_read_says_why(make_config: Make, tmp_path: Path) -> None:
     (tmp_path / "gone.txt").symlink_to("/nonexistent")
-    with pytest.raises(DataError, match=r"gone.txt: no file that can be read \(left out: 1 links that lead nowhere\)"):
+    with pytest.raises(DataError, match=r"gone\.txt: no file that can be read \(left out: 1 links that lead nowhere\)"):
         scanned(make_config(sources=[(tmp_path / "gone.txt", "en")]))
 
 

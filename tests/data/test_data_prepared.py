@@ -107,7 +107,7 @@ def test_a_corpus_of_some_size_is_prepared_by_another_process_to_the_same_result
     assert (there.path / "prepared.json").read_text() == (here.path / "prepared.json").read_text()
     assert stream(there, "train", 1) == stream(here, "train", 1)
     only_one = make_config(sources=[(tmp_path / "corpus" / "en" / "00.txt", "en")])
-    with pytest.raises(DataError, match="^data.sources: domain en has one document"):
+    with pytest.raises(DataError, match=r"^data\.sources: domain en has one document"):
         prepare(only_one, progress=False)
 
 
