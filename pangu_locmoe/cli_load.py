@@ -23,7 +23,7 @@ def add_load_verbs(verbs: Any, add: Add) -> None:
     verb.add_argument("--num-experts", type=int, help="experts of each layer (the largest index + 1)")
     verb.add_argument("--ranks-per-node", type=int, default=1, help="consecutive ranks that are one node (1)")
 
-    verb = add(verbs, "states", _states, "tell from which step on the loads are stable, layer by layer")
+    verb = add(verbs, "states", _states, "tell from which step on the loads are stable, layer by layer, or that the trace is too short to tell")
     _add_trace(verb)
     verb.add_argument("--window", type=int, help="rows that a verdict looks back")
     verb.add_argument("--plot", type=Path, metavar="FILE.svg", help="also plot shares and states")
@@ -39,7 +39,7 @@ def add_load_verbs(verbs: Any, add: Add) -> None:
     verb.add_argument("--output", type=Path, metavar="F.npz", help="write step [rows] and share [rows, layers, experts]")
     verb.add_argument("--json", action="store_true", help="print JSON")
 
-    verb = add(verbs, "place", _place, "place experts on ranks by the load forecast")
+    verb = add(verbs, "place", _place, "place experts on ranks by the load forecast, or by what there is of a trace too short to tell its state")
     _add_trace(verb)
     verb.add_argument("--nodes", type=int, required=True)
     verb.add_argument("--ranks-per-node", type=int, required=True)
@@ -184,7 +184,7 @@ def _place(options: argparse.Namespace) -> int:
         options.origin,
         options.horizon,
         None if options.current is None else load_plan(options.current).slots_LS,
-        None if options.while_transient else lambda past: states(past).layers_stable_from,
+        None if options.while_transient else lambda past: states(past).told,
     )
     save_plan(plan, options.output)
     print(json_text(plan.to_dict()) if options.json else plan.format())

@@ -50,10 +50,9 @@ def _shares(axes: Axes, trace: Trace, states: States, layer: int) -> None:
     for expert in range(count_KE.shape[1]):
         axes.plot(middle_K, 100 * mean_KE[:, expert], color=SERIES[expert % len(SERIES)], linewidth=0.6, rasterized=pixels)
     begin = states.layers_stable_from[layer]
-    if len(step_K):
+    if states.known:
         axes.axvspan(step_K[0], step_K[-1] if begin is None else begin, color=SOFT, alpha=0.13, linewidth=0, gid=f"transient-{layer}")
-    says = "transient" if begin is None else f"stable from step {begin:,}"
-    axes.set_title(f"MoE layer {layer}: {says}", fontsize=10, loc="left", color=INK)
+    axes.set_title(f"MoE layer {layer}: {states.says(begin)}", fontsize=10, loc="left", color=INK)
     axes.set_ylabel("% of tokens")
     axes.set_ylim(bottom=0)
     axes.margins(x=0.01)

@@ -11,7 +11,7 @@ from pangu_locmoe.errors import DataError
 from pangu_locmoe.files import write_atomic
 from pangu_locmoe.load.report_charts import LAYERS, local_figure, share_figures, statistic_figure
 from pangu_locmoe.load.report_errors import errors_html, rolling_cases
-from pangu_locmoe.load.state import EXIT, States, states
+from pangu_locmoe.load.state import EXIT, TRANSIENT, States, states
 from pangu_locmoe.load.trace import Trace, read_trace
 from pangu_locmoe.report.figures import Figure
 from pangu_locmoe.report.page import POLICY, UNPRINTABLE
@@ -37,12 +37,12 @@ def build_load_report(trace_file: Path, output: Path) -> Path:
 def render(trace: Trace, name: str) -> str:
     """The page as text. `name` is escaped."""
     found = states(trace)
-    cases = rolling_cases(trace, found.stable_from)
+    cases = rolling_cases(trace, found.stable_from, found.known)
     title = html.escape(f"Expert load of {name}")
     sections = (
         ("Shares", _shares(trace, found)),
         ("States", _states(trace, found)),
-        ("Forecasts", errors_html(cases, trace, found.stable_from)),
+        ("Forecasts", errors_html(cases, trace, _end(found))),
         ("Locality", _locality(trace)),
     )
     body = "\n".join(f"<section><h2>{head}</h2>{content}</section>" for head, content in sections)
@@ -71,10 +71,9 @@ def _count(number: int, name: str) -> str:
 
 def _notes(trace: Trace, found: States) -> str:
     """What the page cannot show, and why."""
-    rows, needed = len(trace.step_K), found.window + found.hold - 1
     lines = []
-    if rows < needed:
-        lines.append(f"States: {_count(rows, 'row')} cannot tell, the rule needs {needed}; everything counts as transient.")
+    if not found.known:
+        lines.append(f"States: {_count(len(trace.step_K), 'row')} cannot tell, the rule needs {found.needed}; nothing is known of the load's stability.")
     if trace.source_KLNE is None:
         lines.append("Locality: the trace does not say which node tokens come from (no source).")
     if (np.diff(trace.step_K) != trace.stride).any():
@@ -98,10 +97,15 @@ def _tiles(trace: Trace, found: States) -> str:
         ("Tokens per step", text(float(np.median(tokens_KL))), f"of a layer, {spread}"),
         ("Sources", nodes, "where tokens come from"),
         ("Dropped tokens", percent(dropped), "of all" if trace.dropped_KLE is not None else "not recorded"),
-        ("Stable from", DASH if found.stable_from is None else f"{found.stable_from:,}", "transient at the last step" if found.stable_from is None else "step, all layers"),
+        ("Stable from", DASH if found.stable_from is None else f"{found.stable_from:,}", _end(found) if found.stable_from is None else "step, all layers"),
     )  # fmt: skip
     cells = (f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}<small>{html.escape(says)}</small></dd></div>" for name, value, says in tiles)
     return f'<dl class="tiles">{"".join(cells)}</dl>'
+
+
+def _end(found: States) -> str:
+    """The model's state at the end of the trace, in words."""
+    return found.says(found.stable_from) + (" at the last step" if found.state == TRANSIENT else "")
 
 
 def _shares(trace: Trace, found: States) -> str:
@@ -122,11 +126,10 @@ def _states(trace: Trace, found: States) -> str:
         load_E = recent_LE[layer]
         total = max(1, int(load_E.sum()))
         never = int((trace.load_KLE[:, layer].sum(axis=0) == 0).sum())
-        state, since = ("transient", DASH) if begin is None else ("stable", f"{begin:,}")
+        since = DASH if begin is None else f"{begin:,}"
         numbers = [text(load_E.max() / max(load_E.mean(), 1e-9), 3), percent(load_E.max() / total), percent(load_E.min() / total), str(never)]
-        lines.append([f"MoE layer {layer}", state, since, *numbers])
-    whole = "transient at the last step" if found.stable_from is None else f"stable from step {found.stable_from:,}"
-    ends = f"<p>The model: {whole}. Loads are those of the last {_count(last, 'row')}.</p>" if last > 1 else f"<p>The model: {whole}. Loads are those of the last row.</p>"
+        lines.append([f"MoE layer {layer}", found.layer_states[layer], since, *numbers])
+    ends = f"<p>The model: {_end(found)}. Loads are those of the last {_count(last, 'row')}.</p>" if last > 1 else f"<p>The model: {_end(found)}. Loads are those of the last row.</p>"
     header = ["Layer", "State at the end", "Stable from step", "Max / mean", "Largest share", "Smallest share", "Experts never used"]
     return rule + ends + table_html(header, lines) + _figures([statistic_figure(found)], "no window is full yet")
 

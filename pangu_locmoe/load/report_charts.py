@@ -33,9 +33,9 @@ def share_figures(trace: Trace, states: States) -> list[Figure]:
     points = min(POINTS, max(24, ALL_POINTS // (drawn * min(experts, LINES))))
     figures = []
     for layer, begin in enumerate(states.layers_stable_from[:drawn]):
-        says = "transient" if begin is None else f"stable from step {begin:,}"
-        title = f"MoE layer {layer}: {says}"
-        svg, left_out = _shares(title, trace, layer, begin, points)
+        title = f"MoE layer {layer}: {states.says(begin)}"
+        shaded_to = begin if states.known else int(trace.step_K[0])
+        svg, left_out = _shares(title, trace, layer, shaded_to, points)
         caption = f"The {LINES} experts whose share moves most; {left_out} are left out." if left_out else ""
         figures.append(Figure(title, svg, caption))
     return figures

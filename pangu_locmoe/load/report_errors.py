@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from pangu_locmoe.load.forecast.score import backtest, table
+from pangu_locmoe.load.state import STABLE, TRANSIENT, UNKNOWN
 from pangu_locmoe.load.trace import Trace
 from pangu_locmoe.report.figures import STEP, Figure
 from pangu_locmoe.report.plots import Line, line_chart
@@ -18,7 +19,7 @@ from pangu_locmoe.report.tables import DASH, table_html
 
 METHODS = ("auto", "sw_avg", "last", "drift", "ses", "theta", "window_mean", "log_trend")
 HORIZONS = (100, 500, 1000)
-STATES = ("transient", "stable")
+STATES = (TRANSIENT, STABLE, UNKNOWN)
 MIN_PAST = 20  # rows before the first origin: with fewer, methods that look back do not differ
 ORIGINS = 6  # of each horizon and state
 CELLS = 2_000_000  # shares in a trace beyond which there are fewer origins: every forecast goes through all of them
@@ -29,11 +30,11 @@ PAPER = (("125M, 16 experts", 1000, "< 1 %", "0.5 %", "0.25 %"), ("350M, 128 exp
 Case = dict[str, Any]
 
 
-def rolling_cases(trace: Trace, stable_from: int | None) -> list[Case]:
+def rolling_cases(trace: Trace, stable_from: int | None, known: bool = True) -> list[Case]:
     """`backtest` from up to ORIGINS origins of each horizon and state; empty for a trace that is too short."""
     cases = []
     for horizon in HORIZONS:
-        cases += backtest(trace, METHODS, [horizon], rolling_origins(trace, horizon, stable_from), stable_from)
+        cases += backtest(trace, METHODS, [horizon], rolling_origins(trace, horizon, stable_from), stable_from, known)
     return cases
 
 
@@ -48,16 +49,15 @@ def rolling_origins(trace: Trace, horizon: int, stable_from: int | None) -> list
     return sorted({int(origin) for part in parts for origin in part})
 
 
-def errors_html(cases: list[Case], trace: Trace, stable_from: int | None) -> str:
+def errors_html(cases: list[Case], trace: Trace, says: str) -> str:
     """Tables of three errors, a chart, and the paper's figures; or why there are none."""
     name = "<code>pangu-locmoe load forecast TRACE --origin STEP --horizon STEPS --method arima</code> (or <code>lstm</code>)"
     slow = f"<p>ARIMA and the LSTM take seconds to minutes for each origin and are not on this page; {name} prints their errors.</p>"
     if not cases:
         return f"<p>No errors to show: {html.escape(_too_short(trace))}</p>{slow}{paper_html([])}"
-    state = "the last step is transient" if stable_from is None else f"stable from step {stable_from:,}"
     intro = (
         f"<p>Rolling origins: at each, the rows before it are all a method sees, and the steps after it are compared with what came. States are "
-        f"those of the rule with hindsight ({html.escape(state)}). Means over the origins; every layer weighs the same.</p>"
+        f"those of the rule with hindsight ({html.escape(says)}). Means over the origins; every layer weighs the same.</p>"
     )
     rows = table(cases)
     experts = trace.load_KLE.shape[2]

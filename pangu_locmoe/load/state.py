@@ -24,6 +24,7 @@ EXIT = 2.0  # hysteresis: a stable layer is transient again when a statistic is 
 CHANGE = 1.5  # or when the step-to-step noise rises or falls by more than this factor; a fall says that what was before was irregular
 MEMORY = 10  # windows over which the usual noise is averaged, so that a slow change of it is no event
 BLOCK = 5  # rows. Whether the spell had begun is told by single rows and by means over this many
+STABLE, TRANSIENT, UNKNOWN = "stable", "transient", "unknown"  # the last: too few rows to tell
 CELLS = 100_000  # shares handled at once: what stays in the processor's cache
 
 
@@ -151,8 +152,8 @@ class States:
     """The verdicts over a trace.
 
     Attributes:
-        stable_from: the first step from which all layers are stable up to the end of the trace; None if one is transient there.
-        layers_stable_from: the same of each layer.
+        stable_from: the first step from which all layers are stable up to the end of the trace; None if one is not stable there.
+        layers_stable_from: the same of each layer. Whether a layer without is transient or unknown, `layer_states` says.
         window, hold, tolerance: as of `StateRule`: rows, windows, fraction of a share.
         stride: steps from row to row.
         step_K: int64, the rows' steps.
@@ -170,10 +171,48 @@ class States:
     stable_KL: Array
     statistic_KL: Array
 
+    @property
+    def needed(self) -> int:
+        """Rows below which nothing can be told."""
+        return self.window + self.hold - 1
+
+    @property
+    def known(self) -> bool:
+        """Whether there are rows enough to tell."""
+        return len(self.step_K) >= self.needed
+
+    @property
+    def told(self) -> tuple[int | None, ...] | None:
+        """layers_stable_from, or None where the trace is too short to tell."""
+        return self.layers_stable_from if self.known else None
+
+    @property
+    def layer_states(self) -> tuple[str, ...]:
+        """Of each layer at the end: "stable", "transient", or "unknown" where the trace is too short to tell."""
+        return tuple(self._named(step) for step in self.layers_stable_from)
+
+    @property
+    def state(self) -> str:
+        """Of the model: "stable" if all layers are."""
+        return self._named(self.stable_from)
+
+    def says(self, stable_from: int | None) -> str:
+        """A verdict in words."""
+        if not self.known:
+            return "too short to tell"
+        return "transient" if stable_from is None else f"stable from step {stable_from:,}"
+
+    def _named(self, stable_from: int | None) -> str:
+        if not self.known:
+            return UNKNOWN
+        return TRANSIENT if stable_from is None else STABLE
+
     def to_dict(self) -> dict[str, Any]:
         """The verdicts and the rule's parameters, for JSON."""
         rows = len(self.step_K)
         return {
+            "state": self.state,
+            "layer_states": list(self.layer_states),
             "stable_from": self.stable_from,
             "layers_stable_from": list(self.layers_stable_from),
             "window": self.window,
@@ -188,9 +227,9 @@ class States:
 
     def format(self) -> str:
         """The verdicts as a few lines."""
-        rows, needed = len(self.step_K), self.window + self.hold - 1
-        if rows < needed:
-            return f"transient: {rows} rows are too few to tell, the rule needs {needed}"
+        if not self.known:
+            rows = len(self.step_K)
+            return f"too short to tell: {rows} row{'' if rows == 1 else 's'}, the rule needs {self.needed}"
         last = self.step_K[-1]
         head = f"transient at the last step, {last}" if self.stable_from is None else f"stable from step {self.stable_from} of {last}"
         texts = ("transient" if step is None else f"stable from step {step}" for step in self.layers_stable_from)
@@ -201,7 +240,7 @@ class States:
 
 
 def states(trace: Trace, window: int = WINDOW, tolerance: float = TOLERANCE, hold: int | None = None) -> States:
-    """`StateRule` run over a trace. One of fewer than window + hold - 1 rows is transient. Raises ValueError as StateRule does."""
+    """`StateRule` run over a trace. Of fewer than window + hold - 1 rows nothing is known. Raises ValueError as StateRule does."""
     rule = StateRule(window, tolerance, hold)
     statistic_KL, stable_KL = rule.extend(trace.step_K, trace.load_KLE)
     last = rule.verdict() if len(trace.step_K) else Verdict(0, (None,) * trace.load_KLE.shape[1])

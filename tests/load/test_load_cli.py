@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pangu_locmoe.cli import main
-from pangu_locmoe.load.trace import read_trace
+from pangu_locmoe.load.trace import Trace, read_trace, write_trace
 
 TRACE = Path(__file__).resolve().parents[1] / "data" / "traces" / "switch-1.npz"
 
@@ -110,3 +110,54 @@ def test_the_verbs_do_without_mindspore(tmp_path):
     done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).resolve().parents[2], text=True, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "lstm" in done.stderr and "MindSpore" in done.stderr
+
+
+PUBLISHED = [[90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86], [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27]]
+PLACED = [[5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1], [7, 10, 6, 8, 6, 11, 8, 9, 2, 4, 5, 1, 5, 0, 3, 1]]
+
+
+def table(path, rows):
+    """A trace of equal rows of EPLB's published example, with `load import`."""
+    lines = [f"{step},{layer},{expert},{tokens}" for step in range(1, rows + 1) for layer, load_E in enumerate(PUBLISHED) for expert, tokens in enumerate(load_E)]
+    path.write_text("\n".join(["step,layer,expert,tokens", *lines, ""]), encoding="utf-8")
+    output = path.with_suffix(".npz")
+    assert main(["load", "import", str(path), "--output", str(output)]) == 0
+    return output
+
+
+@pytest.mark.parametrize("rows", [1, 2, 25, 73, 74])
+def test_eplbs_published_example_is_placed_however_short(tmp_path, capsys, rows):
+    trace, plan = table(tmp_path / "row.csv", rows), tmp_path / "plan.json"
+    capsys.readouterr()
+    sizes = ["--policy", "eplb", "--nodes", 2, "--ranks-per-node", 4, "--groups", 4, "--replicas", 4]
+    found = json.loads(run(capsys, "place", trace, *sizes, "--output", plan, "--json"))
+    assert found["slot_to_expert"] == PLACED and json.loads(plan.read_text()) == found
+    note = f"too short to tell: placed by the {rows} row{'' if rows == 1 else 's'} there {'is' if rows == 1 else 'are'}; nothing is known of the load's stability"
+    assert found["state"] == ["unknown" if rows < 74 else "stable"] * 2 and found["capacity_factor"] == [None] * 2
+    assert (note in found["notes"]) == (rows < 74)
+    # The plan can be started from, in its own sizes.
+    again = json.loads(run(capsys, "place", trace, *sizes, "--current", plan, "--output", plan, "--json"))
+    assert again["experts_moved"] == 0
+
+
+def test_one_row_with_the_other_verbs(tmp_path, capsys):
+    trace = table(tmp_path / "row.csv", 1)
+    capsys.readouterr()
+    assert run(capsys, "states", trace).strip() == "too short to tell: 1 row, the rule needs 74"
+    found = json.loads(run(capsys, "states", trace, "--json", "--plot", tmp_path / "states.svg"))
+    assert (found["state"], found["layer_states"], found["stable_from"]) == ("unknown", ["unknown"] * 2, None)
+    assert "too short to tell" in (tmp_path / "states.svg").read_text(encoding="utf-8")
+    assert "needs 2 rows before it, there are 1" in refused(capsys, "forecast", trace, "--horizon", 10)
+    assert Path(run(capsys, "report", trace).strip()).is_file()
+    assert "does not say which node tokens come from" in refused(capsys, "place", trace, "--nodes", 2, "--ranks-per-node", 2, "--output", tmp_path / "no.json")
+    assert not (tmp_path / "no.json").exists()
+
+
+def test_one_row_with_its_sources_is_placed_by_cost(tmp_path, capsys):
+    """Each node's tokens go to experts of the other one: the experts change nodes."""
+    source_KLNE = np.zeros((1, 1, 2, 4), np.int64)
+    source_KLNE[0, 0, 0, 2:], source_KLNE[0, 0, 1, :2] = 100, 100
+    write_trace(tmp_path / "row.npz", Trace(np.array([7]), source_KLNE.sum(axis=2), None, source_KLNE))
+    found = json.loads(run(capsys, "place", tmp_path / "row.npz", "--nodes", 2, "--ranks-per-node", 1, "--horizon", 100000, "--output", tmp_path / "plan.json", "--json"))
+    assert [sorted(found["slot_to_expert"][0][:2]), sorted(found["slot_to_expert"][0][2:])] == [[2, 3], [0, 1]]
+    assert found["after"]["inter_node_bytes"] == 0 and found["state"] == ["unknown"]

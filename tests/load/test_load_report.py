@@ -89,7 +89,8 @@ def test_origins_have_rows_behind_and_the_horizon_ahead() -> None:
 def test_a_short_trace_says_what_is_missing(tmp_path: Path, rows: int) -> None:
     page = report(tmp_path, make_trace(rows, settle=0))
     text = words(page)
-    assert f"States: {rows} row{'s' if rows > 1 else ''} cannot tell, the rule needs 74" in text and "transient at the last step" in text
+    assert f"States: {rows} row{'s' if rows > 1 else ''} cannot tell, the rule needs 74" in text and "MoE layer 0: too short to tell" in text
+    assert "transient at the last step" not in text and "The model: too short to tell" in text and "MoE layer 0 unknown" in text
     assert "No errors to show" in text and f"covers {rows} steps" in text and "0.25 %" in text
     assert "nan" not in " ".join(str(attributes.get("d")) for _, attributes in page.tags)
     assert page.count("svg") == 2 + (rows >= 50) + 1

@@ -207,17 +207,20 @@ def test_the_tail_is_that_of_chi_squared():
 
 
 @pytest.mark.parametrize("rows", [0, 1, 49, 73])
-def test_short_traces_are_transient(rows):
+def test_short_traces_cannot_tell(rows):
     trace = Trace(10 * np.arange(rows), np.full((rows, 2, 4), 100))
     found = states(trace)
     assert found.stable_from is None and found.layers_stable_from == (None, None) and found.statistic_KL.shape == (rows, 2)
-    assert found.format() == f"transient: {rows} rows are too few to tell, the rule needs 74"
+    assert found.format() == f"too short to tell: {rows} row{'' if rows == 1 else 's'}, the rule needs 74"
+    assert (found.known, found.told, found.state, found.layer_states) == (False, None, "unknown", ("unknown",) * 2)
+    assert (found.to_dict()["state"], found.to_dict()["layer_states"]) == ("unknown", ["unknown"] * 2)
     assert json.loads(json.dumps(found.to_dict()))["steps"]["rows"] == rows
 
 
 def test_the_shortest_trace_that_is_stable():
     found = states(Trace(10 * np.arange(74), np.full((74, 2, 4), 100)))
     assert found.stable_from == 0 and found.stable_KL[:, 0].tolist() == [False] * 73 + [True]
+    assert found.told == (0, 0) and found.state == "stable"
 
 
 def test_dead_experts_single_experts_and_empty_layers():

@@ -87,7 +87,12 @@ def forecast(trace: Trace, origin: int, horizon: int, method: str = "auto", **op
 
 
 def mean_share(past: Trace, origin: int, horizon: int) -> NDArray[np.float64]:
-    """Each expert's mean share over the horizon as `auto` forecasts it, [L, E]: what a placement is planned for."""
+    """Each expert's mean share over the horizon as `auto` forecasts it, [L, E]: what a placement is planned for.
+
+    Of a single row, from which nothing can be forecast, its shares.
+    """
+    if np.searchsorted(past.step_K, origin) == 1:
+        return past.share_KLE[0]
     mean_LE: NDArray[np.float64] = forecast(past, origin, horizon).share_FLE.mean(axis=0)
     return mean_LE
 

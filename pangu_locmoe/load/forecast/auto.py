@@ -20,7 +20,7 @@ from pangu_locmoe.errors import DataError
 from pangu_locmoe.load.forecast.lines import LINES, Line
 from pangu_locmoe.load.forecast.past import Past, Prediction
 from pangu_locmoe.load.forecast.spec import label
-from pangu_locmoe.load.state import WINDOW, states
+from pangu_locmoe.load.state import STABLE, TRANSIENT, WINDOW, states
 from pangu_locmoe.load.trace import Trace
 
 # No width suits all runs, early and late: widths in rows for noise, parts of the past for a run that slows down as it ages.
@@ -81,21 +81,23 @@ def _origins(past: Past, ahead: int, stable_from: int | None) -> tuple[list[int]
     horizon = min(ahead, rows // 2)
     ages = sorted({round(age * horizon) for age in AGES} - {0})
     origins = [rows - age for age in ages if rows - age >= MIN_PAST]
+    state = TRANSIENT
     if stable_from is None:
-        stable_from = _stable_from(past)
+        stable_from, state = _stable_from(past)
     if stable_from is None:
-        return origins, horizon, "transient"
+        return origins, horizon, state
     stable = [origin for origin in origins if past.step_K[origin] >= stable_from]
-    return (stable if len(stable) > 1 else origins), horizon, "stable"
+    return (stable if len(stable) > 1 else origins), horizon, STABLE
 
 
-def _stable_from(past: Past) -> int | None:
-    """The step from which the past's end is stable, None if it is transient. A spell that fills the rows looked at is taken to
+def _stable_from(past: Past) -> tuple[int | None, str]:
+    """The step from which the past's end is stable, None if it is not, and the state. A spell that fills the rows looked at is taken to
     be older than all origins: those before it weigh little, and the rule over a whole long past takes longer than the forecast."""
     tail = Trace(past.step_K[-STATE_ROWS:], past.trace.load_KLE[-STATE_ROWS:])
-    stable_from = states(tail).stable_from
+    found = states(tail)
+    stable_from = found.stable_from
     filled = stable_from is not None and stable_from <= tail.step_K[min(WINDOW, len(tail.step_K) - 1)]
-    return int(past.step_K[0]) if filled else stable_from
+    return int(past.step_K[0]) if filled else stable_from, found.state
 
 
 def _excess(step_K: NDArray[Any], share_KS: NDArray[Any], origin: int, horizon: int) -> NDArray[np.float64]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from pangu_locmoe.load.forecast import Forecast, forecast
 from pangu_locmoe.load.forecast.past import Past
+from pangu_locmoe.load.state import STABLE, TRANSIENT, UNKNOWN
 from pangu_locmoe.load.trace import Trace
 
 MEASURES = ("mae_points", "wape", "total_variation", "mase", "relative_to_last", "mean_wape", "sampling_wape", "hindsight_wape")
@@ -79,7 +80,7 @@ def _measures(sums: dict[str, float]) -> dict[str, float | None]:
 
 
 def backtest(
-    trace: Trace, methods: Sequence[str], horizons: Sequence[int], origins: Iterable[int], stable_from: int | None = None
+    trace: Trace, methods: Sequence[str], horizons: Sequence[int], origins: Iterable[int], stable_from: int | None = None, known: bool = True
 ) -> list[dict[str, Any]]:
     """Pooled errors of every method from every origin over every horizon that the trace covers.
 
@@ -88,13 +89,14 @@ def backtest(
         methods: as `forecast` takes them, for example "sw_avg(window=10)".
         horizons, origins: in steps; combinations the trace does not cover are left out.
         stable_from: the step from which the run is stable (`state.states`), for the column `state`; None: transient all along.
+        known: whether the trace is long enough to tell states; else they are "unknown".
     Returns:
-        A dict per case: method, horizon, origin, state ("transient" or "stable" at the origin), and MEASURES. See `table`.
+        A dict per case: method, horizon, origin, state ("transient", "stable" or "unknown" at the origin), and MEASURES. See `table`.
     Raises DataError as `forecast` does.
     """
     cases = []
     for origin in origins:
-        state = "transient" if stable_from is None or origin < stable_from else "stable"
+        state = UNKNOWN if not known else TRANSIENT if stable_from is None or origin < stable_from else STABLE
         for horizon in horizons:
             for method in methods:
                 if len(trace.step_K) == 0 or origin + horizon > trace.step_K[-1] + trace.stride:

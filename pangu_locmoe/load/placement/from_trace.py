@@ -20,13 +20,14 @@ from pangu_locmoe.errors import DataError
 from pangu_locmoe.load.placement.costs import Costs, Floats, Ints, evaluate, holdings
 from pangu_locmoe.load.placement.eplb import check_sizes
 from pangu_locmoe.load.placement.plan import Figures, Plan, plan
+from pangu_locmoe.load.state import UNKNOWN
 from pangu_locmoe.load.trace import Trace
 
 RECENT = 100  # rows before the origin that give the tokens per step, the split over the nodes and the spare capacity
 COVERED = 0.99  # of a transient layer's recent expert loads should fit into its capacity
 
 Forecaster = Callable[[Trace, int, int], NDArray[Any]]
-StableFrom = Callable[[Trace], Sequence[Optional[int]]]
+StableFrom = Callable[[Trace], Optional[Sequence[Optional[int]]]]
 
 
 def place_trace(
@@ -56,8 +57,8 @@ def place_trace(
         origin: first step of the horizon; None: the step after the trace.
         horizon: steps.
         current: slot_to_expert now, [L, slots]; None: as training starts, rank r has the r-th contiguous block of experts.
-        stable_from: (trace of the past) -> each layer's first step of the stable state or None; None: all layers count as
-            stable. A transient layer keeps its placement; instead it is told the capacity factor (capacity over the mean
+        stable_from: (trace of the past) -> each layer's first step of the stable state or None, or None altogether where the past
+            is too short to tell: then layers are placed by what there is. None: all layers count as stable. A transient layer keeps its placement; instead it is told the capacity factor (capacity over the mean
             load of an expert) that would have held 99% of the loads of its experts in the last 100 rows.
 
     Raises:
@@ -83,14 +84,18 @@ def place_trace(
     current = first_placement(num_layers, num_experts, num_slots, num_ranks) if current is None else np.asarray(current)
     check_current(current, num_layers, num_experts, num_slots, num_ranks)
     costs = replace(costs, horizon=horizon)
-    factors = None
+    factors, found = None, None if stable_from is None else stable_from(past)
     if stable_from is None:
         notes.append("the state was not examined: every layer counts as stable")
+    elif found is None:
+        notes.append(f"too short to tell: placed by the {rows} row{'' if rows == 1 else 's'} there {'is' if rows == 1 else 'are'}; nothing is known of the load's stability")
     else:
         spare = spare_capacity(past.load_KLE[-RECENT:])
-        factors = [None if step is not None and step <= origin else factor for step, factor in zip(stable_from(past), spare)]
+        factors = [None if step is not None and step <= origin else factor for step, factor in zip(found, spare)]
     result = plan(load_LNE, ranks_per_node, current, costs, policy, num_slots, groups, min_gain, factors)
     result = replace(result, origin=origin, horizon=horizon, notes=notes)
+    if stable_from is not None and found is None:
+        result = replace(result, state=[UNKNOWN] * num_layers)
     if not len(future.step_K):
         return result
     if future.step_K[-1] + trace.stride < origin + horizon:

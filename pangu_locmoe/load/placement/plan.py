@@ -18,9 +18,9 @@ from pangu_locmoe.load.placement.costs import CROSSINGS, Costs, Evaluation, Ints
 from pangu_locmoe.load.placement.eplb import rebalance
 from pangu_locmoe.load.placement.locality import place
 from pangu_locmoe.load.placement.starts import extend
+from pangu_locmoe.load.state import STABLE, TRANSIENT
 
 POLICIES = ("eplb", "locality")
-STABLE, TRANSIENT = "stable", "transient"
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,9 @@ class Plan:
         bytes_moved: weights and optimizer state of these.
         move_seconds: sending them over one link, spread over the horizon, per step; part of after.step_seconds.
         costs: the prices used.
-        state: of each layer, "stable" or "transient"; a transient layer keeps its placement.
-        capacity_factor: of each transient layer, what would have held nearly all loads of late; None for a stable one.
+        state: of each layer, "stable", "transient" or "unknown"; a transient layer keeps its placement, one of which too few rows
+            are known is placed by those.
+        capacity_factor: of each transient layer, what would have held nearly all loads of late; None for others.
         origin, horizon: first step the plan is for, and how many; None: not from a trace.
         actual_now, actual_after, actual_oracle: on the recorded loads of the horizon, where the trace has them; the oracle
             is the same policy given those loads instead of the forecast.

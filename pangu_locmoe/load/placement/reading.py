@@ -10,7 +10,8 @@ from typing import Any, Callable, Dict, List, Type, TypeVar
 
 from pangu_locmoe.errors import DataError
 from pangu_locmoe.load.placement.costs import Costs
-from pangu_locmoe.load.placement.plan import POLICIES, STABLE, TRANSIENT, Figures, Plan
+from pangu_locmoe.load.placement.plan import POLICIES, Figures, Plan
+from pangu_locmoe.load.state import STABLE, TRANSIENT, UNKNOWN
 
 Record = TypeVar("Record", Plan, Figures, Costs)
 
@@ -45,7 +46,7 @@ def read_plan(content: Any) -> Plan:
     for layer, row in enumerate(slots):
         _check_layer(f"slot_to_expert[{layer}]", row, slots[0], fields["experts"], ranks)
     layers = len(slots)
-    _list(fields, "state", layers, lambda value: value in (STABLE, TRANSIENT), f"{STABLE} or {TRANSIENT}")
+    _list(fields, "state", layers, lambda value: value in (STABLE, TRANSIENT, UNKNOWN), f"{STABLE}, {TRANSIENT} or {UNKNOWN}")
     _list(fields, "capacity_factor", layers, lambda value: value is None or _number(value), "null or a number, not negative")
     for layer, (state, factor) in enumerate(zip(fields["state"], fields["capacity_factor"])):
         _require((state == TRANSIENT) == (factor is not None), f"capacity_factor[{layer}]", f"must be a number in a {TRANSIENT} layer and only there")

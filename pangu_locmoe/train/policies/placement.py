@@ -109,7 +109,7 @@ def starting_slots(config: Config) -> np.ndarray:
 def plan_placement(config: Config, topology: Topology, trace: Trace, step: int, now_LE: np.ndarray) -> Plan:
     """The plan after `step` for the steps up to the next one, from the trace so far.
 
-    A layer keeps its placement while its load is transient (unless placement.while_transient), and where less than placement.min_gain would be saved.
+    A layer keeps its placement while its load is transient, as it counts at the beginning of a run, while there are too few rows to tell (unless placement.while_transient), and where less than placement.min_gain would be saved.
 
     Args:
         config: the run; its placement section has the cluster's speeds.
