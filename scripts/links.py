@@ -99,10 +99,10 @@ def account(steps: List[Dict[str, int]], gradient_bytes: int, nodes: int, ranks:
 
 def dense_gradient_bytes(run_dir: Path) -> int:
     """What one rank reduces with all others in a step: fp32 gradients of everything but the experts."""
-    from pangu_locmoe.config import load_config
+    from pangu_locmoe.config.stored import load_stored_config
     from pangu_locmoe.model.size import num_params
 
-    config = load_config(run_dir / "config.yaml")
+    config = load_stored_config(run_dir / "config.yaml")
     model, moe = config.model, config.moe
     return 4 * (num_params(config) - model.num_moe_layers * moe.num_experts * 2 * model.hidden_size * model.ffn_size)
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from pangu_locmoe.config import Config, doubtful_settings, json_schema, load_config, load_stored_config, parse_config
+from pangu_locmoe.config import Config, doubtful_settings, json_schema, load_config, parse_config
+from pangu_locmoe.config.stored import load_stored_config
 from pangu_locmoe.errors import ConfigError
 from pangu_locmoe.moe.routers import router_class
 

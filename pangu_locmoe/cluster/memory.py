@@ -130,7 +130,7 @@ class _Sizes:
             "dense blocks": dense * (kept if again else self.dense_block()),
             "sparse blocks": sparse * (kept + self.routing() + self.expert_rows() if again else self.sparse_block()),
             # Its queries are not its keys' operand: one [T, D] more than a block's.
-            "query layer": self.dense_block() + self.row_bytes,
+            "query layer": self.dense_block() + self.row_bytes + (self.norm() if model.final_norm else 0),
             "head": self.row_bytes + self.tokens * self.vocabulary * _FP32,
         }
 

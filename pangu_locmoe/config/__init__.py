@@ -25,7 +25,6 @@ from pangu_locmoe.config.models import (
     TokenChoiceConfig,
     TrainConfig,
 )
-from pangu_locmoe.config.older import renewed
 from pangu_locmoe.config.reading import override_value, read
 from pangu_locmoe.config.rules import broken_rules, doubtful_settings
 from pangu_locmoe.errors import ConfigError
@@ -43,7 +42,6 @@ __all__ = [
     "doubtful_settings",
     "json_schema",
     "load_config",
-    "load_stored_config",
     "parse_config",
     "refuse",
 ]
@@ -66,11 +64,6 @@ def load_config(path: str | Path, overrides: list[str] | None = None, completed:
     for override in completed(_typed(values)) if completed else []:
         override_value(values, override)
     return parse_config(values)
-
-
-def load_stored_config(path: str | Path) -> Config:
-    """Read what a run or a checkpoint was made with, of an older version too. Raises ConfigError."""
-    return parse_config(renewed(read(Path(path), ())))
 
 
 def parse_config(values: dict[str, Any]) -> Config:

@@ -25,6 +25,7 @@ class ModelConfig(Section):
     seq_length: int = Field(256, ge=2, description="S, tokens in a sequence")
     dropout: float = Field(0.0, ge=0, lt=1, description="on embeddings, attention output and feed-forward output")
     domain_embeddings: bool = Field(False, description="one word-embedding slot per domain instead of a shared one")
+    final_norm: bool = Field(True, description="a LayerNorm between the decoder blocks and the query layer, as the released PanGu-alpha has; checkpoints of versions without this key have none")
     init_std: float = Field(0.02, gt=0, description="standard deviation of the initial weights; residual outputs get it divided by sqrt(2*num_layers)")
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from mindspore import Tensor
 
 from pangu_locmoe.config import Config
+from pangu_locmoe.config.stored import as_before
 from pangu_locmoe.data.packing import positions_and_segments
 from pangu_locmoe.data.prepared import Prepared, prepare
 from pangu_locmoe.errors import CheckpointError
@@ -25,7 +26,7 @@ from pangu_locmoe.moe.capacity import DROPLESS
 from pangu_locmoe.moe.routers import router_class
 from pangu_locmoe.parallel.world import World
 from pangu_locmoe.restore import in_one_process
-from pangu_locmoe.train.checkpoint import find_checkpoint, own_tokenizer, read_identity, read_shards, save_checkpoint
+from pangu_locmoe.train.checkpoint import find_checkpoint, own_tokenizer, read_config, read_identity, read_shards, save_checkpoint
 from pangu_locmoe.train.shards import Held, named_arrays, set_parameters
 
 _CALIBRATION_SEQUENCES = 16  # of each domain
@@ -45,6 +46,7 @@ def inherit(dense: Path, config: Config, output: Path) -> str:
     if output.exists():
         raise CheckpointError(f"--output {output}: exists already")
     folder = find_checkpoint(dense)
+    config, taken = as_before(config, read_config(folder), "model")
     # The weights only mean something with the tokenizer they were trained with.
     tokenizer_file = own_tokenizer(folder)
     data = config.data.model_copy(update={"tokenizer": str(tokenizer_file)})
@@ -53,6 +55,7 @@ def inherit(dense: Path, config: Config, output: Path) -> str:
     model = PanguSigma(own, prepared.token_counts)
     copy_dense(read_shards(folder, "model"), model, str(folder))
     done = f"{output}: {config.moe.num_experts} experts in each of {config.model.num_moe_layers} layers from {folder}"
+    done += "".join(f"; {key} as there" for key in taken)
     if router_class(config).traits.has_gate:
         mean_weights = compensate(model, own, prepared)
         done += "; outputs divided by the mean probabilities " + ", ".join(f"{weight:.4f}" for weight in mean_weights)

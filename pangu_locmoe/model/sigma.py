@@ -1,6 +1,8 @@
 """The PanGu-Sigma model, top to bottom on one page.
 
-    word + position embedding -> dense blocks -> sparse blocks -> query layer -> head tied to the word embedding
+    word + position embedding -> dense blocks -> sparse blocks -> LayerNorm -> query layer -> head tied to the word embedding
+
+The LayerNorm between the blocks and the query layer is `model.final_norm`.
 
 Letters: B batch, S sequence, T = B*S tokens, X of them on this rank (all without sequence parallelism), D hidden, V vocabulary, L MoE layers, N source nodes, E experts, K domains.
 """
@@ -17,6 +19,7 @@ from pangu_locmoe.config import Config
 from pangu_locmoe.model import fused
 from pangu_locmoe.model.attention import attention_mask
 from pangu_locmoe.model.block import DecoderBlock, QueryLayer, RowDropout
+from pangu_locmoe.model.functional import LayerNorm
 from pangu_locmoe.model.init import normal
 from pangu_locmoe.model.vocabulary import Vocabulary
 from pangu_locmoe.moe.domains import allowed_experts
@@ -79,6 +82,9 @@ class PanguSigma(nn.Cell):
             blocks.append(block)
         self.blocks = nn.CellList(blocks)
         self.num_dense = num_dense
+        self.has_final_norm = model.final_norm
+        if self.has_final_norm:
+            self.final_norm = tensor.for_own_rows(LayerNorm(model.hidden_size))
         self.query_layer = QueryLayer(config, model.num_layers - 1, tensor)
         self.fused = fused.used(config)
         if self.fused:
@@ -160,8 +166,10 @@ class PanguSigma(nn.Cell):
         column_keys_D: Tensor,
         training: bool,
     ) -> Tuple[Tensor, Tensor]:
-        """The query layer and the head: logits_TV in fp32, and the layer's sum."""
+        """The final norm, the query layer and the head: logits_TV in fp32, and the layer's sum."""
         batch, length = positions_BS.shape
+        if self.has_final_norm:
+            x_XD = self.final_norm(x_XD)
         x_XD = self.query_layer(x_XD, mask_BHSS, ops.reshape(positions_BS, (batch * length,)), (row_keys_T, column_keys_D), training)
         table, entered_TD, width = ops.cast(self.word_table, x_XD.dtype), self.enter(x_XD), self.vocabulary.width
         if self.per_domain:

@@ -28,7 +28,8 @@ def _dense_params(config: Config) -> int:
     tables = (slots * model.vocab_size + 2 * model.seq_length) * model.hidden_size  # words, positions, queries
     attention_and_norms = 4 * model.hidden_size**2 + 4 * model.hidden_size
     dense_ffns = model.num_layers - model.num_moe_layers
-    return tables + model.num_layers * attention_and_norms + dense_ffns * _ffn_params(config)
+    final_norm = 2 * model.hidden_size if model.final_norm else 0
+    return tables + model.num_layers * attention_and_norms + final_norm + dense_ffns * _ffn_params(config)
 
 
 def _ffn_params(config: Config) -> int:

@@ -22,7 +22,8 @@ import numpy as np
 from mindspore import Parameter, nn
 from safetensors import SafetensorError, safe_open
 
-from pangu_locmoe.config import Config, load_stored_config
+from pangu_locmoe.config import Config
+from pangu_locmoe.config.stored import load_stored_config
 from pangu_locmoe.data.identity import Identity, differences, tokenizer_digest
 from pangu_locmoe.data.prepared import Prepared
 from pangu_locmoe.errors import CheckpointError

@@ -13,7 +13,8 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence
 import mindspore as ms
 
 from pangu_locmoe import console
-from pangu_locmoe.config import Config, SampleConfig, doubtful_settings, load_stored_config
+from pangu_locmoe.config import Config, SampleConfig, doubtful_settings
+from pangu_locmoe.config.stored import as_before, load_stored_config
 from pangu_locmoe.data.prepared import Prepared, prepare
 from pangu_locmoe.errors import CheckpointError, ConfigError, DataError
 from pangu_locmoe.files import json_text, write_atomic
@@ -26,7 +27,7 @@ from pangu_locmoe.parallel.communicator import Communicator, SingleProcess
 from pangu_locmoe.parallel.selfcheck import check_groups, check_same_run, check_same_step
 from pangu_locmoe.parallel.world import World
 from pangu_locmoe.report.page import build_report
-from pangu_locmoe.train.checkpoint import latest_whole_checkpoint, read_identity
+from pangu_locmoe.train.checkpoint import find_checkpoint, latest_whole_checkpoint, read_config, read_identity
 from pangu_locmoe.train.claim import claimed
 from pangu_locmoe.train.evaluate import format_evaluation, format_interval
 from pangu_locmoe.train.loop import Trainer
@@ -62,7 +63,9 @@ def train(
         with together(communicator, ConfigError):
             if communicator.rank == 0:
                 held.enter_context(claimed(run_dir))
-            _check_run_dir(config, run_dir, resume)
+            config = _check_run_dir(config, run_dir, resume)
+            if init_from is not None:
+                config, _ = as_before(config, read_config(find_checkpoint(init_from)), "model")
         return _train(config, run_dir, resume, init_from, progress, communicator)
 
 
@@ -123,15 +126,19 @@ def check_device(config: Config) -> None:
         raise ConfigError(f"train.fused = True: the fused operators are Ascend's, and this is a {device}; must be false")
 
 
-def _check_run_dir(config: Config, run_dir: Path, resume: bool) -> None:
+def _check_run_dir(config: Config, run_dir: Path, resume: bool) -> Config:
+    """The configuration to go on with: of a run of an older version, with what that one did where the user's file does not say."""
     file = run_dir / "config.yaml"
     if file.exists() and not resume:
         raise ConfigError(f"--run-dir {run_dir}: holds a run already; give another directory, or --resume auto to continue it")
     if file.exists():
+        before = _config_of_run(file)
+        config, _ = as_before(config, before)
         folder = latest_whole_checkpoint(run_dir)
         compared = folder is not None and read_identity(folder) is not None
         free = (*_FREE_KEYS, *_PLACES) if compared else _FREE_KEYS
-        _check_same_run(_config_of_run(file), config, run_dir, free)
+        _check_same_run(before, config, run_dir, free)
+    return config
 
 
 def _write(file: Path, text: str) -> None:
@@ -143,7 +150,7 @@ def _write(file: Path, text: str) -> None:
 
 
 def _config_of_run(file: Path) -> Config:
-    """What a run was started with; a key that this version added has its default, which is what the run did."""
+    """What a run was started with; a key that this version added has what the run did (config/stored.py)."""
     try:
         return load_stored_config(file)
     except ConfigError as error:

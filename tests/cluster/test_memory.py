@@ -68,7 +68,7 @@ def test_activations_by_hand():
     sparse = attention + norm + router + 20 * 32 * 2 + 20 * 24 * (2 + 4 + 2)
     found = memory(config_of(), groups=3)
     assert found.activations == {
-        "mask": 4 * scores, "dense blocks": 2 * dense, "sparse blocks": sparse, "query layer": dense + half_rows, "head": half_rows + 16 * 300 * 4,
+        "mask": 4 * scores, "dense blocks": 2 * dense, "sparse blocks": sparse, "query layer": dense + half_rows + norm, "head": half_rows + 16 * 300 * 4,
     }  # fmt: skip
     assert found.copies == 2 * 300 * 32  # rows of the position table are rounded only when they are taken, and norms never
     assert found.workspace == 16 * 300 * (4 + 2)  # the logits' gradient, fp32 and bf16
@@ -89,7 +89,9 @@ def test_activations_by_hand():
 
     exact = memory(config_of(train={"precision": "fp32"}))
     assert exact.copies == 0
-    assert exact.activations["query layer"] == 2 * norm + 9 * 2 * half_rows - 2 * half_rows + 4 * scores + 3 * 16 * 24 * 4
+    assert exact.activations["query layer"] == 3 * norm + 9 * 2 * half_rows - 2 * half_rows + 4 * scores + 3 * 16 * 24 * 4
+    plain = memory(config_of(model={"final_norm": False}))
+    assert plain.activations["query layer"] == found.activations["query layer"] - norm
     dropped = memory(config_of(model={"dropout": 0.1}))
     assert dropped.activations["query layer"] == found.activations["query layer"] + 2 * half_rows
 
@@ -116,7 +118,7 @@ def test_tensor_parallelism_divides_what_it_divides():
     rows = 16 * 32 * 2
     assert half.activations["mask"] * 2 == one.activations["mask"]
     assert (half.activations["head"] - rows) * 2 == one.activations["head"] - rows
-    whole_parts = 2 * (16 * 32 + 16) * 4 + 3 * rows  # the norms, and [T, D]s: two operands of attention, one of the network
+    whole_parts = 3 * (16 * 32 + 16) * 4 + 3 * rows  # the norms, and [T, D]s: two operands of attention, one of the network
     assert (half.activations["query layer"] - whole_parts) * 2 == one.activations["query layer"] - whole_parts
 
 

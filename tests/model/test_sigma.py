@@ -97,6 +97,7 @@ def reference(model: PanguSigma, batch: Batch, per_domain: bool) -> np.ndarray:
         x = x + attend(f"{name}.attention", normed, normed)
         normed = norm(f"{name}.norm2", x)
         x = x + (experts(f"{name}.moe.experts", normed) if block.sparse else feed(f"{name}.ffn", normed))
+    x = norm("final_norm", x) if model.has_final_norm else x
     x = x + attend("query_layer.attention", w["query_layer.query_table"][batch.positions_BS], norm("query_layer.norm1", x))
     x = x + feed("query_layer.ffn", norm("query_layer.norm2", x))
     return (x @ table_BVD.swapaxes(1, 2)).reshape(-1, VOCAB)
@@ -104,8 +105,13 @@ def reference(model: PanguSigma, batch: Batch, per_domain: bool) -> np.ndarray:
 
 @pytest.mark.parametrize("per_domain", [False, True], ids=["one embedding", "embedding per domain"])
 @pytest.mark.parametrize("sparse", [0, 1], ids=["dense", "sparse"])
-def test_the_model_against_numpy(per_domain, sparse):
-    model = PanguSigma(small_config(model={"num_moe_layers": sparse, "domain_embeddings": per_domain}))
+@pytest.mark.parametrize("final_norm", [True, False], ids=["final norm", "none"])
+def test_the_model_against_numpy(per_domain, sparse, final_norm):
+    model = PanguSigma(small_config(model={"num_moe_layers": sparse, "domain_embeddings": per_domain, "final_norm": final_norm}))
+    assert final_norm == any(parameter.name.startswith("final_norm.") for parameter in model.trainable_params())
+    if final_norm:
+        model.final_norm.gamma.set_data(Tensor(np.linspace(0.5, 1.5, HIDDEN, dtype=np.float32)))
+        model.final_norm.beta.set_data(Tensor(np.linspace(-1, 1, HIDDEN, dtype=np.float32)))
     close(logits(model), reference(model, BATCH_OF_FOUR, per_domain), 2e-5)
 
 

@@ -21,6 +21,7 @@ CONFIGURATIONS = {
     "domain embeddings": {"model": {"domain_embeddings": True}, "moe": {"router": "switch"}},
     "domain embeddings without domains": {"model": {"domain_embeddings": True}, "data": {"sources": []}},
     "dense": {"model": {"num_moe_layers": 0}},
+    "without final norm": {"model": {"final_norm": False}},
     "deep": {"model": {"num_layers": 6, "num_moe_layers": 3}, "moe": {"router": "switch", "num_experts": 8}},
     "one expert": {"moe": {"router": "locmoe", "num_experts": 1}},
 }
