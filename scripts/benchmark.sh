@@ -54,9 +54,10 @@ while [ $# -gt 0 ]; do
 done
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export PYTHONPATH=$PWD/scripts${PYTHONPATH:+:$PYTHONPATH}
 [ -z "$hf_python" ] || flags+=(--hf-python "$hf_python")
 # Flags first: the driver needs nothing but Python, and an installation takes minutes.
-"${python:-${PYTHON:-python3}}" scripts/benchmark.py --check ${flags[@]+"${flags[@]}"}
+"${python:-${PYTHON:-python3}}" -m benchmark.run --check ${flags[@]+"${flags[@]}"}
 
 # The interpreter that runs our side: --python, or .venv with what is missing installed.
 if [ -z "$python" ]; then
@@ -76,4 +77,4 @@ if [ -z "$python" ]; then
         use_venv bench
     fi
 fi
-exec "$python" scripts/benchmark.py ${flags[@]+"${flags[@]}"}
+exec "$python" -m benchmark.run ${flags[@]+"${flags[@]}"}

@@ -77,5 +77,5 @@ done
 
 prepare_corpus
 python -m pangu_locmoe prepare "$config" "${sets[@]}" >/dev/null
-exec python scripts/compare_routers.py "$config" --output "${output:-runs/compare}" --seeds "$seeds" --more-seeds "$more_seeds" --steps "$steps" \
+exec python -m comparison.routers "$config" --output "${output:-runs/compare}" --seeds "$seeds" --more-seeds "$more_seeds" --steps "$steps" \
     --timing-steps "$timing_steps" --shares "$shares" --rates "$rates" "${more[@]}" "${sets[@]}"

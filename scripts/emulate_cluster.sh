@@ -108,7 +108,7 @@ for ((node = 0; node < nodes; node++)); do
     slow_down eth0 "${inside[@]}"
 done
 
-python scripts/links.py "$run_dir" --owner $$ --nodes "$nodes" --ranks-per-node "$per_node" --rate "$rate" &
+python -m comparison.links "$run_dir" --owner $$ --nodes "$nodes" --ranks-per-node "$per_node" --rate "$rate" &
 watcher=$!
 for ((node = 0; node < nodes; node++)); do
     ip netns exec "moe$$n$node" env "MS_WORKER_IP=10.77.0.$((node + 1))" \

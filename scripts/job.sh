@@ -129,7 +129,7 @@ prepare_job() {
     # late one has MS_CPU_COMM_OP_TIMEOUT seconds to arrive.
     export MS_RETRY_INTERVAL_LOWER=1 MS_RETRY_INTERVAL_UPPER=1
     export MS_NODE_TIMEOUT=${MS_NODE_TIMEOUT:-5} MS_CPU_COMM_OP_TIMEOUT=${MS_CPU_COMM_OP_TIMEOUT:-120}
-    launch=$(python -c 'import pangu_locmoe.launch as m; print(m.__file__)')
+    launch=$(python -c 'import pangu_locmoe.cli.launch as m; print(m.__file__)')
 }
 
 # show_job PID: what rank 0 prints, until PID ends.

@@ -50,4 +50,4 @@ done
 
 . scripts/venv.sh
 use_venv ""
-exec python scripts/measure_placement.py "$config" --rate "$rate" --seeds "$seeds" --output "$output" ${more[@]+"${more[@]}"}
+exec python -m comparison.placement "$config" --rate "$rate" --seeds "$seeds" --output "$output" ${more[@]+"${more[@]}"}

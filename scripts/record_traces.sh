@@ -60,7 +60,7 @@ from pathlib import Path
 import numpy as np
 
 from pangu_locmoe.files import write_atomic
-from pangu_locmoe.load.trace import read_trace
+from pangu_locmoe.expert_load.trace import read_trace
 
 run, output = map(Path, sys.argv[1:])
 trace = read_trace(run)

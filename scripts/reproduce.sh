@@ -45,4 +45,4 @@ done
 . scripts/venv.sh
 use_venv forecast # ARIMA
 [ $run = 0 ] || [ -e data/corpus ] || bash scripts/fetch_corpus.sh --python .venv/bin/python
-exec python scripts/reproduce.py ${flags[@]+"${flags[@]}"}
+exec python -m study.reproduce ${flags[@]+"${flags[@]}"}

@@ -134,7 +134,7 @@ for value in "${overrides[@]}"; do flags+=(--set "$value"); done
 # Reads the configuration: what is wrong with it is said here, once, and not by every rank.
 problem=$(mktemp)
 trap 'rm -f "$problem"' EXIT
-suggested=$(PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} "$python" -m pangu_locmoe.cluster "$config" "$ranks" "${overrides[@]}" 2>"$problem") ||
+suggested=$(PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} "$python" -m pangu_locmoe.check "$config" "$ranks" "${overrides[@]}" 2>"$problem") ||
     fail "$(grep -v -e '^\[WARNING\]' -e '^ ' "$problem" | head -n 1)"
 buffer=${buffer:-$suggested}
 number --buffer-mb "$buffer" 1 100000
@@ -203,7 +203,7 @@ launcher=$(dirname "$python")/msrun
 command=("$launcher" --worker_num "$ranks" --local_worker_num "$per_node" --master_addr "$master" --master_port "$port"
     --node_rank "$node_rank" --join=True --cluster_time_out "$connect" --log_dir "$logs")
 [ -n "$bind" ] && command+=(--bind_core=True)
-command+=("$PWD/pangu_locmoe/launch.py" train "$config" "${flags[@]}" --run-dir "$run_dir" --resume "$resume" "${rest[@]}")
+command+=("$PWD/pangu_locmoe/cli/launch.py" train "$config" "${flags[@]}" --run-dir "$run_dir" --resume "$resume" "${rest[@]}")
 check=("$python" scripts/preflight_ascend.py "$config" "${flags[@]}" --ranks "$per_node" --run-dir "$run_dir" --disk-gb "$disk_gb")
 [ "$node_rank" = 0 ] && check+=(--master-port "$port")
 [ -n "$expect" ] && check+=(--expect "$expect")

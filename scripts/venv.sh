@@ -21,7 +21,7 @@ use_venv() {
             }
         fi
     fi
-    export PATH="$PWD/.venv/bin:$PATH"
+    export PATH="$PWD/.venv/bin:$PATH" PYTHONPATH="$PWD/scripts${PYTHONPATH:+:$PYTHONPATH}"
     stamp=.venv/.installed-${extra:-core}
     want=$(cksum <setup.py)
     if [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then

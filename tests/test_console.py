@@ -9,8 +9,8 @@ import subprocess
 import sys
 
 import pytest
+from support import tiny
 from tqdm import tqdm
-from train import tiny
 
 from pangu_locmoe import console
 from pangu_locmoe.errors import LocMoEError

@@ -73,5 +73,5 @@ def test_every_file_of_json_is_written_by_the_standard():
     found = {str(file.relative_to(package)) for file in package.rglob("*.py") if "json.dumps(" in file.read_text(encoding="utf-8")}
     # Of whole numbers and text alone: names of slices, a fingerprint, messages, the schema, what two of our processes tell each other.
     assert found == {
-        "files.py", "train/shards.py", "data/prepared.py", "load/importing.py", "config/__init__.py", "cluster/check.py", "cluster/compile.py", "report/tables.py",
+        "files.py", "checkpoint/shards.py", "data/prepared.py", "expert_load/importing.py", "config/__init__.py", "check/check.py", "check/compile.py", "report/tables.py",
     }  # fmt: skip

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from mindspore import Tensor
-from train import tiny
+from support import tiny
 
 from pangu_locmoe.config import SampleConfig
 from pangu_locmoe.data.packing import positions_and_segments

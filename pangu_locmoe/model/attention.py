@@ -9,8 +9,8 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from pangu_locmoe.config import ModelConfig
-from pangu_locmoe.model import functional
-from pangu_locmoe.model.init import normal
+from pangu_locmoe.nn import functional
+from pangu_locmoe.nn.init import normal
 from pangu_locmoe.parallel.tensor import Cut, TensorGroup
 
 

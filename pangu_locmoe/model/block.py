@@ -12,11 +12,11 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from pangu_locmoe.config import Config, ModelConfig
 from pangu_locmoe.model.attention import Attention
-from pangu_locmoe.model.functional import Gelu, LayerNorm
-from pangu_locmoe.model.init import normal
 from pangu_locmoe.moe.layer import MoELayer, MoEStats
 from pangu_locmoe.moe.routers.base import RouterContext
-from pangu_locmoe.noise import Noise, dropout
+from pangu_locmoe.nn.functional import Gelu, LayerNorm
+from pangu_locmoe.nn.init import normal
+from pangu_locmoe.nn.noise import Noise, dropout
 from pangu_locmoe.parallel.exchange import Exchange
 from pangu_locmoe.parallel.tensor import Cut, TensorGroup
 

@@ -16,15 +16,15 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from pangu_locmoe.config import Config
-from pangu_locmoe.model import fused
 from pangu_locmoe.model.attention import attention_mask
 from pangu_locmoe.model.block import DecoderBlock, QueryLayer, RowDropout
-from pangu_locmoe.model.functional import LayerNorm
-from pangu_locmoe.model.init import normal
 from pangu_locmoe.model.vocabulary import Vocabulary
 from pangu_locmoe.moe.domains import allowed_experts
 from pangu_locmoe.moe.routers.base import RouterContext
-from pangu_locmoe.noise import Noise
+from pangu_locmoe.nn import flash_attention as fused
+from pangu_locmoe.nn.functional import LayerNorm
+from pangu_locmoe.nn.init import normal
+from pangu_locmoe.nn.noise import Noise
 from pangu_locmoe.parallel.exchange import Exchange
 from pangu_locmoe.parallel.tensor import Cut, TensorGroup
 from pangu_locmoe.parallel.topology import Topology

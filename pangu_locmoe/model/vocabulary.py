@@ -11,7 +11,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from pangu_locmoe.model import functional
+from pangu_locmoe.nn import functional
 from pangu_locmoe.parallel.tensor import TensorGroup
 
 

@@ -11,8 +11,8 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from pangu_locmoe.config import Config
-from pangu_locmoe.model.functional import Gelu
-from pangu_locmoe.model.init import normal
+from pangu_locmoe.nn.functional import Gelu
+from pangu_locmoe.nn.init import normal
 from pangu_locmoe.parallel.tensor import Cut, TensorGroup
 
 

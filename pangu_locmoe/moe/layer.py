@@ -18,7 +18,7 @@ from pangu_locmoe.moe.plan import LOSSES
 from pangu_locmoe.moe.routers import Router, router_class
 from pangu_locmoe.moe.routers.base import RouterContext
 from pangu_locmoe.moe.transport import Transport, make_transport
-from pangu_locmoe.noise import Noise
+from pangu_locmoe.nn.noise import Noise
 from pangu_locmoe.parallel.exchange import Exchange
 from pangu_locmoe.parallel.tensor import TensorGroup
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pangu_locmoe.data.identity import differences
 from pangu_locmoe.errors import DataError
-from pangu_locmoe.load.trace import Trace, read_trace
+from pangu_locmoe.expert_load.trace import Trace, read_trace
 
 Floats = NDArray[np.float64]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pangu_locmoe.pictures import SERIES
+from pangu_locmoe.report.pictures import SERIES
 
 _LIGHT = tuple(colour.lstrip("#") for colour in SERIES)
 _DARK = ("5fa3ea", "f08a4b", "3fbf9f", "b98be0", "dcb13c", "f0708a", "9fb3c4", "9cc257")

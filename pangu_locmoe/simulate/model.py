@@ -8,7 +8,7 @@ from typing import List, Optional, Sequence, Tuple
 
 from pangu_locmoe.config import Config
 from pangu_locmoe.errors import ConfigError
-from pangu_locmoe.load.trace import Trace
+from pangu_locmoe.expert_load.trace import Trace
 from pangu_locmoe.simulate.cost import CROSSINGS, Work, step_time
 from pangu_locmoe.simulate.devices import Device
 from pangu_locmoe.simulate.layout import Floats, Layout, traffic

@@ -18,7 +18,7 @@ from typing import Dict, Optional, Tuple
 import numpy as np
 
 from pangu_locmoe.errors import ConfigError, DataError
-from pangu_locmoe.load.trace import Trace, share
+from pangu_locmoe.expert_load.trace import Trace, share
 from pangu_locmoe.simulate.layout import Floats, Layout
 
 MOST_STEPS = 32  # of a trace; their means do not move with more

@@ -12,8 +12,8 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
 from pangu_locmoe.config import Config
+from pangu_locmoe.expert_load.trace import Trace, TraceWriter
 from pangu_locmoe.files import json_text, write_atomic
-from pangu_locmoe.load.trace import Trace, TraceWriter
 from pangu_locmoe.parallel.timeline import chrome_trace
 from pangu_locmoe.parallel.topology import Topology
 from pangu_locmoe.train.metrics import MetricsFile, Row

@@ -8,19 +8,24 @@ Letters: B batch, S sequence, T = B*S tokens, V vocabulary.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any, Dict, Optional
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
+from pangu_locmoe.checkpoint.format import own_tokenizer, read_identity, same_tokenizer
+from pangu_locmoe.checkpoint.restore import restore_model, used_checkpoint
 from pangu_locmoe.config import Config
+from pangu_locmoe.data.identity import differences
 from pangu_locmoe.data.loader import validation_batches
-from pangu_locmoe.data.prepared import Prepared
-from pangu_locmoe.intervals import Blocks, in_blocks, interval
+from pangu_locmoe.data.prepared import Prepared, prepare
+from pangu_locmoe.errors import ConfigError
 from pangu_locmoe.model.sigma import PanguSigma
 from pangu_locmoe.moe.capacity import DROPLESS
 from pangu_locmoe.parallel.world import World
+from pangu_locmoe.train.intervals import Blocks, in_blocks, interval
 
 
 class TokenLosses(nn.Cell):
@@ -134,3 +139,38 @@ def _line(name: str, loss: float, bits: float, bigram: float, counts: Dict[str, 
 
 def _weighted(values: Dict[str, float], weights: Dict[str, int]) -> float:
     return sum(values[name] * weights[name] for name in values) / sum(weights.values())
+
+
+def evaluate_checkpoint(path: Path, sequences: Optional[int] = None) -> Dict[str, Any]:
+    """Evaluate a run directory's newest checkpoint, or a checkpoint, on the validation text of its sources.
+
+    The row also has what `used_checkpoint` says, and `other_data`: what of the text is not what the weights were
+    trained on, an empty list where it is the same; None for a checkpoint of an older version, which does not tell.
+
+    Args:
+        path: run directory or checkpoint.
+        sequences: validation sequences of each domain; None: evaluation.sequences.
+    """
+    if sequences is not None and sequences < 1:
+        raise ConfigError(f"--sequences {sequences}: must be at least 1")
+    used = used_checkpoint(path)
+    folder = Path(used["checkpoint"])
+    tokenizer_file = own_tokenizer(folder)
+    model, config = restore_model(folder)
+    prepared = prepare(config)
+    if not same_tokenizer(tokenizer_file, prepared.path / "tokenizer.json"):
+        # Other text, or only a part of what a sub-model was trained on, would give another tokenizer.
+        data = config.data.model_copy(update={"tokenizer": str(tokenizer_file)})
+        prepared = prepare(config.model_copy(update={"data": data}))
+    trained_on = read_identity(folder)
+    other_data = None if trained_on is None else differences(trained_on, prepared.identity)
+    if other_data is None:
+        used["notes"].append("the checkpoint does not say what text it was trained on (an older version wrote it)")
+    elif other_data:
+        used["notes"].append(f"not the data the checkpoint was trained on: {', '.join(other_data)} changed")
+    evaluator = Evaluator(model, config, prepared)
+    row = {**used, "other_data": other_data, **evaluator(sequences), "blocks": evaluator.blocks}
+    row["perplexity"] = math.exp(row["validation_loss"])
+    row["perplexity_by_domain"] = {domain: math.exp(loss) for domain, loss in row["validation_loss_by_domain"].items()}
+    row["bigram_bits_per_byte"] = prepared.bigram_bits_per_byte
+    return row

@@ -15,20 +15,7 @@ import numpy as np
 from mindspore import Tensor
 from tqdm import tqdm
 
-from pangu_locmoe.config import Config
-from pangu_locmoe.data.clusters import nodes_by_content
-from pangu_locmoe.data.loader import BatchLoader
-from pangu_locmoe.data.prepared import Prepared
-from pangu_locmoe.data.sampler import BatchSampler
-from pangu_locmoe.errors import CheckpointError, DivergenceError
-from pangu_locmoe.load.trace import Trace
-from pangu_locmoe.model.sigma import PanguSigma
-from pangu_locmoe.moe.domains import allowed_experts
-from pangu_locmoe.parallel.agreement import first_failure, together
-from pangu_locmoe.parallel.topology import Topology
-from pangu_locmoe.parallel.world import World
-from pangu_locmoe.train import callbacks as jobs
-from pangu_locmoe.train.checkpoint import (
+from pangu_locmoe.checkpoint.format import (
     WEIGHTS,
     check_data,
     check_tokenizer,
@@ -44,11 +31,24 @@ from pangu_locmoe.train.checkpoint import (
     save_checkpoint,
     step_folders,
 )
+from pangu_locmoe.checkpoint.shards import Held
+from pangu_locmoe.config import Config
+from pangu_locmoe.data.clusters import nodes_by_content
+from pangu_locmoe.data.loader import BatchLoader
+from pangu_locmoe.data.prepared import Prepared
+from pangu_locmoe.data.sampler import BatchSampler
+from pangu_locmoe.errors import CheckpointError, DivergenceError
+from pangu_locmoe.expert_load.trace import Trace
+from pangu_locmoe.model.sigma import PanguSigma
+from pangu_locmoe.moe.domains import allowed_experts
+from pangu_locmoe.parallel.agreement import first_failure, together
+from pangu_locmoe.parallel.topology import Topology
+from pangu_locmoe.parallel.world import World
+from pangu_locmoe.train import callbacks as jobs
 from pangu_locmoe.train.evaluate import Evaluator
 from pangu_locmoe.train.metrics import training_row
 from pangu_locmoe.train.policies import make_policies
 from pangu_locmoe.train.schedule import learning_rate
-from pangu_locmoe.train.shards import Held
 from pangu_locmoe.train.step import StepResult, make_stepper
 
 

@@ -13,21 +13,21 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence
 import mindspore as ms
 
 from pangu_locmoe import console
+from pangu_locmoe.checkpoint.format import find_checkpoint, latest_whole_checkpoint, read_config, read_identity
 from pangu_locmoe.config import Config, SampleConfig, doubtful_settings
 from pangu_locmoe.config.stored import as_before, load_stored_config
 from pangu_locmoe.data.prepared import Prepared, prepare
 from pangu_locmoe.errors import CheckpointError, ConfigError, DataError
 from pangu_locmoe.files import json_text, write_atomic
 from pangu_locmoe.generate import Generator
-from pangu_locmoe.model.fused import on_ascend
 from pangu_locmoe.model.size import num_active_params, num_params
 from pangu_locmoe.moe.routers import router_class
+from pangu_locmoe.nn.flash_attention import on_ascend
 from pangu_locmoe.parallel.agreement import together
 from pangu_locmoe.parallel.communicator import Communicator, SingleProcess
 from pangu_locmoe.parallel.selfcheck import check_groups, check_same_run, check_same_step
 from pangu_locmoe.parallel.world import World
 from pangu_locmoe.report.page import build_report
-from pangu_locmoe.train.checkpoint import find_checkpoint, latest_whole_checkpoint, read_config, read_identity
 from pangu_locmoe.train.claim import claimed
 from pangu_locmoe.train.evaluate import format_evaluation, format_interval
 from pangu_locmoe.train.loop import Trainer

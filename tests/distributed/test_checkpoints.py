@@ -7,15 +7,14 @@ import shutil
 
 import numpy as np
 import pytest
-from distributed import runs
 from safetensors import safe_open
-from train import tiny
+from support import runs, tiny
 
-from pangu_locmoe.cli import main
+from pangu_locmoe.checkpoint import format as checkpoints
+from pangu_locmoe.checkpoint import shards
+from pangu_locmoe.cli.main import main
 from pangu_locmoe.errors import CheckpointError
 from pangu_locmoe.model.sigma import PanguSigma
-from pangu_locmoe.train import checkpoint as checkpoints
-from pangu_locmoe.train import shards
 
 pytestmark = pytest.mark.alone
 

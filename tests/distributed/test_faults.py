@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Iterator
 
 import pytest
-from distributed import jobs
-from train import tiny
+from support import jobs, tiny
 
 pytestmark = pytest.mark.alone
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from distributed import cases, runs
+from support import cases, runs
 
 pytestmark = pytest.mark.alone
 

@@ -12,14 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from distributed import jobs
-from train import tiny
+from support import jobs, tiny
 
-from pangu_locmoe.train.checkpoint import latest_whole_checkpoint, read_state
+from pangu_locmoe.checkpoint.format import latest_whole_checkpoint, read_state
 
 pytestmark = pytest.mark.alone
 
-WORKER = Path(__file__).with_name("placement_worker.py")
+WORKER = Path(jobs.__file__).with_name("placement_worker.py")
 STEPS, EVERY = 22, 10
 START = [[5, 3, 1, 0, 2, 4], [0, 1, 2, 3, 4, 5]]  # for test_experts_begin_where_they_are_put
 

@@ -9,10 +9,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from distributed import jobs
-from train import tiny
+from support import jobs, tiny
 
-from pangu_locmoe.cli import main
+from pangu_locmoe.cli.main import main
 
 pytestmark = [pytest.mark.alone, pytest.mark.slow]
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from numeric import close, gelu, integers, layer_norm, no_noise, softmax, tensor
-from small import small_config
+from support.numeric import close, gelu, integers, layer_norm, no_noise, softmax, tensor
+from support.small import small_config
 
 from pangu_locmoe.model.attention import Attention, attention_mask
 from pangu_locmoe.model.block import QueryLayer

@@ -8,14 +8,14 @@ import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor
-from numeric import close, gelu, integers, layer_norm, softmax
-from small import small_config
+from support.numeric import close, gelu, integers, layer_norm, softmax
+from support.small import small_config
 
 from pangu_locmoe.data.loader import Batch
 from pangu_locmoe.data.packing import positions_and_segments
 from pangu_locmoe.model.sigma import PanguSigma
 from pangu_locmoe.moe.capacity import DROPLESS
-from pangu_locmoe.noise import draw_keys
+from pangu_locmoe.nn.noise import draw_keys
 from pangu_locmoe.train.step import LocalStepper, Objective
 
 BATCH, LENGTH, VOCAB, HIDDEN, EOD = 4, 8, 300, 16, 299

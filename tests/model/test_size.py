@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from small import small_config
+from support.small import small_config
 
 from pangu_locmoe.config import parse_config
 from pangu_locmoe.model.sigma import PanguSigma

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from mindspore import nn, ops
-from numeric import Probe, close, integers, slope, tensor
+from support.numeric import Probe, close, integers, slope, tensor
 
 from pangu_locmoe.moe import dispatch
 

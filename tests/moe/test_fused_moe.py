@@ -11,10 +11,9 @@ import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor, ops
-from numeric import Probe, close, integers, no_noise, tensor
-from small import small_config
+from support.numeric import Probe, close, integers, no_noise, tensor
+from support.small import small_config
 
-from pangu_locmoe.model import fused as on_device
 from pangu_locmoe.moe import fused
 from pangu_locmoe.moe.capacity import DROPLESS
 from pangu_locmoe.moe.dispatch import Combine, Dispatch
@@ -23,6 +22,7 @@ from pangu_locmoe.moe.fused import PermuteTokens, UnpermuteTokens, grouped_rows
 from pangu_locmoe.moe.layer import MoELayer
 from pangu_locmoe.moe.routers.base import RouterContext
 from pangu_locmoe.moe.transport.counts import assign_slots
+from pangu_locmoe.nn import flash_attention as on_device
 from pangu_locmoe.parallel.communicator import SingleProcess
 from pangu_locmoe.parallel.exchange import Exchange
 from pangu_locmoe.parallel.topology import Topology

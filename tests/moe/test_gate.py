@@ -5,7 +5,7 @@ from __future__ import annotations
 import mindspore as ms
 import numpy as np
 import pytest
-from numeric import Probe, close, integers, slope, tensor
+from support.numeric import Probe, close, integers, slope, tensor
 
 from pangu_locmoe.moe import gate
 

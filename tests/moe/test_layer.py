@@ -6,8 +6,8 @@ import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor, ops
-from numeric import LayerObjective, close, gelu, integers, no_noise, softmax, tensor
-from small import small_config
+from support.numeric import LayerObjective, close, gelu, integers, no_noise, softmax, tensor
+from support.small import small_config
 
 from pangu_locmoe.model.block import FeedForward
 from pangu_locmoe.moe.capacity import DROPLESS

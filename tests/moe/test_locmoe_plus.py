@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mindspore import Tensor
-from numeric import LayerObjective, close, gelu, integers, no_noise, slope, softmax, tensor
-from small import small_config
+from support.numeric import LayerObjective, close, gelu, integers, no_noise, slope, softmax, tensor
+from support.small import small_config
 
 from pangu_locmoe.errors import ConfigError
 from pangu_locmoe.model.sigma import PanguSigma

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mindspore as ms
 import numpy as np
 import pytest
-from numeric import close, slope, softmax, tensor
+from support.numeric import close, slope, softmax, tensor
 
 from pangu_locmoe.moe import losses
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mindspore import Tensor
-from numeric import no_noise
-from small import small_config
+from support.numeric import no_noise
+from support.small import small_config
 
 from pangu_locmoe.config.routers import ROUTER_TRAITS
 from pangu_locmoe.errors import ConfigError

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from mindspore import Tensor
-from numeric import close, integers, no_noise, softmax, tensor
-from small import small_config
+from support.numeric import close, integers, no_noise, softmax, tensor
+from support.small import small_config
 
 from pangu_locmoe.config.routers import ROUTER_TRAITS
 from pangu_locmoe.errors import ConfigError
@@ -17,7 +17,7 @@ from pangu_locmoe.moe.plan import LOSSES
 from pangu_locmoe.moe.routers import ROUTERS, Router
 from pangu_locmoe.moe.routers.base import RouterContext
 from pangu_locmoe.moe.routers.hash import balanced_table
-from pangu_locmoe.noise import draw_keys
+from pangu_locmoe.nn.noise import draw_keys
 from pangu_locmoe.parallel.topology import Topology
 
 TOKENS, HIDDEN, EXPERTS = 64, 16, 4

@@ -10,15 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from mindspore import Tensor
-from train import tiny
+from support import tiny
 
+from pangu_locmoe.checkpoint import format as checkpoints
 from pangu_locmoe.data.prepared import prepare
 from pangu_locmoe.errors import CheckpointError, ConfigError, DataError
 from pangu_locmoe.model.sigma import PanguSigma
 from pangu_locmoe.parallel.agreement import together
 from pangu_locmoe.parallel.communicator import SingleProcess
 from pangu_locmoe.parallel.world import World
-from pangu_locmoe.train import checkpoint as checkpoints
 
 TIMEOUT = 60
 

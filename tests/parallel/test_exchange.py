@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mindspore import Tensor, ops
-from parallel import lockstep
+from support import lockstep
 
 from pangu_locmoe.parallel.exchange import Exchange, ExchangeRows, Ledger
 

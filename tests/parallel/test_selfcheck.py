@@ -7,7 +7,7 @@ from typing import Sequence
 import numpy as np
 import pytest
 from mindspore import Tensor
-from small import small_config
+from support.small import small_config
 
 from pangu_locmoe.errors import CheckpointError, ConfigError, TopologyError
 from pangu_locmoe.parallel import selfcheck

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from small import small_config
+from support.small import small_config
 
 from pangu_locmoe.errors import TopologyError
 from pangu_locmoe.moe.domains import allowed_experts

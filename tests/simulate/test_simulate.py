@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import small_config
+from support.small import small_config
 
-from pangu_locmoe.cluster.plan import exchanges, node_bytes
+from pangu_locmoe.check.plan import exchanges, node_bytes
 from pangu_locmoe.errors import ConfigError, DataError, TopologyError
-from pangu_locmoe.load.trace import Trace
+from pangu_locmoe.expert_load.trace import Trace
 from pangu_locmoe.model.size import num_params
 from pangu_locmoe.parallel.topology import Topology
 from pangu_locmoe.simulate.cost import Work, step_time
@@ -393,5 +393,5 @@ def test_ten_thousand_ranks_take_no_longer_to_compute_than_a_moment():
 
 
 def test_mindspore_is_not_needed():
-    code = "import sys, pangu_locmoe.simulate.model, pangu_locmoe.simulate.calibration, pangu_locmoe.simulate.plots; assert 'mindspore' not in sys.modules"
+    code = "import sys, pangu_locmoe.simulate.model, simulation.calibration, simulation.plots; assert 'mindspore' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).resolve().parents[2])

@@ -10,9 +10,9 @@ import subprocess
 import sys
 
 import pytest
-from train import tiny
+from support import tiny
 
-from pangu_locmoe.cli import main
+from pangu_locmoe.cli.main import main
 from pangu_locmoe.errors import CheckpointError, ConfigError
 from pangu_locmoe.parallel.communicator import SingleProcess
 from pangu_locmoe.train.claim import LOCK, claimed, default_run_dir

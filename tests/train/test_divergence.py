@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from mindspore import Tensor
-from train import tiny
+from support import tiny
 
-from pangu_locmoe.cli import main
+from pangu_locmoe.checkpoint.format import find_checkpoint, load_weights
+from pangu_locmoe.cli.main import main
 from pangu_locmoe.data.prepared import prepare
 from pangu_locmoe.errors import DivergenceError
 from pangu_locmoe.model.sigma import PanguSigma
-from pangu_locmoe.train.checkpoint import find_checkpoint, load_weights
 from pangu_locmoe.train.loop import Trainer
 from pangu_locmoe.train.step import LossScale
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 from mindspore import Tensor
-from train import tiny
+from support import tiny
 
 from pangu_locmoe.data.loader import validation_batches
 from pangu_locmoe.data.prepared import prepare

@@ -9,15 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from mindspore import Tensor
-from train import tiny
+from support import tiny
 
+from pangu_locmoe.checkpoint import format as checkpoints
+from pangu_locmoe.checkpoint.shards import Held
 from pangu_locmoe.model.sigma import PanguSigma
 from pangu_locmoe.parallel.communicator import SingleProcess
 from pangu_locmoe.parallel.gradients import kind, pieces
 from pangu_locmoe.parallel.world import World
-from pangu_locmoe.train import checkpoint as checkpoints
 from pangu_locmoe.train.optimizer import AdamW
-from pangu_locmoe.train.shards import Held
 
 # ranks, expert_parallel, tensor_parallel, shard_optimizer
 LAYOUTS = [

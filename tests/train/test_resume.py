@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import yaml
 from safetensors.numpy import save_file
-from train import tiny
+from support import tiny
 
+from pangu_locmoe.checkpoint.format import latest_whole_checkpoint, read_arrays, remove_old
 from pangu_locmoe.data.prepared import prepare
 from pangu_locmoe.errors import CheckpointError, ConfigError
 from pangu_locmoe.parallel.communicator import SingleProcess
 from pangu_locmoe.parallel.world import World
-from pangu_locmoe.train.checkpoint import latest_whole_checkpoint, read_arrays, remove_old
 from pangu_locmoe.train.loop import Trainer
 from pangu_locmoe.train.run import train
 from pangu_locmoe.train.schedule import learning_rate

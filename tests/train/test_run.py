@@ -14,14 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support import tiny
 from tensorboardX.proto.event_pb2 import Event
-from train import tiny
 
-from pangu_locmoe.cli import main
+from pangu_locmoe.checkpoint.format import latest_whole_checkpoint, read_arrays, read_state
+from pangu_locmoe.checkpoint.restore import restore_generator
+from pangu_locmoe.cli.main import main
 from pangu_locmoe.config import SampleConfig, load_config
 from pangu_locmoe.moe.capacity import bound_capacity, capacity_bounds
-from pangu_locmoe.restore import restore_generator
-from pangu_locmoe.train.checkpoint import latest_whole_checkpoint, read_arrays, read_state
 from pangu_locmoe.train.schedule import learning_rate
 
 TRAINING_FIELDS = {

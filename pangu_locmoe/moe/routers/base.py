@@ -21,7 +21,7 @@ from pangu_locmoe.config import Config
 from pangu_locmoe.config.routers import ROUTER_TRAITS, RouterTraits
 from pangu_locmoe.moe import losses
 from pangu_locmoe.moe.plan import RoutingPlan, Shared
-from pangu_locmoe.noise import Noise
+from pangu_locmoe.nn.noise import Noise
 from pangu_locmoe.parallel.topology import Topology
 
 ROUTERS: Dict[str, Type[Router]] = {}
@@ -109,7 +109,7 @@ class Router(nn.Cell):
                 a plan may depend on each token alone, and a loss in it is a mean over tokens.
             tokens_T: token ids, int32.
             domains_T: domain ids, int32.
-            noise: keys of this step's randomness (pangu_locmoe/noise.py).
+            noise: keys of this step's randomness (pangu_locmoe/nn/noise.py).
             training: a constant of the compiled graph.
         """
         raise NotImplementedError

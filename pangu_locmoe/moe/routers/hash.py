@@ -14,7 +14,7 @@ from pangu_locmoe.config import Config
 from pangu_locmoe.config.routers import ROUTER_TRAITS
 from pangu_locmoe.moe.plan import RoutingPlan
 from pangu_locmoe.moe.routers.base import Router, RouterContext
-from pangu_locmoe.noise import Noise
+from pangu_locmoe.nn.noise import Noise
 
 
 def balanced_table(counts_V: np.ndarray, experts: np.ndarray, generator: np.random.Generator) -> np.ndarray:

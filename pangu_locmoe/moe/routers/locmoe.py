@@ -8,7 +8,7 @@ from pangu_locmoe.config import Config
 from pangu_locmoe.config.routers import ROUTER_TRAITS
 from pangu_locmoe.moe import gate
 from pangu_locmoe.moe.routers.base import GatedRouter, RouterContext
-from pangu_locmoe.noise import Noise
+from pangu_locmoe.nn.noise import Noise
 
 
 class LocMoERouter(GatedRouter, name="locmoe"):

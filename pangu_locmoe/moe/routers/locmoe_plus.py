@@ -15,7 +15,7 @@ from pangu_locmoe.config.routers import ROUTER_TRAITS, token_choice
 from pangu_locmoe.moe import gate
 from pangu_locmoe.moe.routers.base import RouterContext
 from pangu_locmoe.moe.routers.locmoe import LocMoERouter
-from pangu_locmoe.noise import Noise
+from pangu_locmoe.nn.noise import Noise
 
 
 class LocMoEPlusRouter(LocMoERouter, name="locmoe_plus"):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 from mindspore import Parameter, Tensor
 
-from pangu_locmoe import noise as noises
 from pangu_locmoe.config import Config
 from pangu_locmoe.config.routers import ROUTER_TRAITS
 from pangu_locmoe.moe import gate
 from pangu_locmoe.moe.routers.base import GatedRouter, RouterContext
-from pangu_locmoe.noise import Noise
+from pangu_locmoe.nn import noise as noises
+from pangu_locmoe.nn.noise import Noise
 
 
 class SwitchRouter(GatedRouter, name="switch"):

@@ -18,12 +18,12 @@ import numpy as np
 from mindspore import Tensor, ops
 
 from pangu_locmoe.config import Config
-from pangu_locmoe.model.fused import used
 from pangu_locmoe.moe import dispatch, fused
 from pangu_locmoe.moe.capacity import DROPLESS
 from pangu_locmoe.moe.experts import Experts
 from pangu_locmoe.moe.plan import RoutingPlan, Shared
 from pangu_locmoe.moe.transport.base import Packed, RankTransport
+from pangu_locmoe.nn.flash_attention import used
 from pangu_locmoe.parallel.exchange import Exchange, ExchangeRows
 from pangu_locmoe.parallel.topology import Topology
 

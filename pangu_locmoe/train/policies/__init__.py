@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Protocol
 
 from pangu_locmoe.config import Config
-from pangu_locmoe.load.trace import Trace
+from pangu_locmoe.expert_load.trace import Trace
 from pangu_locmoe.train.metrics import Row
 from pangu_locmoe.train.policies.capacity import Capacity
 from pangu_locmoe.train.policies.placement import Placement

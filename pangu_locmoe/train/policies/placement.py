@@ -17,10 +17,10 @@ from mindspore import dtype as mstype
 
 from pangu_locmoe.config import Config
 from pangu_locmoe.errors import DataError
-from pangu_locmoe.load.forecast import mean_share
-from pangu_locmoe.load.placement import Costs, Plan, load_plan, place_trace
-from pangu_locmoe.load.state import states
-from pangu_locmoe.load.trace import Trace
+from pangu_locmoe.expert_load.forecast import mean_share
+from pangu_locmoe.expert_load.placement import Costs, Plan, load_plan, place_trace
+from pangu_locmoe.expert_load.state import states
+from pangu_locmoe.expert_load.trace import Trace
 from pangu_locmoe.parallel.communicator import Communicator
 from pangu_locmoe.parallel.topology import Topology
 from pangu_locmoe.train.metrics import Row

@@ -13,7 +13,7 @@ from mindspore import Tensor, nn, ops
 from pangu_locmoe.config import Config
 from pangu_locmoe.data.loader import Batch
 from pangu_locmoe.model.sigma import PanguSigma
-from pangu_locmoe.noise import draw_keys
+from pangu_locmoe.nn.noise import draw_keys
 from pangu_locmoe.parallel.world import World
 
 LOSSES = ("loss", "cross_entropy", "balance_loss", "locality_loss", "z_loss")

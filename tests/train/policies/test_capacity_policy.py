@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from train import tiny
+from support import tiny
 
+from pangu_locmoe.checkpoint.format import read_arrays
 from pangu_locmoe.data.prepared import prepare
 from pangu_locmoe.moe.capacity import (
     DROPLESS,
@@ -23,7 +24,6 @@ from pangu_locmoe.moe.capacity import (
     initial_capacity,
     transition_capacity,
 )
-from pangu_locmoe.train.checkpoint import read_arrays
 from pangu_locmoe.train.policies.capacity import Capacity
 from pangu_locmoe.train.run import train
 from pangu_locmoe.train.step import KEPT_STEPS, StepResult

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from small import small_config
+from support.small import small_config
 
 from pangu_locmoe.moe.slot_factors import EVERY, next_factors, starting_factors
 from pangu_locmoe.parallel.communicator import SingleProcess

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from distributed import jobs
-from train.step import graph_job
+from support import graph_job, jobs
 
 pytestmark = pytest.mark.alone
 

@@ -6,7 +6,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor
-from small import small_config
+from support.small import small_config
 
 from pangu_locmoe.data.loader import Batch
 from pangu_locmoe.errors import ConfigError

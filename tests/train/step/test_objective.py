@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from small import small_config
+from support.small import small_config
 
 from pangu_locmoe.data.loader import Batch
 from pangu_locmoe.parallel.topology import Topology

@@ -6,7 +6,7 @@ import functools
 
 import numpy as np
 import pytest
-from train import tiny
+from support import tiny
 
 from pangu_locmoe.data.prepared import prepare
 from pangu_locmoe.train.step import LossScale

@@ -1,0 +1,78 @@
+"""What a forecast may look at, and what a method gives back. NumPy only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pangu_locmoe.errors import DataError
+from pangu_locmoe.expert_load.trace import Trace
+
+MIN_ROWS = 2  # a slope needs two
+
+
+@dataclass(frozen=True)
+class Past:
+    """The rows before the origin; nothing later can be reached from here. K rows, L layers, E experts.
+
+    Attributes:
+        trace: those rows as recorded.
+        share_KLE: float64, their shares, computed once.
+    """
+
+    trace: Trace
+    share_KLE: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, trace: Trace, origin: int) -> Past:
+        """The rows with step < origin. Raises DataError if they are too few or of no expert."""
+        rows = int(np.searchsorted(trace.step_K, origin))
+        if rows < MIN_ROWS:
+            first = f"the trace begins at step {trace.step_K[0]}" if len(trace.step_K) else "the trace is empty"
+            raise DataError(f"origin {origin}: a forecast needs {MIN_ROWS} rows before it, there are {rows}; {first}")
+        if 0 in trace.load_KLE.shape:
+            raise DataError(
+                f"the trace has {trace.load_KLE.shape[1]} sparse layers of {trace.load_KLE.shape[2]} experts: nothing to forecast"
+            )
+        before = trace.between(int(trace.step_K[0]), origin)
+        return cls(before, before.share_KLE)
+
+    @property
+    def step_K(self) -> NDArray[Any]:
+        """The rows' steps."""
+        return self.trace.step_K
+
+    @property
+    def stride(self) -> int:
+        """Steps from one row to the next."""
+        return self.trace.stride
+
+    def future(self, origin: int, horizon: int) -> NDArray[np.int64]:
+        """int64 [F]: the steps >= origin and < origin + horizon that the trace will record if it goes on as it did,
+        last row + stride, + 2 strides, ... Raises DataError if there is none."""
+        if horizon < self.stride:
+            raise DataError(f"horizon {horizon}: must be at least {self.stride}, the steps from one row of the trace to the next")
+        last = int(self.step_K[-1])
+        first = last + self.stride * -((last - origin) // self.stride)
+        return np.arange(first, origin + horizon, self.stride, dtype=np.int64)
+
+    def rows_ahead(self, step_F: NDArray[Any]) -> NDArray[np.int64]:
+        """int64 [F]: how many rows after the last one each future step is, from 1."""
+        return np.asarray((step_F - self.step_K[-1]) // self.stride, dtype=np.int64)
+
+
+class Prediction(NamedTuple):
+    """What a method returns.
+
+    Attributes:
+        share_FLE: float [F, L, E]; `forecast` clips it at 0 and makes each layer sum to 1.
+        chosen: what `auto` weighed, the heaviest first: (method as it can be typed, weight).
+        notes: what the user should know, JSON-able.
+    """
+
+    share_FLE: NDArray[Any]
+    chosen: tuple[tuple[str, float], ...] = ()
+    notes: dict[str, Any] = {}  # noqa: RUF012  (a NamedTuple's default; nobody writes into it)

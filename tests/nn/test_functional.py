@@ -1,0 +1,92 @@
+"""The fast forms against float64 NumPy, forward and gradient, in both execution modes."""
+
+from __future__ import annotations
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor, nn
+from support.numeric import Probe, close, gelu, integers, layer_norm, slope, softmax, tensor
+
+from pangu_locmoe.nn import functional as fn
+
+RANDOM = np.random.default_rng(7)
+
+
+@pytest.fixture(params=[ms.GRAPH_MODE, ms.PYNATIVE_MODE], ids=["graph", "pynative"], autouse=True)
+def mode(request):
+    before = ms.get_context("mode")
+    ms.set_context(mode=request.param)
+    yield
+    ms.set_context(mode=before)
+
+
+def normal(*shape: int) -> np.ndarray:
+    return RANDOM.standard_normal(shape)
+
+
+@pytest.mark.parametrize("offset", [0.0, 30.0], ids=["centred", "far from zero"])
+def test_layer_norm_and_its_gradient(offset):
+    x, sens, gamma, beta = normal(6, 16) + offset, normal(6, 16), normal(16), normal(16)
+    norm = fn.LayerNorm(16)
+    assert [p.name for p in norm.trainable_params()] == ["gamma", "beta"]
+    norm.gamma.set_data(tensor(gamma))
+    norm.beta.set_data(tensor(beta))
+    tolerance = 2e-5 if offset == 0 else 2e-4
+    close(norm(tensor(x)), layer_norm(x, gamma, beta), tolerance)
+    (dx,), (dgamma, dbeta) = Probe(norm)(tensor(x), tensor(sens))
+    close(dx, slope(lambda v: layer_norm(v, gamma, beta), x, sens), tolerance)
+    close(dgamma, slope(lambda v: layer_norm(x, v, beta), gamma, sens), tolerance)
+    close(dbeta, sens.sum(0), tolerance)
+
+
+def test_layer_norm_keeps_shape_and_dtype():
+    x = Tensor(normal(2, 3, 16).astype(np.float16))
+    y = fn.LayerNorm(16)(x)
+    assert y.shape == (2, 3, 16)
+    assert y.dtype == ms.float16
+
+
+def test_attention_and_its_gradients():
+    batch, heads, queries, keys, width = 2, 2, 4, 5, 3
+    q, k, v = normal(batch, heads, queries, width), normal(batch, heads, keys, width), normal(batch, heads, keys, width)
+    sens = normal(batch, heads, queries, width)
+    mask = np.where(np.arange(keys) > np.arange(queries)[:, None] + 1, -1e9, 0.0)
+    full = np.broadcast_to(mask, (batch, heads, queries, keys))
+
+    def attend(q, k, v):
+        return softmax(q @ k.swapaxes(-1, -2) + mask) @ v
+
+    cell = fn.Attention()
+    close(cell(tensor(q), tensor(k), tensor(v), tensor(full)), attend(q, k, v))
+    dq, dk, dv, dmask = Probe(cell)(tensor(q), tensor(k), tensor(v), tensor(full), tensor(sens))
+    close(dq, slope(lambda x: attend(x, k, v), q, sens))
+    close(dk, slope(lambda x: attend(q, x, v), k, sens))
+    close(dv, slope(lambda x: attend(q, k, x), v, sens))
+    assert not dmask.asnumpy().any()
+    close(cell(tensor(q), tensor(k), tensor(v), tensor(mask)), attend(q, k, v))
+
+
+def test_gelu_and_its_gradient():
+    x, sens = np.linspace(-12, 12, 60).reshape(4, 15), normal(4, 15)
+    close(fn.Gelu()(tensor(x)), gelu(x), 2e-6)
+    close(Probe(fn.Gelu())(tensor(x), tensor(sens))[0], slope(gelu, x, sens), 5e-6)
+
+
+class Loss(nn.Cell):
+    def construct(self, logits, targets):
+        return fn.cross_entropy(logits, targets)
+
+
+class Losses(nn.Cell):
+    def construct(self, logits, targets):
+        return fn.token_losses(logits, targets)
+
+
+def test_losses_and_the_gradient():
+    logits, targets = 3 * normal(6, 11), RANDOM.integers(0, 11, 6)
+    wanted = -np.log(softmax(logits)[np.arange(6), targets])
+    close(Losses()(tensor(logits), integers(targets)), wanted)
+    close(Loss()(tensor(logits), integers(targets)), wanted.mean())
+    grad = Probe(Loss())(tensor(logits), integers(targets), tensor(np.float32(2.0)))[0]
+    close(grad, 2 * (softmax(logits) - np.eye(11)[targets]) / 6)
