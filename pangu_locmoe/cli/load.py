@@ -66,15 +66,15 @@ def _add_trace(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("trace", type=Path, metavar="TRACE", help="a run directory, or its load.npz")
 
 
+def _file(path: Path) -> Path:
+    return path / "load.npz" if path.is_dir() else path
+
+
 def read(path: Path) -> Trace:
     """The trace of a run directory, or a trace file. Raises DataError."""
     from pangu_locmoe.expert_load.trace import read_trace
 
-    return read_trace(_file(path))
-
-
-def _file(path: Path) -> Path:
-    return path / "load.npz" if path.is_dir() else path
+    return read_trace(path)
 
 
 def _import(options: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ Anything that is not known, not of the right type or not possible stops here wit
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from pangu_locmoe.config.models import (
     TokenChoiceConfig,
     TrainConfig,
 )
-from pangu_locmoe.config.reading import override_value, read
+from pangu_locmoe.config.reading import override_value, read, set_value
 from pangu_locmoe.config.rules import broken_rules, doubtful_settings
 from pangu_locmoe.errors import ConfigError
 
@@ -47,20 +47,30 @@ __all__ = [
 ]
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None, completed: Callable[[Config], list[str]] | None = None) -> Config:
-    """Read a YAML file, its bases and `key=value` overrides.
+def load_config(
+    path: str | Path,
+    overrides: Sequence[str] | Mapping[str, Any] | None = None,
+    completed: Callable[[Config], Sequence[str]] | None = None,
+) -> Config:
+    """Read a YAML file, its bases and what is set on top.
 
     Args:
         path: the file.
-        overrides: `key=value`, which win over the file.
-        completed: further overrides, from what was read; values that are of the right type but may not fit each other yet.
+        overrides: as on the command line, ["moe.router=switch"], or from Python,
+            {"moe.router": "switch"}.
+        completed: further overrides, from what was read: values of the right type, which may not
+            fit each other yet.
 
     Raises:
-        ConfigError: names key, value and what is allowed.
+        ConfigError: naming key, value and what is allowed.
     """
     values = read(Path(path), ())
-    for override in overrides or []:
-        override_value(values, override)
+    if isinstance(overrides, Mapping):
+        for key, value in overrides.items():
+            set_value(values, key, value, f"{key} = {value!r}")
+    else:
+        for override in overrides or []:
+            override_value(values, override)
     for override in completed(_typed(values)) if completed else []:
         override_value(values, override)
     return parse_config(values)

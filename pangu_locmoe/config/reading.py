@@ -55,6 +55,7 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def override_value(values: dict[str, Any], override: str) -> None:
+    """Set what `--set KEY=VALUE` says, in place; VALUE is YAML."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"--set {override!r}: must be KEY=VALUE, for example moe.router=switch")
@@ -62,10 +63,15 @@ def override_value(values: dict[str, Any], override: str) -> None:
         value = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError):
         raise ConfigError(f"--set {override!r}: the value is not YAML") from None
+    set_value(values, key, value, f"--set {override!r}")
+
+
+def set_value(values: dict[str, Any], key: str, value: Any, origin: str) -> None:
+    """Set a key such as `moe.router`, in place; `origin` says in errors where it comes from."""
     *parents, last = key.split(".")
     for parent in parents:
         child = values.setdefault(parent, {})
         if not isinstance(child, dict):
-            raise ConfigError(f"--set {override!r}: {parent} is a value, not a section")
+            raise ConfigError(f"{origin}: {parent} is a value, not a section")
         values = child
     values[last] = value

@@ -139,7 +139,12 @@ def write_trace(path: Path, trace: Trace) -> None:
 
 
 def read_trace(path: Path) -> Trace:
-    """Read a trace; counts that were written as floats come back as integers. Raises DataError in one line for anything else."""
+    """Read a trace file, or a run directory's; counts that were written as floats come back as integers.
+
+    Raises:
+        DataError: it is anything else; one line.
+    """
+    path = path / "load.npz" if path.is_dir() else path
     try:
         return _checked(_arrays(path))
     except DataError as error:

@@ -223,6 +223,16 @@ def test_set_takes_lists_and_tables(tmp_path):
     assert config.moe.group_sizes == {"en": 5, "zh": 3}
 
 
+def test_values_set_from_python(tmp_path):
+    path = write(tmp_path, "a.yaml", "moe: {router: locmoe}\n")
+    sources = [{"path": "a", "domain": "en"}]
+    config = load_config(path, {"data.sources": sources, "moe.router": "switch", "train.learning_rate": 0.1})
+    assert (config.domains, config.moe.router, config.train.learning_rate) == (("en",), "switch", 0.1)
+    for values, message in (({"moe.router.name": "hash"}, r"moe\.router\.name = 'hash': router is a value"), ({"train.steps": "3"}, r"train\.steps = '3'")):
+        with pytest.raises(ConfigError, match=message):
+            load_config(path, values)
+
+
 @pytest.mark.parametrize(
     ("override", "parts"),
     [

@@ -10,11 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import static_job
 
 pytestmark = pytest.mark.alone
 
-PROGRAM = Path(static_job.__file__)
+PROGRAM = Path(__file__).resolve().parents[1] / "support" / "static_job.py"
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])

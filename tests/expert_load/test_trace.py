@@ -261,8 +261,8 @@ def test_what_is_no_trace_is_named(tmp_path, content):
 def test_other_files_are_no_trace(tmp_path):
     with pytest.raises(DataError, match=r"absent\.npz: not a load trace: it does not exist"):
         read_trace(tmp_path / "absent.npz")
-    with pytest.raises(DataError, match="not a load trace: it is a folder"):
-        read_trace(tmp_path)
+    with pytest.raises(DataError, match=r"load\.npz: not a load trace: it does not exist"):
+        read_trace(tmp_path)  # a folder is taken for a run directory
     np.save(tmp_path / "load.npy", np.arange(3))
     with pytest.raises(DataError, match="one array"):
         read_trace(tmp_path / "load.npy")

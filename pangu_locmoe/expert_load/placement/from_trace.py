@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pangu_locmoe.errors import DataError
+from pangu_locmoe.expert_load.forecast import mean_share
 from pangu_locmoe.expert_load.placement.costs import Costs, Floats, Ints, evaluate, holdings
 from pangu_locmoe.expert_load.placement.eplb import check_sizes
 from pangu_locmoe.expert_load.placement.plan import Figures, Plan, plan
@@ -35,7 +36,7 @@ def place_trace(
     nodes: int,
     ranks_per_node: int,
     costs: Costs,
-    forecast_share: Forecaster,
+    forecast_share: Forecaster = mean_share,
     policy: str = "locality",
     groups: Optional[int] = None,
     replicas: int = 0,
@@ -51,7 +52,7 @@ def place_trace(
         trace: loads; `locality` needs its source counts.
         nodes, ranks_per_node: of the cluster. A trace of more nodes is merged if they divide evenly.
         costs: prices; their horizon is replaced by `horizon`.
-        forecast_share: (trace of the past, origin, horizon) -> expected mean share of each expert, [L, E].
+        forecast_share: (trace of the past, origin, horizon) -> expected mean share of each expert, [L, E]; `auto`'s forecast.
         policy, groups, min_gain: as in `plan`.
         replicas: spare slots of each layer over all ranks.
         origin: first step of the horizon; None: the step after the trace.

@@ -1,0 +1,35 @@
+"""Train a small LocMoE model from Python, evaluate it, let it write: `python scripts/examples/train_in_python.py [TEXT ...]`.
+
+TEXT are files, folders or globs, a domain each; without any, this clone's documentation and code are read.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+from pangu_locmoe.checkpoint.restore import evaluate_checkpoint, restore_generator
+from pangu_locmoe.config import SampleConfig, load_config
+from pangu_locmoe.train.evaluate import format_evaluation
+from pangu_locmoe.train.run import train
+
+HERE = Path(__file__).resolve().parent
+OWN_TEXT = [str(HERE.parents[1] / name) for name in ("docs/*.md", "pangu_locmoe/*/*.py")]
+
+
+def main(texts: list[str]) -> None:
+    work = Path(tempfile.mkdtemp(prefix="train-in-python-"))
+    sources = [{"path": text, "domain": f"text {number}"} for number, text in enumerate(texts or OWN_TEXT)]
+    config = load_config(HERE / "tiny.yaml", {"data.sources": sources, "data.prepared_dir": str(work / "prepared")})
+    train(config, work / "run", progress=False)
+
+    figures = evaluate_checkpoint(work / "run")
+    print(format_evaluation(figures, figures["bigram_bits_per_byte"]))
+    write = restore_generator(work / "run")
+    prompt, domain = "The router ", 0
+    print(prompt + write([prompt], [domain], SampleConfig(tokens=24), seed=1)[0])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

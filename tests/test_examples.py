@@ -1,0 +1,57 @@
+"""scripts/examples: each runs as a user would start it, without data and in a folder of its own, and does what it says."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "scripts" / "examples"
+
+
+def run(name: str, folder: Path, *arguments: str) -> str:
+    command = [sys.executable, str(EXAMPLES / name), *arguments]
+    done = subprocess.run(command, cwd=folder, text=True, capture_output=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_all_are_run_here():
+    tested = re.findall(r'run\("(\w+\.py)"', Path(__file__).read_text(encoding="utf-8"))
+    assert sorted(tested) == sorted(path.name for path in EXAMPLES.glob("*.py"))
+
+
+def test_train_evaluate_and_sample_a_given_text(tmp_path):
+    for number in range(20):
+        (tmp_path / f"{number}.txt").write_text(f"{number}. " + "the router sends a token to its expert. " * 40, encoding="utf-8")
+    said = run("train_in_python.py", tmp_path, str(tmp_path / "*.txt"))
+    losses = [float(value) for value in re.findall(r"^text 0 +([0-9.]+)", said, re.MULTILINE)]
+    assert len(losses) == 2 and losses[0] == losses[1]  # what the run said last, and its checkpoint's evaluation
+    assert losses[0] < 3.0  # half of what a model that knows nothing has: ln 400 = 6.0
+    assert said.splitlines()[-1].startswith("The router ") and len(said.splitlines()[-1]) > len("The router ")
+
+
+def test_a_router_of_ones_own_trains_beside_ours(tmp_path):
+    said = run("own_router.py", tmp_path)
+    found = re.findall(r"^(\w+) +validation loss ([0-9.]+), ([0-9.]+) bits per byte$", said, re.MULTILINE)
+    assert [name for name, _, _ in found] == ["FirstFeatures", "locmoe"]
+    assert all(float(loss) < 5.9 for _, loss, _ in found)  # ln 400 = 6.0
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_trace_becomes_a_plan(tmp_path, given):
+    arguments = []
+    if given:
+        draw = np.random.default_rng(0)
+        source = draw.multinomial(1000, [0.4, 0.3, 0.2, 0.1], size=(120, 1, 2))
+        np.savez(tmp_path / "load.npz", step=np.arange(120), load=source.sum(axis=2), source=source)
+        arguments = [str(tmp_path), str(tmp_path / "mine.json")]
+    said = run("trace_and_place.py", tmp_path, *arguments)
+    assert re.search(r"^stable from step \d+ of", said) and re.search(r"^moves \d+ experts", said, re.MULTILINE)
+    plan = json.loads(Path(said.splitlines()[-1]).read_text(encoding="utf-8"))
+    assert plan["after"]["step_seconds"] <= plan["now"]["step_seconds"] and plan["ranks_per_node"] == 2
