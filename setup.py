@@ -1,4 +1,4 @@
-"""Install with `pip install .`; extras: test, forecast, bench."""
+"""Install with `pip install .`; extras: test, docs, forecast, bench."""
 
 from pathlib import Path
 
@@ -10,6 +10,8 @@ VERSION = next(
     for line in (ROOT / "pangu_locmoe" / "__init__.py").read_text(encoding="utf-8").splitlines()
     if line.startswith("__version__")
 )
+
+DOCS = ["pdoc>=14,<17"]
 
 setup(
     name="pangu_locmoe",
@@ -38,7 +40,9 @@ setup(
         "setuptools",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "mpmath>=1.3", "ruff>=0.6", "mypy>=1.10", "types-PyYAML", "types-tqdm"],
+        "test": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "mpmath>=1.3", "ruff>=0.6", "mypy>=1.10", "types-PyYAML", "types-tqdm", *DOCS],
+        # scripts/api_docs.sh; a part of `test`, because a test renders pages.
+        "docs": DOCS,
         # ARIMA for `load forecast`: 600 MB installed, and everything else works without it.
         # Newer releases of pyarrow, which statsforecast brings, are for NumPy 2.
         "forecast": ["statsforecast>=2.0,<3", "pyarrow<21"],
