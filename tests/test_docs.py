@@ -1,0 +1,69 @@
+"""Links of the pages lead somewhere, to files and to headings, and the glossary has every letter once."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def prose(page: Path) -> str:
+    return re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def links(page: Path) -> Iterator[tuple[str, str]]:
+    """The relative ones: file and heading, either may be empty."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if not re.match(r"[a-z]+:", target):
+            file, _, heading = target.partition("#")
+            yield file, heading
+
+
+def headings(page: Path) -> set[str]:
+    """As GitHub names them: lower case, no punctuation, blanks are hyphens."""
+    titles = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings(page):
+    for file, heading in links(page):
+        target = (page.parent / file).resolve() if file else page
+        assert target.exists(), f"{page.name}: {file} is not there"
+        if heading:
+            assert heading in headings(target), f"{page.name}: {target.name} has no heading {heading}"
+
+
+def test_every_page_is_reached_from_the_first():
+    reached, left = set(), [ROOT / "README.md"]
+    while left:
+        page = left.pop()
+        if page in reached or page.suffix != ".md":
+            continue
+        reached.add(page)
+        left += [(page.parent / file).resolve() for file, _ in links(page) if file]
+    assert [page.name for page in PAGES if page not in reached] == []
+
+
+def letters() -> dict[str, str]:
+    """The glossary's table of letters."""
+    table = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8").split("## Letters")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| ([A-Z]) \| ([^|]+) \|", table, re.MULTILINE)
+    assert len(rows) == len({letter for letter, _ in rows}) == len({axis for _, axis in rows})
+    return dict(rows)
+
+
+def test_letters_have_one_meaning_and_code_uses_no_other():
+    known = letters()
+    files = subprocess.run(["git", "ls-files", "pangu_locmoe/*.py"], cwd=ROOT, text=True, capture_output=True, check=True).stdout.split()
+    assert files
+    for file in files:
+        text = (ROOT / file).read_text(encoding="utf-8")
+        used = {letter for suffix in re.findall(r"\b[a-z][a-z0-9_]*_([A-Z]{1,5})\b", text) for letter in suffix}
+        assert used <= set(known), f"{file}: {sorted(used - set(known))} are not in docs/glossary.md"
