@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 
 PACKAGE = "pangu_locmoe"
-PROGRAMS = ("pangu_locmoe.__main__", "pangu_locmoe.check.__main__")  # what runs at import is not a page
+# What runs when it is imported is not a page.
+PROGRAMS = ("pangu_locmoe.__main__", "pangu_locmoe.check.__main__")
 
 
 def render(output: Path, modules: list[str] | None = None) -> Path:
@@ -17,7 +18,8 @@ def render(output: Path, modules: list[str] | None = None) -> Path:
         output: a folder; made if it is not there.
         modules: with what is below them; None: the whole package.
     """
-    os.environ.setdefault("PDOC_ALLOW_EXEC", "1")  # MindSpore asks lscpu for the processor when it is imported
+    # MindSpore asks lscpu for the processor when it is imported.
+    os.environ.setdefault("PDOC_ALLOW_EXEC", "1")
     import pdoc
 
     pdoc.render.configure(docformat="google", show_source=True)
@@ -27,8 +29,10 @@ def render(output: Path, modules: list[str] | None = None) -> Path:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("modules", nargs="*", metavar="MODULE", help="only these, with what is below them (the whole package)")
-    parser.add_argument("--output", type=Path, default=Path("docs/api"), metavar="DIR", help="where the pages go (docs/api)")
+    parser.add_argument(
+        "modules", nargs="*", metavar="MODULE", help="only these (the whole package)"
+    )
+    parser.add_argument("--output", type=Path, default=Path("docs/api"), help="a folder (docs/api)")
     options = parser.parse_args(arguments)
     print(render(options.output, options.modules))
 

@@ -28,19 +28,23 @@ def test_all_are_run_here():
 
 def test_train_evaluate_and_sample_a_given_text(tmp_path):
     for number in range(20):
-        (tmp_path / f"{number}.txt").write_text(f"{number}. " + "the router sends a token to its expert. " * 40, encoding="utf-8")
+        text = f"{number}. " + "the router sends a token to its expert. " * 40
+        (tmp_path / f"{number}.txt").write_text(text, encoding="utf-8")
     said = run("train_in_python.py", tmp_path, str(tmp_path / "*.txt"))
     losses = [float(value) for value in re.findall(r"^text 0 +([0-9.]+)", said, re.MULTILINE)]
-    assert len(losses) == 2 and losses[0] == losses[1]  # what the run said last, and its checkpoint's evaluation
+    # What the run said last, and what its checkpoint's evaluation says.
+    assert len(losses) == 2 and losses[0] == losses[1]
     assert losses[0] < 3.0  # half of what a model that knows nothing has: ln 400 = 6.0
-    assert said.splitlines()[-1].startswith("The router ") and len(said.splitlines()[-1]) > len("The router ")
+    assert re.fullmatch(r"The router .+", said.splitlines()[-1])
 
 
 def test_a_router_of_ones_own_trains_beside_ours(tmp_path):
     said = run("own_router.py", tmp_path)
-    found = re.findall(r"^(\w+) +validation loss ([0-9.]+), ([0-9.]+) bits per byte$", said, re.MULTILINE)
-    assert [name for name, _, _ in found] == ["FirstFeatures", "locmoe"]
-    assert all(float(loss) < 5.9 for _, loss, _ in found)  # ln 400 = 6.0
+    found = re.findall(
+        r"^(\w+) +validation loss ([0-9.]+), [0-9.]+ bits per byte$", said, re.MULTILINE
+    )
+    assert [name for name, _ in found] == ["FirstFeatures", "locmoe"]
+    assert all(float(loss) < 5.9 for _, loss in found)  # ln 400 = 6.0
 
 
 @pytest.mark.parametrize("given", [False, True])
@@ -52,6 +56,8 @@ def test_a_trace_becomes_a_plan(tmp_path, given):
         np.savez(tmp_path / "load.npz", step=np.arange(120), load=source.sum(axis=2), source=source)
         arguments = [str(tmp_path), str(tmp_path / "mine.json")]
     said = run("trace_and_place.py", tmp_path, *arguments)
-    assert re.search(r"^stable from step \d+ of", said) and re.search(r"^moves \d+ experts", said, re.MULTILINE)
+    assert re.search(r"^stable from step \d+ of", said)
+    assert re.search(r"^moves \d+ experts", said, re.MULTILINE)
     plan = json.loads(Path(said.splitlines()[-1]).read_text(encoding="utf-8"))
-    assert plan["after"]["step_seconds"] <= plan["now"]["step_seconds"] and plan["ranks_per_node"] == 2
+    assert plan["after"]["step_seconds"] <= plan["now"]["step_seconds"]
+    assert plan["ranks_per_node"] == 2

@@ -35,12 +35,13 @@ def main() -> None:
     text = [{"path": str(HERE.parents[1] / "docs" / "*.md"), "domain": "prose"}]
     # module:Class; this script's folder is on the Python path, as the working directory would be.
     for router in ("own_router:FirstFeatures", "locmoe"):
-        values = {"moe.router": router, "data.sources": text, "data.prepared_dir": str(work / "prepared")}
+        values = {"moe.router": router, "data.sources": text, "data.prepared_dir": str(work)}
         run_dir = work / router.rpartition(":")[2]
         train(load_config(HERE / "tiny.yaml", values), run_dir, progress=False)
     for run_dir in (work / "FirstFeatures", work / "locmoe"):
         final = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))["final"]
-        print(f"{run_dir.name:14} validation loss {final['validation_loss']:.3f}, {final['bits_per_byte']:.3f} bits per byte")
+        loss, bits = final["validation_loss"], final["bits_per_byte"]
+        print(f"{run_dir.name:14} validation loss {loss:.3f}, {bits:.3f} bits per byte")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ def made_up_trace(path: Path) -> Path:
     """300 steps, 2 layers, 2 nodes, 8 experts; each node likes experts that are not its own."""
     likes_NE = np.array([[1, 1, 1, 1, 6, 5, 4, 3], [3, 4, 5, 6, 1, 1, 1, 1]]) / 22
     draw = np.random.default_rng(1)
-    source = np.stack([draw.multinomial(2048, likes_E, size=(300, 2)) for likes_E in likes_NE], axis=2)
+    tokens = [draw.multinomial(2048, likes_E, size=(300, 2)) for likes_E in likes_NE]
+    source = np.stack(tokens, axis=2)
     write_trace(path, Trace(np.arange(1, 301), source.sum(axis=2), None, source))
     return path
 
@@ -37,10 +38,14 @@ def main(arguments: list[str]) -> None:
     print(states(trace).format())  # a layer that is not stable yet keeps its placement below
     origin = int(trace.step_K[-1]) + 1
     coming = forecast(trace, origin, horizon=100)
-    print(f"{coming.method}: shares of the first layer in the next 100 steps {coming.share_FLE.mean(axis=0)[0].round(3)}")
+    print(
+        f"shares of the first layer in the next 100 steps {coming.share_FLE.mean(axis=0)[0].round(3)}"
+    )
 
     costs = Costs.of_model(hidden_size=768, ffn_size=3072, horizon=100)
-    plan = place_trace(trace, nodes=2, ranks_per_node=2, costs=costs, horizon=100, stable_from=stable_layers)
+    plan = place_trace(
+        trace, 2, ranks_per_node=2, costs=costs, horizon=100, stable_from=stable_layers
+    )
     path = Path(arguments[1]) if len(arguments) > 1 else work / "plan.json"
     save_plan(plan, path)
     print(f"{plan.format()}\n{path}")

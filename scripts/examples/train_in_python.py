@@ -20,8 +20,9 @@ OWN_TEXT = [str(HERE.parents[1] / name) for name in ("docs/*.md", "pangu_locmoe/
 
 def main(texts: list[str]) -> None:
     work = Path(tempfile.mkdtemp(prefix="train-in-python-"))
-    sources = [{"path": text, "domain": f"text {number}"} for number, text in enumerate(texts or OWN_TEXT)]
-    config = load_config(HERE / "tiny.yaml", {"data.sources": sources, "data.prepared_dir": str(work / "prepared")})
+    sources = [{"path": text, "domain": f"text {n}"} for n, text in enumerate(texts or OWN_TEXT)]
+    values = {"data.sources": sources, "data.prepared_dir": str(work / "prepared")}
+    config = load_config(HERE / "tiny.yaml", values)
     train(config, work / "run", progress=False)
 
     figures = evaluate_checkpoint(work / "run")
