@@ -66,3 +66,21 @@ def test_letters_have_one_meaning_and_code_uses_no_other():
         suffixes = re.findall(r"\b[a-z][a-z0-9_]*_([A-Z]{1,5})\b", file.read_text(encoding="utf-8"))
         unknown = set("".join(suffixes)) - set(known)
         assert not unknown, f"{file}: {sorted(unknown)} are not in docs/glossary.md"
+
+
+def test_legends_say_what_the_glossary_says():
+    """A legend such as "T tokens, E experts of this rank" has a word of each letter's row."""
+    text = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| ([A-Z]) \| (.+) \|$", text, re.MULTILINE))
+    wrong = []
+    for file in sorted((ROOT / "pangu_locmoe").rglob("*.py")):
+        found = re.search(
+            r'Letters: (.*?)(?:\n\n|""")', file.read_text(encoding="utf-8"), re.DOTALL
+        )
+        legend = " ".join(found[1].split()) if found else ""
+        for letter, meaning in re.findall(r"(?:^|[,;] |and )([A-Z]) ([a-z][^,;.(]*)", legend):
+            said = {word[:5] for word in re.findall(r"[a-z]{4,}", meaning)}
+            known = {word[:5] for word in re.findall(r"[a-z]{4,}", rows[letter])}
+            if letter != "X" and not said & known:
+                wrong.append(f"{file.relative_to(ROOT)}: {letter} {meaning.strip()}")
+    assert not wrong, "\n".join(wrong)

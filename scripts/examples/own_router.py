@@ -19,8 +19,6 @@ HERE = Path(__file__).resolve().parent
 class FirstFeatures(GatedRouter):
     """The first E features of a token are the logits of the E experts: a gate without parameters."""
 
-    has_locality_loss = True
-
     def logits(self, x_TD: Tensor, noise: Noise, training: bool) -> Tensor:
         return x_TD[:, : self.num_experts]
 
