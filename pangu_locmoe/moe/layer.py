@@ -17,7 +17,7 @@ from pangu_locmoe.moe.experts import Experts, expert_weights
 from pangu_locmoe.moe.plan import LOSSES
 from pangu_locmoe.moe.routers import Router, router_class
 from pangu_locmoe.moe.routers.base import RouterContext
-from pangu_locmoe.moe.transport import Transport, make_transport
+from pangu_locmoe.moe.transport import Packed, Transport, make_transport
 from pangu_locmoe.nn.noise import Noise
 from pangu_locmoe.parallel.exchange import Exchange
 from pangu_locmoe.parallel.tensor import TensorGroup
@@ -91,20 +91,27 @@ class MoELayer(nn.Cell):
             `unrouted`, the share of tokens without any (fp32 scalar).
         """
         layout, room = self.transport.layout(x_TD.shape[0], capacity, training)
-        routed = self.route(x_TD, tokens_T, domains_T, noise[0], noise[1], layout, room, training)
+        packed, routed, own_losses = self.route(
+            x_TD, tokens_T, domains_T, noise[0], noise[1], layout, room, training
+        )
         shared = self.transport.share(routed["load_ME"], routed["probs_ME"])
-        y_PD, dropped_E = self.transport.carry(self.experts, routed, shared, capacity, training)
+        y_PD, dropped_E = self.transport.carry(self.experts, packed, shared, capacity, training)
         weight_A = self._unit(routed["weight_A"]) if self.unit_weight else routed["weight_A"]
-        y_AD = self.transport.unpack(y_PD, weight_A, routed)
+        y_AD = self.transport.unpack(y_PD, weight_A, packed)
         y_TD = dispatch.sum_choices(y_AD, self.router.choices)
 
-        stats = self.router.losses_of(routed, shared, training)
-        stats["load_NE"], stats["dropped_E"] = shared["load_NE"], dropped_E
-        stats["cosine_T"] = routed["cosine_T"]
-        stats["weight"] = ops.reduce_sum(routed["weight_A"]) * (1.0 / x_TD.shape[0])
-        if self.router.choices > 1:
-            stats["unrouted"] = dispatch.unrouted_share(y_TD)
-        return y_TD, stats
+        losses = self.router.losses_of(own_losses, shared, training)
+        stats = {
+            "balance_loss": losses["balance_loss"],
+            "locality_loss": losses["locality_loss"],
+            "z_loss": losses["z_loss"],
+            "weight": ops.reduce_sum(routed["weight_A"]) * (1.0 / x_TD.shape[0]),
+            "load_NE": shared["load_NE"],
+            "dropped_E": dropped_E,
+            "cosine_T": routed["cosine_T"],
+            "unrouted": dispatch.unrouted_share(y_TD) if self.router.choices > 1 else None,
+        }
+        return y_TD, {name: value for name, value in stats.items() if value is not None}
 
     def route(
         self,
@@ -116,28 +123,30 @@ class MoELayer(nn.Cell):
         layout: Tensor,
         room: int,
         training: bool,
-    ) -> Dict[str, Tensor]:
+    ) -> Tuple[Packed, Dict[str, Tensor], Dict[str, Tensor]]:
         """All that comes before ranks meet, and so can be compiled in any job.
 
-        Keys come one by one: a compiled part would take a tuple of tensors for a constant.
+        Keys come one by one: a compiled part would take a tuple of tensors for a constant. Results are
+        dicts that are made at once: MindSpore has no gradient for one that is added to.
 
         Returns:
-            what the transport packs, and: weight_A, cosine_T and the losses of the plan; load_ME
-            (assignments by node and expert, no gradient) and probs_ME (mean probabilities), both fp32.
+            what the transport packs; weight_A, cosine_T, load_ME (assignments by node and expert, no
+            gradient) and probs_ME (mean probabilities), all fp32; the losses that the plan has.
         """
         noise = (row_keys_T, column_keys_D)
         plan = self.router(ops.cast(x_TD, mstype.float32), tokens_T, domains_T, noise, training)
         nodes = self.transport.nodes_here if training else 1
         load_ME = ops.stop_gradient(_sum_by_node(plan["one_hot_AE"], nodes))
+        load_E = ops.reduce_sum(load_ME, 0)
         x_AD = dispatch.repeat_rows(x_TD, self.router.choices)
-        routed = self.transport.pack(x_AD, plan, ops.reduce_sum(load_ME, 0), layout, room, training)
-        routed["load_ME"] = load_ME
-        routed["probs_ME"] = _sum_by_node(plan["probs_TE"], nodes) * (nodes / x_TD.shape[0])
-        routed["weight_A"], routed["cosine_T"] = plan["weight_A"], plan["cosine_T"]
-        for name in LOSSES:
-            if name in plan:
-                routed[name] = plan[name]
-        return routed
+        packed = self.transport.pack(x_AD, plan, load_E, layout, room, training)
+        routed = {
+            "weight_A": plan["weight_A"],
+            "cosine_T": plan["cosine_T"],
+            "load_ME": load_ME,
+            "probs_ME": _sum_by_node(plan["probs_TE"], nodes) * (nodes / x_TD.shape[0]),
+        }
+        return packed, routed, {name: plan[name] for name in LOSSES if name in plan}
 
     def _unit(self, weight_A: Tensor) -> Tensor:
         """Weights that are 1 for each token's experts together."""

@@ -5,10 +5,13 @@ Both are plain dicts, because a compiled MindSpore graph can carry dicts of tens
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import Dict, TypedDict
 
 import numpy as np
 from mindspore import Tensor
+
+ROUTING = ("expert_A", "one_hot_AE", "probs_TE", "weight_A", "affinity_A", "cosine_T")
+"""What every plan has."""
 
 LOSSES = ("balance_loss", "locality_loss", "z_loss")
 """The losses that a plan may have."""
@@ -50,6 +53,18 @@ class RoutingPlan(_Routing, total=False):
     balance_loss: Tensor
     locality_loss: Tensor
     z_loss: Tensor
+
+
+def with_losses(plan: RoutingPlan, losses: Dict[str, Tensor]) -> RoutingPlan:
+    """The plan with these losses as the router's own, whether it had them or not.
+
+    `plan[name] = loss` would do without a compiler; MindSpore's has no gradient for a dict that is added to.
+    """
+    return {  # type: ignore[return-value]
+        name: losses[name] if name in losses else plan[name]  # type: ignore[literal-required]
+        for name in (*ROUTING, *LOSSES)
+        if name in losses or name in plan
+    }
 
 
 class _Shared(TypedDict):

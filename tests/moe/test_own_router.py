@@ -11,13 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mindspore import Tensor
-from support.numeric import no_noise
+from support.numeric import close, no_noise
 from support.small import small_config
 
 from pangu_locmoe.config.routers import ROUTER_TRAITS
+from pangu_locmoe.data.loader import Batch
 from pangu_locmoe.errors import ConfigError
 from pangu_locmoe.model.sigma import PanguSigma
+from pangu_locmoe.moe.capacity import DROPLESS
 from pangu_locmoe.moe.routers import ROUTERS, router_class
+from pangu_locmoe.train.step.local import LocalStepper
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "routing.md"
 
@@ -101,3 +104,28 @@ def test_the_documented_router_routes(documented_router):
     noise = no_noise(batch * length, config.model.hidden_size)
     _, stats = model(*map(Tensor, inputs), noise, (0,) * config.model.num_moe_layers, False)
     assert stats["load_LNE"].asnumpy().sum() == config.model.num_moe_layers * batch * length
+
+
+@pytest.mark.parametrize("name", ["OwnLosses", "Spread"])
+def test_a_compiled_step_trains_on_what_a_router_of_ones_own_says(name):
+    """The whole step: gradients of a plan that is made of another one, and of a loss of everybody's means."""
+    router = f"own_routers:{name}"
+    rows = []
+    try:
+        for mode in ("graph", "pynative"):
+            config = small_config(
+                model={"num_layers": 2, "num_moe_layers": 1},
+                moe={"router": router, "balance_loss": 0.5, "locality_loss": 0.3, "z_loss": 0.1},
+                train={"mode": mode, "batch_size": 4},
+            )
+            stepper, length = LocalStepper(PanguSigma(config), config, (DROPLESS,)), config.model.seq_length
+            tokens_BS = np.random.default_rng(5).integers(0, 300, (4, length + 1)).astype(np.int32)
+            positions_BS = np.tile(np.arange(length, dtype=np.int32), (4, 1))
+            batch = Batch(
+                tokens_BS[:, :-1].copy(), tokens_BS[:, 1:].copy(), positions_BS, np.zeros_like(positions_BS), np.zeros(4, np.int32), np.ones(4, bool)
+            )
+            rows.append([[*result.losses.values(), result.grad_norm] for result in (stepper(batch, step, 1e-2) for step in (1, 2))])
+    finally:
+        ROUTERS.pop(router, None)
+    close(np.array(rows[0]), np.array(rows[1]), 1e-5)
+    assert all(loss > 0 for loss in rows[0][0])

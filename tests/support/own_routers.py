@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mindspore import ops
 
+from pangu_locmoe.moe.plan import with_losses
 from pangu_locmoe.moe.routers import Router
 from pangu_locmoe.moe.routers.switch import SwitchRouter
 
@@ -16,10 +17,12 @@ class OwnLosses(SwitchRouter):
     def construct(self, x_TD, tokens_T, domains_T, noise, training):
         plan = super().construct(x_TD, tokens_T, domains_T, noise, training)
         probs_TE = plan["probs_TE"]
-        plan["balance_loss"] = ops.reduce_mean(ops.reduce_sum(probs_TE * probs_TE, 1))
-        plan["locality_loss"] = ops.reduce_mean((probs_TE[:, 0] - 0.5) ** 2)
-        plan["z_loss"] = ops.reduce_mean(ops.log(plan["weight_A"]) ** 2)
-        return plan
+        own = {
+            "balance_loss": ops.reduce_mean(ops.reduce_sum(probs_TE * probs_TE, 1)),
+            "locality_loss": ops.reduce_mean((probs_TE[:, 0] - 0.5) ** 2),
+            "z_loss": ops.reduce_mean(ops.log(plan["weight_A"]) ** 2),
+        }
+        return with_losses(plan, own)
 
 
 class Unbalanced(SwitchRouter):
@@ -33,8 +36,7 @@ class OneOwnLoss(SwitchRouter):
 
     def construct(self, x_TD, tokens_T, domains_T, noise, training):
         plan = super().construct(x_TD, tokens_T, domains_T, noise, training)
-        plan["locality_loss"] = ops.reduce_mean(plan["probs_TE"][:, 1] ** 2)
-        return plan
+        return with_losses(plan, {"locality_loss": ops.reduce_mean(plan["probs_TE"][:, 1] ** 2)})
 
 
 class Spread(SwitchRouter):
@@ -43,8 +45,8 @@ class Spread(SwitchRouter):
     def losses_of(self, own, shared, training):
         found = super().losses_of(own, shared, training)
         squares_NE = shared["probs_NE"] * shared["probs_NE"]
-        found["locality_loss"] = ops.reduce_mean(ops.reduce_sum(squares_NE, 1))
-        return found
+        spread = ops.reduce_mean(ops.reduce_sum(squares_NE, 1))
+        return {"balance_loss": found["balance_loss"], "locality_loss": spread, "z_loss": found["z_loss"]}
 
 
 class Bare(Router):

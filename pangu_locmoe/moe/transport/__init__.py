@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Optional
 
 from pangu_locmoe.config import Config
-from pangu_locmoe.moe.transport.base import Transport
+from pangu_locmoe.moe.transport.base import Packed, Transport
 from pangu_locmoe.moe.transport.counts import CountsTransport
 from pangu_locmoe.moe.transport.local import LocalTransport
 from pangu_locmoe.moe.transport.slots import SlotsTransport
@@ -15,6 +15,7 @@ from pangu_locmoe.parallel.topology import Topology
 __all__ = [
     "CountsTransport",
     "LocalTransport",
+    "Packed",
     "SlotsTransport",
     "Transport",
     "make_transport",

@@ -92,7 +92,7 @@ class Transport(nn.Cell):
 
         Args:
             experts: those of `held_experts`.
-            packed: from `pack`, with load_ME.
+            packed: from `pack`.
             shared: from `share`.
             capacity: the most rows that an expert keeps, or DROPLESS.
             training: a constant of the graph.

@@ -45,19 +45,29 @@ class LocalTransport(Transport):
         room: int,
         training: bool,
     ) -> Packed:
-        affinity_A = plan["affinity_A"] if self.by_affinity and room != DROPLESS else None
-        rank_A = dispatch.rank_within_expert(plan["one_hot_AE"], affinity_A)
-        packed = {}
-        if room == DROPLESS:
-            slot_of_A, expert_of_group_G = dispatch.block_slots(plan["expert_A"], rank_A, load_E)
-            packed["expert_of_group_G"] = expert_of_group_G
-        else:
-            slot_of_A = dispatch.capacity_slots(plan["expert_A"], rank_A, room)
+        """Also dropped_E, and expert_of_group_G where every token finds room."""
         groups, slots = self._groups(x_AD.shape[0], room)
+        if room == DROPLESS:
+            rank_A = dispatch.rank_within_expert(plan["one_hot_AE"], None)
+            slot_of_A, expert_of_group_G = dispatch.block_slots(plan["expert_A"], rank_A, load_E)
+            token_of_slot_P = dispatch.token_of_slot(slot_of_A, groups * slots)
+            return {
+                "rows_PD": self.dispatch(x_AD, token_of_slot_P, slot_of_A),
+                "token_of_slot_P": token_of_slot_P,
+                "slot_of_token_A": slot_of_A,
+                "expert_of_group_G": expert_of_group_G,
+                "dropped_E": ops.zeros_like(load_E),
+            }
+        affinity_A = plan["affinity_A"] if self.by_affinity else None
+        rank_A = dispatch.rank_within_expert(plan["one_hot_AE"], affinity_A)
+        slot_of_A = dispatch.capacity_slots(plan["expert_A"], rank_A, room)
         token_of_slot_P = dispatch.token_of_slot(slot_of_A, groups * slots)
-        packed["rows_PD"] = self.dispatch(x_AD, token_of_slot_P, slot_of_A)
-        packed["token_of_slot_P"], packed["slot_of_token_A"] = token_of_slot_P, slot_of_A
-        return packed
+        return {
+            "rows_PD": self.dispatch(x_AD, token_of_slot_P, slot_of_A),
+            "token_of_slot_P": token_of_slot_P,
+            "slot_of_token_A": slot_of_A,
+            "dropped_E": ops.relu(load_E - float(room)),
+        }
 
     def share(self, load_ME: Tensor, probs_ME: Tensor) -> Shared:
         return {"load_NE": load_ME, "probs_NE": probs_ME, "log_probs_NE": log_of(probs_ME)}
@@ -68,12 +78,9 @@ class LocalTransport(Transport):
         rows_PD = packed["rows_PD"]
         groups, slots = self._groups(packed["slot_of_token_A"].shape[0], capacity)
         x_GCD = ops.reshape(rows_PD, (groups, slots, rows_PD.shape[1]))
-        load_E = ops.reduce_sum(packed["load_ME"], 0)
-        if capacity == DROPLESS:
-            y_GCD, dropped_E = experts(x_GCD, packed["expert_of_group_G"]), ops.zeros_like(load_E)
-        else:
-            y_GCD, dropped_E = experts(x_GCD, None), ops.relu(load_E - float(capacity))
-        return ops.reshape(y_GCD, rows_PD.shape), dropped_E
+        expert_of_group_G = packed["expert_of_group_G"] if capacity == DROPLESS else None
+        y_GCD = experts(x_GCD, expert_of_group_G)
+        return ops.reshape(y_GCD, rows_PD.shape), packed["dropped_E"]
 
     def _groups(self, num_assignments: int, capacity: int) -> Tuple[int, int]:
         """G and C."""
