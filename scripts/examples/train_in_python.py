@@ -9,9 +9,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from pangu_locmoe.checkpoint.restore import evaluate_checkpoint, restore_generator
+from pangu_locmoe.checkpoint.restore import restore_generator
 from pangu_locmoe.config import SampleConfig, load_config
-from pangu_locmoe.train.evaluate import format_evaluation
+from pangu_locmoe.train.evaluate import evaluate_checkpoint, format_evaluation
 from pangu_locmoe.train.run import train
 
 HERE = Path(__file__).resolve().parent

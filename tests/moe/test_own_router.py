@@ -118,7 +118,7 @@ def test_a_compiled_step_trains_on_what_a_router_of_ones_own_says(name):
                 moe={"router": router, "balance_loss": 0.5, "locality_loss": 0.3, "z_loss": 0.1},
                 train={"mode": mode, "batch_size": 4},
             )
-            stepper, length = LocalStepper(PanguSigma(config), config, (DROPLESS,)), config.model.seq_length
+            stepper, length = LocalStepper(PanguSigma(config), config, None, (DROPLESS,)), config.model.seq_length
             tokens_BS = np.random.default_rng(5).integers(0, 300, (4, length + 1)).astype(np.int32)
             positions_BS = np.tile(np.arange(length, dtype=np.int32), (4, 1))
             batch = Batch(
