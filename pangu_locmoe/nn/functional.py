@@ -90,10 +90,15 @@ class LayerNorm(nn.Cell):
 
 
 class _AttentionCore(nn.Cell):
-    """(q_BHSd, k_BHKd, v_BHKd, mask) -> (o_BHSd in float32, p_BHSK in v's dtype); q is scaled already."""
+    """(q_BHSd, k_BHKd, v_BHKd, mask) -> (o_BHSd, p_BHSK in v's dtype); q is scaled already.
+
+    A CPU's products are in float32, and so is o. Ascend's matrix unit takes half precision and adds up in float32; what it writes
+    is half again, so that scores beyond fp16 are infinite there.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.wide = ms.get_context("device_target") != "Ascend"
         self.matmul = ops.BatchMatMul()
         self.matmul_bt = ops.BatchMatMul(transpose_b=True)
         self.matmul_at = ops.BatchMatMul(transpose_a=True)
@@ -104,20 +109,24 @@ class _AttentionCore(nn.Cell):
         self.zeros_like = ops.ZerosLike()
 
     def construct(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tuple[Tensor, Tensor]:
-        scores = self.matmul_bt(_wide(q), _wide(k)) + mask
+        scores = _wide(self.matmul_bt(self._enter(q), self._enter(k))) + mask
         p = self.softmax(scores)
-        return self.matmul(p, _wide(v)), p.astype(v.dtype)
+        kept = p.astype(v.dtype)
+        return self.matmul(p if self.wide else kept, self._enter(v)), kept
 
     def bprop(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, out: Any, dout: Any) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-        v_wide, o, p, do = _wide(v), out[0], _wide(out[1]), dout[0]
+        v_in, o, p, do = self._enter(v), out[0], self._enter(out[1]), dout[0]
         # Softmax's gradient is p * (dp - sum_K(p * dp)). The row sum equals sum_d(o * do), which is K/d times smaller, and its
         # subtraction rides in the matrix product as one more column: two passes over [B, H, S, K] less.
         rows = (*do.shape[:-1], 1)
-        correction = self.sum((do * o).reshape(-1, o.shape[-1]), -1).reshape(rows)
-        dp = self.matmul_bt(self.concat((do, -correction)), self.concat((v_wide, self.ones_like(v_wide[..., :1]))))
+        correction = self.sum((_wide(do) * _wide(o)).reshape(-1, o.shape[-1]), -1).reshape(rows).astype(do.dtype)
+        dp = self.matmul_bt(self.concat((do, -correction)), self.concat((v_in, self.ones_like(v_in[..., :1]))))
         ds = p * dp
-        dq, dk, dv = self.matmul(ds, _wide(k)), self.matmul_at(ds, _wide(q)), self.matmul_at(p, do)
+        dq, dk, dv = self.matmul(ds, self._enter(k)), self.matmul_at(ds, self._enter(q)), self.matmul_at(p, do)
         return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), self.zeros_like(mask)
+
+    def _enter(self, x: Tensor) -> Tensor:
+        return _wide(x) if self.wide else x
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -127,7 +136,7 @@ def _wide(x: Tensor) -> Tensor:
 class Attention(nn.Cell):
     """softmax(q k^T + mask) v for several heads, with the gradient of FlashAttention's paper written as plain matrix products.
 
-    Scale q by 1/sqrt(d) before the call: it is K/d times smaller than the scores. Everything inside runs in float32.
+    Scale q by 1/sqrt(d) before the call: it is K/d times smaller than the scores. On a CPU everything inside runs in float32.
     """
 
     def __init__(self) -> None:

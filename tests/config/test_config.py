@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -373,20 +372,6 @@ def test_the_locality_loss_defaults_to_nothing_where_it_can_only_cost():
     assert parse_config(values).locality_weight == 0
     assert parse_config({**values, "data": {"sharding": "domain"}}).locality_weight == 0.1
     assert parse_config({**values, "moe": {"locality_loss": 0.3}}).locality_weight == 0.3
-
-
-def test_reading_a_configuration_simulating_and_the_load_verbs_do_without_mindspore():
-    modules = "pangu_locmoe.config, pangu_locmoe.simulate, pangu_locmoe.cli.main, pangu_locmoe.cli.load"
-    read = "pangu_locmoe.config.load_config('configs/cpu_smoke.yaml')"
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-c", f"import {modules}; {read}"],
-        cwd=CONFIG_FOLDER.parent,
-        text=True,
-        capture_output=True,
-        check=True,
-    )
-    assert "pangu_locmoe.config" in done.stderr
-    assert "mindspore" not in done.stderr
 
 
 @pytest.mark.parametrize("domain", ["train", "validation", "..", "a/b", "a b", "zh-简体", "null", "é" * 64])
