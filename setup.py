@@ -16,7 +16,10 @@ DOCS = ["pdoc>=14,<17"]
 setup(
     name="pangu_locmoe",
     version=VERSION,
-    description="LocMoE on a PanGu-Sigma-style transformer for MindSpore: train, measure and place experts by locality",
+    description=(
+        "LocMoE on a PanGu-Sigma-style transformer for MindSpore: train, measure and place "
+        "experts by locality"
+    ),
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     packages=find_packages(include=["pangu_locmoe", "pangu_locmoe.*"]),
@@ -31,16 +34,28 @@ setup(
         "tokenizers>=0.19,<1",
         "safetensors>=0.4,<1",
         "scipy>=1.11,<2",
-        # MinHash, for near-copies; version 1 has other permutations, and they decide what is held out.
+        # MinHash, for near-copies; version 1 has other permutations, and they decide what is held
+        # out.
         "datasketch>=2,<3",
         "tqdm>=4.66,<5",
         "matplotlib>=3.8,<4",
         "tensorboardX>=2.6,<3",
-        # MindSpore uses pkg_resources-era setuptools at import on Python 3.12, which does not bring it.
+        # MindSpore uses pkg_resources-era setuptools at import on Python 3.12, which does not bring
+        # it.
         "setuptools",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "mpmath>=1.3", "ruff>=0.6", "mypy>=1.10", "types-PyYAML", "types-tqdm", *DOCS],
+        "test": [
+            "pytest>=8",
+            "pytest-xdist>=3.5",
+            "hypothesis>=6.100",
+            "mpmath>=1.3",
+            "ruff>=0.6",
+            "mypy>=1.10",
+            "types-PyYAML",
+            "types-tqdm",
+            *DOCS,
+        ],
         # scripts/api_docs.sh; a part of `test`, because a test renders pages.
         "docs": DOCS,
         # ARIMA for `load forecast`: 600 MB installed, and everything else works without it.

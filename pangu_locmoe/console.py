@@ -1,4 +1,6 @@
-"""What is printed never decides what becomes of a run: a closed pipe, a terminal that is gone, a full disk, a narrow encoding."""
+"""What is printed never decides what becomes of a run: a closed pipe, a terminal that is gone, a
+full disk, a narrow encoding.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,12 @@ from pangu_locmoe.errors import LocMoEError
 
 @contextmanager
 def forgiving(output_too: bool = True) -> Iterator[None]:
-    """While inside, printing to standard error cannot fail; once it cannot be written, the rest is dropped.
+    """While inside, printing to standard error cannot fail; once it cannot be written, the rest is
+    dropped.
 
     Args:
-        output_too: the same for standard output. False: it is what the command is for, so that its loss is an error; but what
-            its encoding lacks is written as \\uXXXX all the same.
+        output_too: the same for standard output. False: it is what the command is for, so that its
+            loss is an error; but what its encoding lacks is written as \\uXXXX all the same.
     """
     _open_missing()
     before = sys.stdout, sys.stderr
@@ -37,7 +40,8 @@ class _Stream:
     def __init__(self, stream: Optional[TextIO], may_be_lost: bool) -> None:
         # Without standard output a program has None in its place.
         self._stream: Any = open(os.devnull, "w", encoding="utf-8") if stream is None else stream  # noqa: PTH123, SIM115
-        self._may_be_lost, self._lost = may_be_lost, False
+        self._may_be_lost = may_be_lost
+        self._lost = False
 
     def write(self, text: str) -> int:
         with self._watched():
@@ -78,7 +82,9 @@ class _Stream:
                 raise LocMoEError(f"standard output cannot be written: {reason}") from None
 
     def _drop_the_rest(self) -> None:
-        """What waits in buffers, here or in libraries, goes nowhere: else it would fail once more when the program ends."""
+        """What waits in buffers, here or in libraries, goes nowhere: else it would fail once
+        more when the program ends.
+        """
         with suppress(OSError, ValueError):
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self._stream.fileno())
@@ -86,7 +92,9 @@ class _Stream:
 
 
 def _open_missing() -> None:
-    """A descriptor that was closed at the start would be given to the next file, and what libraries print would go there."""
+    """A descriptor that was closed at the start would be given to the next file, and what
+    libraries print would go there.
+    """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)

@@ -24,4 +24,6 @@ class TopologyError(LocMoEError):
 
 
 class DivergenceError(LocMoEError):
-    """The loss became NaN or infinite; the message names the step, the layer and the last good checkpoint."""
+    """The loss became NaN or infinite; the message names the step, the layer and the last good
+    checkpoint.
+    """

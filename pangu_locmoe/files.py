@@ -11,7 +11,10 @@ from typing import Any, Optional
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write beside, fsync, rename: a reader sees the old file or the new one, never a half. Raises OSError."""
+    """Write beside, fsync, rename: a reader sees the old file or the new one, never a half.
+
+    Raises OSError.
+    """
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     temporary = Path(name)
     try:

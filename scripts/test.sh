@@ -38,6 +38,7 @@ done
 
 . scripts/venv.sh
 use_venv test
+ruff format --check .
 ruff check .
 mypy
 

@@ -2,5 +2,6 @@
 
 import mindspore as ms
 
-# Small operators outside of compiled graphs take half the time of those that are queued. The ranks of a job do the same.
+# Small operators outside of compiled graphs take half the time of those that are queued. The ranks
+# of a job do the same.
 ms.runtime.launch_blocking()

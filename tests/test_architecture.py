@@ -1,4 +1,6 @@
-"""The floors of the house: imports point down, and some rooms do without MindSpore (docs/architecture.md)."""
+"""The floors of the house: imports point down, and some rooms do without MindSpore
+(docs/architecture.md).
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def imported(file: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         else:
-            assert not (isinstance(node, ast.ImportFrom) and node.level), f"{file}: a relative import"
+            assert not (isinstance(node, ast.ImportFrom) and node.level), (
+                f"{file}: a relative import"
+            )
             continue
         yield from (name for name in names if name.startswith("pangu_locmoe."))
 
@@ -76,7 +80,9 @@ def test_imports_point_down():
 
 
 def test_nothing_of_the_package_knows_the_scripts():
-    scripts = {path.stem for path in (ROOT / "scripts").iterdir() if path.suffix == ".py" or path.is_dir()}
+    scripts = {
+        path.stem for path in (ROOT / "scripts").iterdir() if path.suffix == ".py" or path.is_dir()
+    }
     for file in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.level == 0:

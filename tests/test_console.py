@@ -21,7 +21,8 @@ class Broken(io.StringIO):
 
     def __init__(self, error):
         super().__init__()
-        self.error, self.calls = error, 0
+        self.error = error
+        self.calls = 0
 
     def write(self, text):
         self.calls += 1
@@ -34,7 +35,12 @@ class Broken(io.StringIO):
         raise self.error
 
 
-ERRORS = [OSError(errno.EIO, "gone"), BrokenPipeError(errno.EPIPE, "pipe"), OSError(errno.ENOSPC, "full"), ValueError("I/O operation on closed file")]
+ERRORS = [
+    OSError(errno.EIO, "gone"),
+    BrokenPipeError(errno.EPIPE, "pipe"),
+    OSError(errno.ENOSPC, "full"),
+    ValueError("I/O operation on closed file"),
+]
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=str)
@@ -88,14 +94,33 @@ with console.forgiving({too}):
 
 @pytest.mark.parametrize("output", ["closed", "full", "reader gone"])
 def test_a_process_ends_well(tmp_path, output):
-    redirect = {"closed": ">&- 2>&-", "full": ">/dev/full 2>/dev/full", "reader gone": "2>/dev/full | true"}[output]
+    redirect = {
+        "closed": ">&- 2>&-",
+        "full": ">/dev/full 2>/dev/full",
+        "reader gone": "2>/dev/full | true",
+    }[output]
     command = f'"$0" -c "$1" "$2" {redirect}; exit ${{PIPESTATUS[0]}}'
-    done = subprocess.run(["bash", "-c", command, sys.executable, SMALL.format(too=True), tmp_path / "file"], env=tiny.environment(), timeout=120)
+    done = subprocess.run(
+        ["bash", "-c", command, sys.executable, SMALL.format(too=True), tmp_path / "file"],
+        env=tiny.environment(),
+        timeout=120,
+    )
     assert done.returncode == 0
     assert (tmp_path / "file").read_text() == "ours"
 
 
 def test_a_full_disk_behind_a_commands_output_is_one_line():
-    command = '"$0" -m pangu_locmoe capacity --hidden-size 8 --num-experts 2 --cosine 0.5 >/dev/full'
-    done = subprocess.run(["bash", "-c", command, sys.executable], env=tiny.environment(), capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stderr) == (2, f"pangu-locmoe: standard output cannot be written: {os.strerror(errno.ENOSPC)}\n")
+    command = (
+        '"$0" -m pangu_locmoe capacity --hidden-size 8 --num-experts 2 --cosine 0.5 >/dev/full'
+    )
+    done = subprocess.run(
+        ["bash", "-c", command, sys.executable],
+        env=tiny.environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (
+        2,
+        f"pangu-locmoe: standard output cannot be written: {os.strerror(errno.ENOSPC)}\n",
+    )

@@ -1,4 +1,6 @@
-"""Links of the pages lead somewhere, to files and to headings, and the glossary has every letter once."""
+"""Links of the pages lead somewhere, to files and to headings, and the glossary has every letter
+once.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,8 @@ def test_links_lead_to_files_and_headings(page):
 
 
 def test_every_page_is_reached_from_the_first():
-    reached, left = set(), [ROOT / "README.md"]
+    reached = set()
+    left = [ROOT / "README.md"]
     while left:
         page = left.pop()
         if page in reached or page.suffix != ".md":

@@ -1,4 +1,6 @@
-"""scripts/examples: each runs as a user would start it, without data and in a folder of its own, and does what it says."""
+"""scripts/examples: each runs as a user would start it, without data and in a folder of its own,
+and does what it says.
+"""
 
 from __future__ import annotations
 

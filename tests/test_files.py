@@ -51,7 +51,9 @@ def test_the_content_is_on_the_disk_before_the_name(tmp_path, monkeypatch):
     calls = []
     real = {name: getattr(os, name) for name in ("fsync", "replace")}
     for name in real:
-        monkeypatch.setattr(os, name, lambda *arguments, name=name: (calls.append(name), real[name](*arguments)))
+        monkeypatch.setattr(
+            os, name, lambda *arguments, name=name: (calls.append(name), real[name](*arguments))
+        )
     write_atomic(tmp_path / "a", b"new")
     assert calls == ["fsync", "replace"]
 
@@ -62,16 +64,38 @@ def test_a_folder_that_is_not_there(tmp_path):
 
 
 def test_json_has_no_number_that_is_none():
-    value = {"a": math.nan, "b": [1.5, -math.inf, {"c": (math.inf, np.float64("nan"))}], "d": None, "e": "NaN", "f": True, "g": 3}
-    assert json_text(value) == '{"a": null, "b": [1.5, null, {"c": [null, null]}], "d": null, "e": "NaN", "f": true, "g": 3}'
+    value = {
+        "a": math.nan,
+        "b": [1.5, -math.inf, {"c": (math.inf, np.float64("nan"))}],
+        "d": None,
+        "e": "NaN",
+        "f": True,
+        "g": 3,
+    }
+    assert json_text(value) == (
+        '{"a": null, "b": [1.5, null, {"c": [null, null]}], "d": null, "e": "NaN", "f": '
+        'true, "g": 3}'
+    )
     assert json_text({"a": "路", "b": math.nan}, 1, False) == '{\n "a": "路",\n "b": null\n}'
 
 
 def test_every_file_of_json_is_written_by_the_standard():
     """json.dumps writes NaN unless it is told not to."""
     package = Path(__file__).parents[1] / "pangu_locmoe"
-    found = {str(file.relative_to(package)) for file in package.rglob("*.py") if "json.dumps(" in file.read_text(encoding="utf-8")}
-    # Of whole numbers and text alone: names of slices, a fingerprint, messages, the schema, what two of our processes tell each other.
+    found = {
+        str(file.relative_to(package))
+        for file in package.rglob("*.py")
+        if "json.dumps(" in file.read_text(encoding="utf-8")
+    }
+    # Of whole numbers and text alone: names of slices, a fingerprint, messages, the schema, what
+    # two of our processes tell each other.
     assert found == {
-        "files.py", "checkpoint/shards.py", "data/prepared.py", "expert_load/importing.py", "config/__init__.py", "check/check.py", "check/compile.py", "report/tables.py",
-    }  # fmt: skip
+        "files.py",
+        "checkpoint/shards.py",
+        "data/prepared.py",
+        "expert_load/importing.py",
+        "config/__init__.py",
+        "check/check.py",
+        "check/compile.py",
+        "report/tables.py",
+    }

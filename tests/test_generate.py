@@ -18,14 +18,23 @@ from pangu_locmoe.model.sigma import PanguSigma
 from pangu_locmoe.moe.capacity import DROPLESS
 
 GREEDY = SampleConfig(tokens=12, temperature=0)
-LOGITS = st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=12).map(lambda values: np.array(values, np.float32))
+LOGITS = st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=12).map(
+    lambda values: np.array(values, np.float32)
+)
 
 
 def kept_probabilities(logits_V: np.ndarray, sample: SampleConfig) -> dict[int, float]:
-    """The tokens that may be drawn and how likely each is: a plain loop over the sorted tokens, in float64."""
+    """The tokens that may be drawn and how likely each is: a plain loop over the sorted tokens,
+    in float64.
+    """
     # By logit: exponentials of different logits may be the same number.
-    best = sorted(((float(value), -token) for token, value in enumerate(logits_V)), reverse=True)[: sample.top_k or None]
-    ranked = [(float(np.exp(np.float64(value) / sample.temperature)), negative) for value, negative in best]
+    best = sorted(((float(value), -token) for token, value in enumerate(logits_V)), reverse=True)[
+        : sample.top_k or None
+    ]
+    ranked = [
+        (float(np.exp(np.float64(value) / sample.temperature)), negative)
+        for value, negative in best
+    ]
     total = sum(weight for weight, _ in ranked)
     kept: dict[int, float] = {}
     for weight, negative in ranked:
@@ -37,7 +46,13 @@ def kept_probabilities(logits_V: np.ndarray, sample: SampleConfig) -> dict[int, 
 
 @example(np.array([-5.9e-23, 0.0], np.float32), 0.5, 0, 0.013, 0)
 @settings(max_examples=60, deadline=None)
-@given(LOGITS, st.sampled_from([0.5, 1.0, 2.0]), st.sampled_from([0, 1, 2, 3, 50]), st.sampled_from([0.013, 0.37, 0.71, 1.0]), st.integers(0, 2**31))
+@given(
+    LOGITS,
+    st.sampled_from([0.5, 1.0, 2.0]),
+    st.sampled_from([0, 1, 2, 3, 50]),
+    st.sampled_from([0.013, 0.37, 0.71, 1.0]),
+    st.integers(0, 2**31),
+)
 def test_draws_come_from_the_kept_tokens(logits_V, temperature, top_k, top_p, seed):
     sample = SampleConfig(temperature=temperature, top_k=top_k, top_p=top_p)
     kept = kept_probabilities(logits_V, sample)
@@ -49,8 +64,11 @@ def test_draws_come_from_the_kept_tokens(logits_V, temperature, top_k, top_p, se
 def test_draws_come_as_often_as_they_should(top_k, top_p):
     logits_V = np.array([1.0, -2.0, 2.5, 0.0, 2.0, -1.0], np.float32)
     sample = SampleConfig(temperature=0.7, top_k=top_k, top_p=top_p)
-    kept, generator = kept_probabilities(logits_V, sample), np.random.default_rng(3)
-    drawn = np.bincount([choose(logits_V, sample, generator) for _ in range(4000)], minlength=6) / 4000
+    kept = kept_probabilities(logits_V, sample)
+    generator = np.random.default_rng(3)
+    drawn = (
+        np.bincount([choose(logits_V, sample, generator) for _ in range(4000)], minlength=6) / 4000
+    )
     wanted = np.array([kept.get(token, 0.0) for token in range(6)])
     # Four standard deviations of a share of 4000 draws.
     np.testing.assert_allclose(drawn, wanted, atol=4 * np.sqrt(0.25 / 4000))
@@ -59,16 +77,35 @@ def test_draws_come_as_often_as_they_should(top_k, top_p):
 
 @given(LOGITS, st.integers(0, 50), st.floats(0.01, 1))
 def test_temperature_0_takes_the_likeliest(logits_V, top_k, top_p):
-    assert choose(logits_V, SampleConfig(temperature=0, top_k=top_k, top_p=top_p), np.random.default_rng(0)) == logits_V.argmax()
+    assert (
+        choose(
+            logits_V,
+            SampleConfig(temperature=0, top_k=top_k, top_p=top_p),
+            np.random.default_rng(0),
+        )
+        == logits_V.argmax()
+    )
 
 
 def test_the_likeliest_always_stays():
     logits_V = np.zeros(5, np.float32)
-    assert choose(logits_V, SampleConfig(temperature=1.0, top_k=0, top_p=1e-9), np.random.default_rng(0)) == 0
+    assert (
+        choose(
+            logits_V, SampleConfig(temperature=1.0, top_k=0, top_p=1e-9), np.random.default_rng(0)
+        )
+        == 0
+    )
 
 
 def test_large_logits_do_not_overflow():
-    assert choose(np.array([1e4, -1e4], np.float32), SampleConfig(temperature=0.01), np.random.default_rng(0)) == 0
+    assert (
+        choose(
+            np.array([1e4, -1e4], np.float32),
+            SampleConfig(temperature=0.01),
+            np.random.default_rng(0),
+        )
+        == 0
+    )
 
 
 @pytest.fixture(scope="module")
@@ -87,12 +124,17 @@ def generator(config, model):
 
 
 def likeliest(config, model, tokenizer, prompt: str, domain: int, count: int) -> list[int]:
-    """The likeliest tokens after a prompt by whole passes over exactly the text so far, while it fits the window."""
-    window, key = [tokenizer.end_of_document, *tokenizer.encode(prompt)], Tensor(np.zeros(1, np.int32))
+    """The likeliest tokens after a prompt by whole passes over exactly the text so far, while it
+    fits the window.
+    """
+    window = [tokenizer.end_of_document, *tokenizer.encode(prompt)]
+    key = Tensor(np.zeros(1, np.int32))
     start = len(window)
     for _ in range(count):
         tokens_BS = np.array([window], np.int32)
-        positions_BS, segments_BS = positions_and_segments(tokens_BS, tokenizer.end_of_document, config.data.reset_at_document_end)
+        positions_BS, segments_BS = positions_and_segments(
+            tokens_BS, tokenizer.end_of_document, config.data.reset_at_document_end
+        )
         arrays = (tokens_BS, positions_BS, segments_BS, np.array([domain], np.int32))
         logits_TV, _ = model(*map(Tensor, arrays), (key, key), (DROPLESS,), False)
         window.append(int(logits_TV.asnumpy()[-1, : tokenizer.vocab_size].argmax()))
@@ -105,13 +147,19 @@ def likeliest(config, model, tokenizer, prompt: str, domain: int, count: int) ->
 def test_temperature_0_is_the_argmax_at_every_place(config, model, generator, prompt):
     tokens = likeliest(config, model, generator.tokenizer, prompt, 1, 6)
     sample = SampleConfig(tokens=6, temperature=0)
-    assert generator([prompt], [1], sample, 1) == generator([prompt], [1], sample, 2) == [generator.tokenizer.decode(tokens)]
+    assert (
+        generator([prompt], [1], sample, 1)
+        == generator([prompt], [1], sample, 2)
+        == [generator.tokenizer.decode(tokens)]
+    )
 
 
 def test_a_prompt_beside_others_is_continued_as_alone(generator):
     prompts = ["the router", "每个词元", "for token in"]
     together = generator(prompts, [0, 1, 2], GREEDY, 1)
-    assert together == [generator([prompt], [domain], GREEDY, 1)[0] for domain, prompt in enumerate(prompts)]
+    assert together == [
+        generator([prompt], [domain], GREEDY, 1)[0] for domain, prompt in enumerate(prompts)
+    ]
 
 
 def test_the_seed_fixes_the_text(generator):
@@ -121,7 +169,9 @@ def test_the_seed_fixes_the_text(generator):
 
 
 def test_the_pieces_are_the_whole(generator):
-    """Random bytes of a model that has learned nothing: every character that is not whole yet waits for its rest."""
+    """Random bytes of a model that has learned nothing: every character that is not whole yet
+    waits for its rest.
+    """
     sample = SampleConfig(tokens=40, temperature=2.0, top_k=0, top_p=1.0)
     streamed = list(generator.stream(["专家"], [1], sample, 5))
     assert "".join(piece for (piece,) in streamed) == generator(["专家"], [1], sample, 5)[0]
@@ -142,8 +192,13 @@ def test_a_text_longer_than_the_window_goes_on(config, model):
     generator = Endless(model, config, prepare(config, False).tokenizer)
     prompt = "".join(str(number % 10) for number in range(300))
     assert len(generator.tokenizer.encode(prompt)) > 32
-    pieces = list(generator.stream([prompt], [0], SampleConfig(tokens=96, temperature=1.0, top_k=0, top_p=1.0), 3))
-    # A step more than tokens, for the rest of a last character. The window keeps its last half when it is full.
+    pieces = list(
+        generator.stream(
+            [prompt], [0], SampleConfig(tokens=96, temperature=1.0, top_k=0, top_p=1.0), 3
+        )
+    )
+    # A step more than tokens, for the rest of a last character. The window keeps its last half when
+    # it is full.
     assert len(pieces) == 97 and "".join(piece for (piece,) in pieces)
     assert seen == [16, *[16 + place % 17 for place in range(1, 96)]]
 
@@ -160,11 +215,16 @@ def test_a_continuation_ends_with_the_document(config, model):
             logits_BV = np.full((len(windows), self.tokenizer.vocab_size), -10.0, np.float32)
             for row, window in zip(logits_BV, windows):
                 ended = len(window) == 4 and window[1] == self.tokenizer.encode("a")[0]
-                row[self.tokenizer.end_of_document if ended else self.tokenizer.encode("b")[0]] = 10.0
+                row[self.tokenizer.end_of_document if ended else self.tokenizer.encode("b")[0]] = (
+                    10.0
+                )
             return logits_BV
 
     generator = Scripted(model, config, prepare(config, False).tokenizer)
-    assert generator(["a", "c"], [0, 0], SampleConfig(tokens=6, temperature=0), 1) == ["bb", "bbbbbb"]
+    assert generator(["a", "c"], [0, 0], SampleConfig(tokens=6, temperature=0), 1) == [
+        "bb",
+        "bbbbbb",
+    ]
     assert len(list(generator.stream(["a"], [0], SampleConfig(tokens=6, temperature=0), 1))) == 3
 
 

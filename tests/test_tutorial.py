@@ -1,4 +1,6 @@
-"""docs/tutorial.md works as it stands: its code, its configuration and its commands, in an empty folder."""
+"""docs/tutorial.md works as it stands: its code, its configuration and its commands, in an empty
+folder.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +26,15 @@ def blocks(language: str) -> list[str]:
 
 
 def commands() -> list[list[str]]:
-    """The verbs of the document's commands with their arguments; the shell script and the installed command are the same program."""
+    """The verbs of the document's commands with their arguments; the shell script and the
+    installed command are the same program.
+    """
     lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines()
     words = [shlex.split(line) for line in lines]
-    return [["train", *rest[2:]] if rest[:2] == ["bash", "scripts/train.sh"] else rest[1:] for rest in words]
+    return [
+        ["train", *rest[2:]] if rest[:2] == ["bash", "scripts/train.sh"] else rest[1:]
+        for rest in words
+    ]
 
 
 @pytest.fixture
@@ -54,16 +61,26 @@ def test_every_command_does_what_the_text_says(clone, capsys):
     said = {}
     for command in commands():
         assert main(command) == 0, capsys.readouterr().err
-        said[" ".join(command[:2] if command[0] == "load" else command[:1])] = capsys.readouterr().out
+        said[" ".join(command[:2] if command[0] == "load" else command[:1])] = (
+            capsys.readouterr().out
+        )
     assert list(said) == ["train", "report", "load states", "load forecast", "load place"]
     runs = clone / "runs" / "tutorial"
     for name in ("cosine", "locmoe"):
-        rows = [json.loads(line) for line in (runs / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        rows = [
+            json.loads(line)
+            for line in (runs / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
         losses = [row["loss"] for row in rows if "loss" in row]
         assert len(losses) == 100 and losses[-1] < losses[0] - 0.5
     page = (runs / "report.html").read_text(encoding="utf-8")
     assert NAME in page and "locmoe" in page
-    assert re.search(r"^  MoE layer 0: ", said["load states"], re.MULTILINE) and (runs / "states.svg").exists()
+    assert (
+        re.search(r"^  MoE layer 0: ", said["load states"], re.MULTILINE)
+        and (runs / "states.svg").exists()
+    )
     assert re.search(r"^  mean_wape +0\.\d+", said["load forecast"], re.MULTILINE)
     assert re.search(r"^moves \d+ experts", said["load place"], re.MULTILINE)
-    assert sorted(json.loads((runs / "plan.json").read_text(encoding="utf-8"))["slot_to_expert"][0]) == [0, 1, 2, 3]
+    assert sorted(
+        json.loads((runs / "plan.json").read_text(encoding="utf-8"))["slot_to_expert"][0]
+    ) == [0, 1, 2, 3]

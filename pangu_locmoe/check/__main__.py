@@ -1,4 +1,5 @@
-"""`python -m pangu_locmoe.check CONFIG RANKS [KEY=VALUE]...`: what scripts/train_ascend.sh asks before it starts anything.
+"""`python -m pangu_locmoe.check CONFIG RANKS [KEY=VALUE]...`: what scripts/train_ascend.sh asks
+before it starts anything.
 
 Prints HCCL_BUFFSIZE in megabytes; stops where the configuration does not fit the number of ranks.
 """

@@ -1,4 +1,6 @@
-"""`pangu-locmoe check`: an Ascend job's step, compiled without devices and held against what it must communicate."""
+"""`pangu-locmoe check`: an Ascend job's step, compiled without devices and held against what it
+must communicate.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,10 @@ class Check:
             "agrees": not self.differences,
             "differences": self.differences,
             "notes": self.notes,
-            "groups": [{"name": name, "ranks": list(ranks), "buffer_bytes": self.buffer_bytes} for name, ranks in self.groups.items()],
+            "groups": [
+                {"name": name, "ranks": list(ranks), "buffer_bytes": self.buffer_bytes}
+                for name, ranks in self.groups.items()
+            ],
             "operations": self.rows(),
             "memory": self.memory.to_dict(),
             "device": None if self.device is None else self.device.to_dict(),
@@ -67,11 +72,16 @@ class Check:
 
     @property
     def too_large(self) -> Optional[str]:
-        """One line where the device's memory does not hold the rank's part; None where it does, or no device was named."""
+        """One line where the device's memory does not hold the rank's part; None where it does,
+        or no device was named.
+        """
         available = None if self.device is None else self.device.memory_bytes
         if self.device is None or available is None or self.memory.total <= available:
             return None
-        return f"does not fit: {self.memory.total / 1e9:.1f} GB of {available / 1e9:.1f} GB ({self.device.name}, rank {self.rank})"
+        return (
+            f"does not fit: {self.memory.total / 1e9:.1f} GB of {available / 1e9:.1f} GB "
+            f"({self.device.name}, rank {self.rank})"
+        )
 
     @property
     def buffer_bytes(self) -> int:
@@ -83,7 +93,9 @@ class Check:
         micro_batches = self.config.train.accumulation_steps
         rows = []
         for operation, count in Counter(self.operations).items():
-            inside, between = node_bytes(operation, self.groups[operation.group], self.topology, self.rank)
+            inside, between = node_bytes(
+                operation, self.groups[operation.group], self.topology, self.rank
+            )
             row = {**operation.to_dict(), "ranks": list(self.groups[operation.group])}
             row["times"] = count * (1 if operation.direction == "update" else micro_batches)
             if operation.kind == "AlltoAllV":
@@ -94,30 +106,60 @@ class Check:
     def format(self) -> str:
         """A table for people."""
         lines = [
-            f"rank {self.rank} of {self.topology.num_ranks} in {self.topology.num_nodes} nodes; {num_params(self.config):,} parameters in all",
+            (
+                f"rank {self.rank} of {self.topology.num_ranks} in {self.topology.num_nodes} "
+                f"nodes; {num_params(self.config):,} parameters in all"
+            ),
             *self.memory.format(self.config.train.precision),
         ]
-        lines += [f"group {name}: {len(ranks)} ranks, {_bytes(self.buffer_bytes)} of HCCL buffers" for name, ranks in self.groups.items()]
-        table = [("times", "operator", "pass", "group", "operand", "result", "bytes", "to other nodes")]
+        lines += [
+            f"group {name}: {len(ranks)} ranks, {_bytes(self.buffer_bytes)} of HCCL buffers"
+            for name, ranks in self.groups.items()
+        ]
+        table = [
+            ("times", "operator", "pass", "group", "operand", "result", "bytes", "to other nodes")
+        ]
         for row in self.rows():
             between = _bytes(row["inter_node_bytes"]) if "inter_node_bytes" in row else ""
             shapes = [f"{row['dtype']}{list(row[key])}" for key in ("shape", "result")]
-            table.append((str(row["times"]), row["kind"], row["direction"], row["group"], *shapes, _bytes(row["bytes"]), between))
+            table.append(
+                (
+                    str(row["times"]),
+                    row["kind"],
+                    row["direction"],
+                    row["group"],
+                    *shapes,
+                    _bytes(row["bytes"]),
+                    between,
+                )
+            )
         widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
-        lines += ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in table]
+        lines += [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip()
+            for line in table
+        ]
         lines += [f"note: {note}" for note in self.notes]
-        if self.device is not None and self.device.memory_bytes is not None and self.too_large is None:
-            lines.append(f"fits: {self.memory.total / 1e9:.1f} GB of {self.device.memory_bytes / 1e9:.1f} GB ({self.device.name})")
+        if (
+            self.device is not None
+            and self.device.memory_bytes is not None
+            and self.too_large is None
+        ):
+            lines.append(
+                f"fits: {self.memory.total / 1e9:.1f} GB of "
+                f"{self.device.memory_bytes / 1e9:.1f} GB ({self.device.name})"
+            )
         if not self.differences:
             lines.append("the graph is what the plan says")
         return "\n".join(lines)
 
 
 def check(config: Config, num_ranks: int, rank: int = 0, device: Optional[Device] = None) -> Check:
-    """Compile one rank's step in a process of its own, compare it with the plan, and add up its memory.
+    """Compile one rank's step in a process of its own, compare it with the plan, and add up its
+    memory.
 
     Raises:
-        ConfigError: the configuration does not compile as one graph, or asks for what the device does not have.
+        ConfigError: the configuration does not compile as one graph, or asks for what the device
+            does not have.
         TopologyError: the number of ranks does not fit it.
     """
     if num_ranks < 2:
@@ -125,34 +167,62 @@ def check(config: Config, num_ranks: int, rank: int = 0, device: Optional[Device
     if not 0 <= rank < num_ranks:
         raise TopologyError(f"--rank {rank}: must be between 0 and {num_ranks - 1}")
     if config.parallel.sizes != "static":
-        raise ConfigError("parallel.sizes = 'counts': exchanges as many tokens as are routed, in PyNative; a step compiles as one graph with static")
+        raise ConfigError(
+            "parallel.sizes = 'counts': exchanges as many tokens as are routed, in "
+            "PyNative; a step compiles as one graph with static"
+        )
     if device is not None:
         _check_device(config, device)
     topology = Topology.from_config(config, num_ranks)
     shallow = _shallower(config)
     result = _compile(shallow, num_ranks, rank)
-    weights = [Weight(item["name"], tuple(item["shape"]), item["kind"]) for item in result["weights"]]
-    found = differences(plan(shallow, topology, rank, weights), [_operation(item) for item in result["operations"]])
-    apart = {"whole": 1, "slice": topology.tensor_parallel, "expert": topology.tensor_parallel * topology.expert_parallel}
+    weights = [
+        Weight(item["name"], tuple(item["shape"]), item["kind"]) for item in result["weights"]
+    ]
+    found = differences(
+        plan(shallow, topology, rank, weights), [_operation(item) for item in result["operations"]]
+    )
+    apart = {
+        "whole": 1,
+        "slice": topology.tensor_parallel,
+        "expert": topology.tensor_parallel * topology.expert_parallel,
+    }
     held = sum(_size(weight.shape) * apart[weight.kind] for weight in weights)
     if held != num_params(shallow):
-        found.append(f"the ranks that share the model hold {held:,} parameters, the configuration has {num_params(shallow):,}")
+        found.append(
+            f"the ranks that share the model hold {held:,} parameters, the configuration "
+            f"has {num_params(shallow):,}"
+        )
     tokens = config.micro_batch * config.model.seq_length // topology.num_places
     layers = shallow.model.num_layers if config.train.fused else 0
-    flash = [layers + max(0, layers - 1) * config.train.recompute, layers]  # of a recomputed block twice; the query layer is not
+    flash = [
+        layers + max(0, layers - 1) * config.train.recompute,
+        layers,
+    ]  # of a recomputed block twice; the query layer is not
     if result["flash_attention"] != flash:
-        found.append(f"flash attention, forward and backward: {flash} with train.fused = {config.train.fused}, {result['flash_attention']} in the graph")
+        found.append(
+            f"flash attention, forward and backward: {flash} with train.fused = "
+            f"{config.train.fused}, {result['flash_attention']} in the graph"
+        )
     notes = list(certain_drops(config, topology, rank, tokens))
     if shallow is not config:
-        kept, all_layers = shallow.model, config.model
+        kept = shallow.model
+        all_layers = config.model
         notes.append(
-            f"compiled with {kept.num_layers} of {all_layers.num_layers} layers, {kept.num_moe_layers} of {all_layers.num_moe_layers} sparse ones; "
+            f"compiled with {kept.num_layers} of {all_layers.num_layers} layers, "
+            f"{kept.num_moe_layers} of {all_layers.num_moe_layers} sparse ones; "
             "layers of a kind are alike, and the figures above are those of all layers"
         )
         weights = _deepen(weights, shallow, config)
     operations = plan(config, topology, rank, weights)
     compiled = {name: tuple(ranks) for name, ranks in result["groups"].items()}
-    groups = {**{operation.group: topology_groups(topology, rank)[operation.group] for operation in operations}, **compiled}
+    groups = {
+        **{
+            operation.group: topology_groups(topology, rank)[operation.group]
+            for operation in operations
+        },
+        **compiled,
+    }
     memory = estimate(config, topology, rank, weights, len(groups))
     return Check(config, topology, rank, operations, groups, weights, memory, found, notes, device)
 
@@ -161,44 +231,81 @@ def _check_device(config: Config, device: Device) -> None:
     if device.memory_bytes is None:
         raise ConfigError(f"--device {device.name}: its memory_bytes is not known")
     if config.train.fused and not device.fused_operators:
-        raise ConfigError(f"train.fused = True: {device.name} has no flash attention for training; must be false")
+        raise ConfigError(
+            f"train.fused = True: {device.name} has no flash attention for training; must be false"
+        )
 
 
 def _shallower(config: Config) -> Config:
-    """The same configuration with at most two dense and two sparse blocks, where it has more than MOST_LAYERS layers."""
+    """The same configuration with at most two dense and two sparse blocks, where it has more
+    than MOST_LAYERS layers.
+    """
     model = config.model
     if model.num_layers <= MOST_LAYERS:
         return config
-    dense, sparse = min(2, model.num_layers - 1 - model.num_moe_layers), min(2, model.num_moe_layers)
-    return config.model_copy(update={"model": model.model_copy(update={"num_layers": dense + sparse + 1, "num_moe_layers": sparse})})
+    dense = min(2, model.num_layers - 1 - model.num_moe_layers)
+    sparse = min(2, model.num_moe_layers)
+    return config.model_copy(
+        update={
+            "model": model.model_copy(
+                update={"num_layers": dense + sparse + 1, "num_moe_layers": sparse}
+            )
+        }
+    )
 
 
 def _deepen(weights: List[Weight], shallow: Config, config: Config) -> List[Weight]:
-    """The weights of all layers from those of a shallower stack: every block has those of the first of its kind."""
+    """The weights of all layers from those of a shallower stack: every block has those of the
+    first of its kind.
+    """
     first_sparse = shallow.model.num_layers - 1 - shallow.model.num_moe_layers
     rest = [weight for weight in weights if not weight.name.startswith("blocks.")]
     blocks = []
     for index in range(config.model.num_layers - 1):
-        like = 0 if index < config.model.num_layers - 1 - config.model.num_moe_layers else first_sparse
+        like = (
+            0 if index < config.model.num_layers - 1 - config.model.num_moe_layers else first_sparse
+        )
         own = [weight for weight in weights if weight.name.startswith(f"blocks.{like}.")]
-        blocks += [Weight(f"blocks.{index}." + weight.name.split(".", 2)[2], weight.shape, weight.kind) for weight in own]
+        blocks += [
+            Weight(f"blocks.{index}." + weight.name.split(".", 2)[2], weight.shape, weight.kind)
+            for weight in own
+        ]
     return [*rest, *blocks]
 
 
 def _compile(config: Config, num_ranks: int, rank: int) -> Dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        request, result = Path(folder) / "request.json", Path(folder) / "result.json"
+        request = Path(folder) / "request.json"
+        result = Path(folder) / "result.json"
         values = {"config": config.model_dump(mode="json"), "ranks": num_ranks, "rank": rank}
         request.write_text(json.dumps(values), encoding="utf-8")
         root = str(Path(__file__).resolve().parents[2])
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
-        # MindSpore takes these from the environment when it is imported, and leaves files where it fails.
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
+        }
+        # MindSpore takes these from the environment when it is imported, and leaves files where it
+        # fails.
         environment.update(RANK_SIZE=str(num_ranks), RANK_ID=str(rank))
         command = [sys.executable, "-m", "pangu_locmoe.check.compile", str(request), str(result)]
-        done = subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True, preexec_fn=_deep_stack)
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            env=environment,
+            text=True,
+            capture_output=True,
+            preexec_fn=_deep_stack,
+        )
         if done.returncode:
-            errors = [line for line in done.stderr.splitlines() if re.match(r"[A-Za-z_.]*(Error|Exception)\b", line)]
-            raise ConfigError(f"the step does not compile: {errors[0] if errors else f'exit code {done.returncode}'}")
+            errors = [
+                line
+                for line in done.stderr.splitlines()
+                if re.match(r"[A-Za-z_.]*(Error|Exception)\b", line)
+            ]
+            raise ConfigError(
+                "the step does not compile: "
+                f"{errors[0] if errors else f'exit code {done.returncode}'}"
+            )
         loaded: Dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
         return loaded
 
@@ -211,7 +318,13 @@ def _deep_stack() -> None:
 
 def _operation(item: Dict[str, Any]) -> Operation:
     return Operation(
-        item["kind"], item["group"], item["direction"], item["dtype"], tuple(item["shape"]), tuple(item["result"]), tuple(item["sent"])
+        item["kind"],
+        item["group"],
+        item["direction"],
+        item["dtype"],
+        tuple(item["shape"]),
+        tuple(item["result"]),
+        tuple(item["sent"]),
     )
 
 

@@ -1,5 +1,6 @@
-"""Compiles the front end of one rank's training step on a machine without devices. A process of its own: it leaves
-MindSpore unfit for anything else. `python -m pangu_locmoe.check.compile CONFIG.json RESULT.json`.
+"""Compiles the front end of one rank's training step on a machine without devices. A process of its
+own: it leaves MindSpore unfit for anything else. `python -m pangu_locmoe.check.compile CONFIG.json
+RESULT.json`.
 
 The step's parameters have shapes but no values here, so that a large configuration takes no memory.
 """
@@ -36,7 +37,9 @@ _NUMBER = Tensor(1.0, ms.float32)
 
 
 def compile_step(config: Config, num_ranks: int, rank: int) -> Dict[str, Any]:
-    """The communication operators of a rank's step, how often it has flash attention (forward, backward), its groups and its weights."""
+    """The communication operators of a rank's step, how often it has flash attention (forward,
+    backward), its groups and its weights.
+    """
     _without_values()
     fused.on_ascend = lambda: True  # what is compiled is for one
     ms.set_recursion_limit(RECURSION_LIMIT)
@@ -51,15 +54,28 @@ def compile_step(config: Config, num_ranks: int, rank: int) -> Dict[str, Any]:
         own = pieces(parameters, world.topology, rank) if config.parallel.shard_optimizer else None
         adam = optimizer.AdamW.of(parameters, config.train, own)
         parts = graph_parts(config, adam, world.topology, communicator)
-    capacities = (1,) * config.model.num_moe_layers  # not used with static sizes, but for not being dropless
-    texts = [_front_end(parts.step(Objective(model, config, capacities)), _inputs(config, world.topology.num_places))]
+    capacities = (
+        1,
+    ) * config.model.num_moe_layers  # not used with static sizes, but for not being dropless
+    texts = [
+        _front_end(
+            parts.step(Objective(model, config, capacities)),
+            _inputs(config, world.topology.num_places),
+        )
+    ]
     if parts.buffers is not None:
         norm, apply, _ = parts.after()
-        texts += [_front_end(norm, (_NUMBER,)), _front_end(apply, (_NUMBER, Tensor(1, ms.int32), _NUMBER))]
+        texts += [
+            _front_end(norm, (_NUMBER,)),
+            _front_end(apply, (_NUMBER, Tensor(1, ms.int32), _NUMBER)),
+        ]
     text = "\n".join(texts)
     return {
         "operations": [operation.to_dict() for operation in communication(text)],
-        "flash_attention": [text.count(f"= PrimFunc_{name}(") for name in ("FlashAttentionScore", "FlashAttentionScoreGrad")],
+        "flash_attention": [
+            text.count(f"= PrimFunc_{name}(")
+            for name in ("FlashAttentionScore", "FlashAttentionScoreGrad")
+        ],
         "groups": {name: list(ranks) for name, ranks in communicator.groups.items()},
         "weights": [{"name": p.name, "shape": list(p.shape), "kind": kind(p)} for p in parameters],
     }
@@ -74,7 +90,8 @@ def _front_end(cell: nn.Cell, inputs: Tuple[Tensor, ...]) -> str:
 
 def _inputs(config: Config, num_places: int) -> Tuple[Tensor, ...]:
     """Of the step, or with buffers, where only the objective's are needed, of a micro-batch."""
-    batch, length = config.micro_batch // num_places, config.model.seq_length
+    batch = config.micro_batch // num_places
+    length = config.model.seq_length
 
     def integers(*shape: int) -> Tensor:
         return Tensor(np.zeros(shape, np.int32))
@@ -97,11 +114,17 @@ def _without_values() -> None:
         return Tensor(value, *arguments, **keywords)
 
     def expert_weights(config: Config, layer: int, held: np.ndarray) -> List[np.ndarray]:
-        hidden, inner = config.model.hidden_size, config.model.ffn_size
-        return [np.broadcast_to(np.float32(0), (len(held), *shape)) for shape in ((hidden, inner), (inner, hidden))]
+        hidden = config.model.hidden_size
+        inner = config.model.ffn_size
+        return [
+            np.broadcast_to(np.float32(0), (len(held), *shape))
+            for shape in ((hidden, inner), (inner, hidden))
+        ]
 
     def zeros(shape: Tuple[int, ...], name: str) -> Parameter:
-        return Parameter(Tensor(shape=shape, dtype=ms.float32, init=Zero()), name=name, requires_grad=False)
+        return Parameter(
+            Tensor(shape=shape, dtype=ms.float32, init=Zero()), name=name, requires_grad=False
+        )
 
     for module in (attention, block, sigma):
         module.normal = shape_only  # type: ignore[attr-defined]

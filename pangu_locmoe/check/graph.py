@@ -7,13 +7,17 @@ from typing import Iterator, List, Tuple
 
 from pangu_locmoe.parallel.operation import Operation, Shape
 
-_OPERATOR = re.compile(r"^\s*%\d+\([^)]*\) = (?:PrimFunc_)?(\w+)\(.* primitive_attrs: \{.*\bgroup: \"([^\"]+)\"")
+_OPERATOR = re.compile(
+    r"^\s*%\d+\([^)]*\) = (?:PrimFunc_)?(\w+)\(.* primitive_attrs: \{.*\bgroup: \"([^\"]+)\""
+)
 _TENSOR = re.compile(r"<Tensor\[(\w+)\], \(([\d, ]*)\)")
 _NUMBERS = re.compile(r"\(((?:I64\(\d+\)(?:, )?)+)\)")
 
 
 def communication(text: str) -> List[Operation]:
-    """Every operator of the graph that has a group, in order. Their direction is empty: not every operator's scope tells it.
+    """Every operator of the graph that has a group, in order.
+
+    Their direction is empty: not every operator's scope tells it.
 
     Raises:
         ValueError: an operator whose shapes cannot be read.
@@ -31,15 +35,25 @@ def _matches(lines: List[str]) -> Iterator[Tuple[int, re.Match[str]]]:
 
 def _operation(lines: List[str], index: int, kind: str, group: str) -> Operation:
     operand, arrow, result = lines[index + 1].partition(" -> ")
-    tensors, results = _TENSOR.findall(operand), _TENSOR.findall(result)
+    tensors = _TENSOR.findall(operand)
+    results = _TENSOR.findall(result)
     if not (arrow and tensors and results):
-        raise ValueError(f"line {index + 2} of the graph has no shapes for {kind}: {lines[index + 1].strip()[:200]}")
+        raise ValueError(
+            f"line {index + 2} of the graph has no shapes for {kind}: "
+            f"{lines[index + 1].strip()[:200]}"
+        )
     sent: Tuple[int, ...] = ()
     if kind == "AlltoAllV":
         # The first of two tuples of constants; an operand that is not constant would leave fewer.
         counts = _NUMBERS.findall(lines[index].partition(" primitive_attrs:")[0])
-        sent = tuple(int(number) for number in re.findall(r"I64\((\d+)\)", counts[0])) if len(counts) == 2 else ()
-    return Operation(kind, group, "", tensors[0][0], _shape(tensors[0][1]), _shape(results[0][1]), sent)
+        sent = (
+            tuple(int(number) for number in re.findall(r"I64\((\d+)\)", counts[0]))
+            if len(counts) == 2
+            else ()
+        )
+    return Operation(
+        kind, group, "", tensors[0][0], _shape(tensors[0][1]), _shape(results[0][1]), sent
+    )
 
 
 def _shape(text: str) -> Shape:

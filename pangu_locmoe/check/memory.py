@@ -1,12 +1,13 @@
 """What one rank of an Ascend job keeps in its device's memory during a step.
 
-Weights, gradients and Adam's moments are exact: they are the compiled step's parameters. HCCL's buffers are what its
-documentation says. Copies, activations and workspace are estimated from what the layers' gradients use
-(model/functional.py, moe/): no device has been asked. Not counted: index maps, what the compiler keeps or frees otherwise,
-fragmentation, the code of the graph. Everything is added up as if it lived at once, though activations go as gradients come.
+Weights, gradients and Adam's moments are exact: they are the compiled step's parameters. HCCL's
+buffers are what its documentation says. Copies, activations and workspace are estimated from what
+the layers' gradients use (model/functional.py, moe/): no device has been asked. Not counted: index
+maps, what the compiler keeps or frees otherwise, fragmentation, the code of the graph. Everything
+is added up as if it lived at once, though activations go as gradients come.
 
-Letters: T tokens of this rank (B sequences of S), D hidden, F inner width, H heads, V vocabulary, E experts, M rows of this
-rank's experts. F, H and V are divided by the tensor-parallel size.
+Letters: T tokens of this rank (B sequences of S), D hidden, F inner width, H heads, V vocabulary, E
+experts, M rows of this rank's experts. F, H and V are divided by the tensor-parallel size.
 """
 
 from __future__ import annotations
@@ -22,20 +23,26 @@ from pangu_locmoe.parallel.operation import ITEM_BYTES
 from pangu_locmoe.parallel.topology import Topology
 
 _FP32 = 4
-_FLASH_ROWS = 2 * 8 * _FP32  # softmax's maximum and sum of each query and head, eight of each, for flash attention's gradient
+_FLASH_ROWS = (
+    2 * 8 * _FP32
+)  # softmax's maximum and sum of each query and head, eight of each, for flash attention's gradient
 
 
 @dataclass(frozen=True)
 class Memory:
     """Bytes on one device.
 
-    weights, gradients, moments: fp32. With parallel.shard_optimizer the weights' pieces count as weights and moments are divided;
-    with accumulation or fp16 there are the buffers of the gradients, too.
-    copies: the matrices in the precision of the products, which the backward pass needs again. Estimated.
+    weights, gradients, moments: fp32. With parallel.shard_optimizer the weights' pieces count as
+    weights and moments are divided; with accumulation or fp16 there are the buffers of the
+    gradients, too.
+    copies: the matrices in the precision of the products, which the backward pass needs again.
+    Estimated.
     activations: what the backward pass needs, by part of the model. Estimated.
-    workspace: intermediate results of the largest operator or, with recomputation, of a block. Estimated.
+    workspace: intermediate results of the largest operator or, with recomputation, of a block.
+    Estimated.
     buffers: HCCL's, for sending and receiving in each group.
-    on_host: fp32 moments that the host has instead (train.offload_expert_optimizer); not in the total.
+    on_host: fp32 moments that the host has instead (train.offload_expert_optimizer); not in the
+    total.
     """
 
     weights: int
@@ -49,23 +56,43 @@ class Memory:
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.moments + self.copies + sum(self.activations.values()) + self.workspace + self.buffers
+        return (
+            self.weights
+            + self.gradients
+            + self.moments
+            + self.copies
+            + sum(self.activations.values())
+            + self.workspace
+            + self.buffers
+        )
 
     def format(self, precision: str) -> List[str]:
         """Lines for people, in GB of 1e9 bytes, as devices are sold."""
         parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in self.activations.items())
-        state = f"weights {self.weights / 1e9:.2f}, gradients {self.gradients / 1e9:.2f}, Adam's moments {self.moments / 1e9:.2f}"
-        kept = f"weights in {precision} {self.copies / 1e9:.2f}, activations {sum(self.activations.values()) / 1e9:.2f}"
+        state = (
+            f"weights {self.weights / 1e9:.2f}, gradients {self.gradients / 1e9:.2f}, Adam's "
+            f"moments {self.moments / 1e9:.2f}"
+        )
+        kept = (
+            f"weights in {precision} {self.copies / 1e9:.2f}, activations "
+            f"{sum(self.activations.values()) / 1e9:.2f}"
+        )
         return [
-            f"memory of this rank, GB: {state}; HCCL's buffers {self.buffers / 1e9:.2f}" + (f"; on the host {self.on_host / 1e9:.2f}" if self.on_host else ""),
-            f"estimated, GB: {kept} ({parts}), workspace {self.workspace / 1e9:.2f}; all together {self.total / 1e9:.2f}",
+            f"memory of this rank, GB: {state}; HCCL's buffers {self.buffers / 1e9:.2f}"
+            + (f"; on the host {self.on_host / 1e9:.2f}" if self.on_host else ""),
+            (
+                f"estimated, GB: {kept} ({parts}), workspace {self.workspace / 1e9:.2f}; all "
+                f"together {self.total / 1e9:.2f}"
+            ),
         ]
 
     def to_dict(self) -> Dict[str, Any]:
         return {**asdict(self), "total": self.total}
 
 
-def estimate(config: Config, topology: Topology, rank: int, weights: Sequence[Weight], num_groups: int) -> Memory:
+def estimate(
+    config: Config, topology: Topology, rank: int, weights: Sequence[Weight], num_groups: int
+) -> Memory:
     """The memory of one rank's step.
 
     Args:
@@ -76,10 +103,19 @@ def estimate(config: Config, topology: Topology, rank: int, weights: Sequence[We
         num_groups: HCCL groups it is in.
     """
     numbers = sum(math.prod(weight.shape) for weight in weights)
-    divided = [(math.prod(weight.shape), weight_piece(weight, config, topology, rank)) for weight in weights]
+    divided = [
+        (math.prod(weight.shape), weight_piece(weight, config, topology, rank))
+        for weight in weights
+    ]
     pieces = sum(size // piece.count for size, piece in divided if piece is not None)
-    moments = [2 * _FP32 * (size if piece is None else size // piece.count) for size, piece in divided]
-    host = sum(size for size, weight in zip(moments, weights) if weight.kind == "expert") if config.train.offload_expert_optimizer else 0
+    moments = [
+        2 * _FP32 * (size if piece is None else size // piece.count) for size, piece in divided
+    ]
+    host = (
+        sum(size for size, weight in zip(moments, weights) if weight.kind == "expert")
+        if config.train.offload_expert_optimizer
+        else 0
+    )
     buffers = numbers + pieces if config.train.has_buffers else 0
     sizes = _Sizes(config, topology, rank)
     return Memory(
@@ -99,7 +135,11 @@ def _copies(config: Config, weights: Sequence[Weight]) -> int:
     if item == _FP32:
         return 0
     # Rows are taken from the position and query tables before they are rounded; norms stay in fp32.
-    rounded = [weight for weight in weights if len(weight.shape) > 1 and not weight.name.endswith(("position_table", "query_table"))]
+    rounded = [
+        weight
+        for weight in weights
+        if len(weight.shape) > 1 and not weight.name.endswith(("position_table", "query_table"))
+    ]
     return item * sum(math.prod(weight.shape) for weight in rounded)
 
 
@@ -107,36 +147,63 @@ class _Sizes:
     """Bytes of the model's parts on one rank, from the sizes that they depend on."""
 
     def __init__(self, config: Config, topology: Topology, rank: int) -> None:
-        model, split = config.model, topology.tensor_parallel
-        self.config, self.item = config, ITEM_BYTES[config.train.precision]
+        model = config.model
+        split = topology.tensor_parallel
+        self.config = config
+        self.item = ITEM_BYTES[config.train.precision]
         self.sequences = config.micro_batch // topology.num_places
-        self.length, self.tokens, self.hidden = model.seq_length, self.sequences * model.seq_length, model.hidden_size
-        self.heads, self.inner, self.vocabulary = model.num_heads // split, model.ffn_size // split, model.vocab_size // split
+        self.length = model.seq_length
+        self.tokens = self.sequences * model.seq_length
+        self.hidden = model.hidden_size
+        self.heads = model.num_heads // split
+        self.inner = model.ffn_size // split
+        self.vocabulary = model.vocab_size // split
         self.own_hidden = model.hidden_size // split  # features of this rank's heads
         slots_RE = group_slots(config.moe.capacity, topology, rank, self.tokens)
         held = topology.experts_of_rank(rank)
         self.rows = int(slots_RE[:, held.start : held.stop].sum())
-        self.row_bytes = self.tokens * self.hidden * self.item  # one [T, D] in the precision of the products
-        self.own_tokens = self.tokens // (split if config.parallel.sequence_parallel else 1)  # of norms, dropout and residuals
+        self.row_bytes = (
+            self.tokens * self.hidden * self.item
+        )  # one [T, D] in the precision of the products
+        self.own_tokens = self.tokens // (
+            split if config.parallel.sequence_parallel else 1
+        )  # of norms, dropout and residuals
 
     def activations(self) -> Dict[str, int]:
         """By part; the mask is made once for all layers."""
-        model, again = self.config.model, self.config.train.recompute
-        dense, sparse = model.num_layers - 1 - model.num_moe_layers, model.num_moe_layers
-        # The inputs of what is recomputed; where rows are divided they are gathered outside of it, and kept beside the rank's own.
-        kept = 2 * (self.row_bytes + (self.own_tokens * self.hidden * self.item if self.own_tokens < self.tokens else 0))
+        model = self.config.model
+        again = self.config.train.recompute
+        dense = model.num_layers - 1 - model.num_moe_layers
+        sparse = model.num_moe_layers
+        # The inputs of what is recomputed; where rows are divided they are gathered outside of it,
+        # and kept beside the rank's own.
+        kept = 2 * (
+            self.row_bytes
+            + (self.own_tokens * self.hidden * self.item if self.own_tokens < self.tokens else 0)
+        )
         return {
-            "mask": self.sequences * self.length**2 * (1 if self.config.train.fused else _FP32 * self.heads),
+            "mask": self.sequences
+            * self.length**2
+            * (1 if self.config.train.fused else _FP32 * self.heads),
             "dense blocks": dense * (kept if again else self.dense_block()),
-            "sparse blocks": sparse * (kept + self.routing() + self.expert_rows() if again else self.sparse_block()),
+            "sparse blocks": sparse
+            * (kept + self.routing() + self.expert_rows() if again else self.sparse_block()),
             # Its queries are not its keys' operand: one [T, D] more than a block's.
-            "query layer": self.dense_block() + self.row_bytes + (self.norm() if model.final_norm else 0),
+            "query layer": self.dense_block()
+            + self.row_bytes
+            + (self.norm() if model.final_norm else 0),
             "head": self.row_bytes + self.tokens * self.vocabulary * _FP32,
         }
 
     def workspace(self) -> int:
-        """Of the largest operator; a recomputed block has its activations back while its gradient is taken."""
-        scores = 0 if self.config.train.fused else 2 * self.sequences * self.heads * self.length**2 * _FP32
+        """Of the largest operator; a recomputed block has its activations back while its
+        gradient is taken.
+        """
+        scores = (
+            0
+            if self.config.train.fused
+            else 2 * self.sequences * self.heads * self.length**2 * _FP32
+        )
         logits = self.tokens * self.vocabulary * (_FP32 + self.item)
         inner = 3 * max(self.tokens, self.rows) * self.inner * _FP32
         block = max(self.dense_block(), self.sparse_block()) if self.config.train.recompute else 0
@@ -144,22 +211,41 @@ class _Sizes:
 
     def dense_block(self) -> int:
         """Attention and a feed-forward network."""
-        return self.attention() + self.norm() + self.row_bytes + self.network(self.tokens) + self.dropout()
+        return (
+            self.attention()
+            + self.norm()
+            + self.row_bytes
+            + self.network(self.tokens)
+            + self.dropout()
+        )
 
     def sparse_block(self) -> int:
         """Attention and an MoE layer."""
-        return self.attention() + self.norm() + self.routing() + self.expert_rows() + self.network(self.rows) + self.dropout()
+        return (
+            self.attention()
+            + self.norm()
+            + self.routing()
+            + self.expert_rows()
+            + self.network(self.rows)
+            + self.dropout()
+        )
 
     def norm(self) -> int:
         """The centred rows in fp32, and one number for each."""
         return self.own_tokens * (self.hidden + 1) * _FP32
 
     def attention(self) -> int:
-        """LN1 and attention: the projections' operands, Q, K, V, the probabilities, and the mixed values before and after transposing."""
+        """LN1 and attention: the projections' operands, Q, K, V, the probabilities, and the
+        mixed values before and after transposing.
+        """
         own = self.tokens * self.own_hidden * self.item
         square = self.sequences * self.heads * self.length
-        probabilities = square * _FLASH_ROWS if self.config.train.fused else square * self.length * self.item
-        mixed = own if self.config.train.fused else self.tokens * self.own_hidden * _FP32  # the portable layer keeps it in fp32
+        probabilities = (
+            square * _FLASH_ROWS if self.config.train.fused else square * self.length * self.item
+        )
+        mixed = (
+            own if self.config.train.fused else self.tokens * self.own_hidden * _FP32
+        )  # the portable layer keeps it in fp32
         return self.norm() + self.row_bytes + 3 * own + probabilities + mixed + own
 
     def network(self, rows: int) -> int:
@@ -168,7 +254,10 @@ class _Sizes:
 
     def routing(self) -> int:
         """The router's fp32 operand, about four [T, E], and combine's rows and spread weights."""
-        return self.tokens * (self.hidden + 4 * self.config.moe.num_experts) * _FP32 + 2 * self.row_bytes
+        return (
+            self.tokens * (self.hidden + 4 * self.config.moe.num_experts) * _FP32
+            + 2 * self.row_bytes
+        )
 
     def expert_rows(self) -> int:
         """The experts' operand: all slots, filled or not."""

@@ -1,4 +1,5 @@
-"""What the ranks of an Ascend job must send each other in one step: from the topology and the configuration alone.
+"""What the ranks of an Ascend job must send each other in one step: from the topology and the
+configuration alone.
 
 Letters: R ranks of the expert-parallel group, E experts, D hidden.
 """
@@ -23,15 +24,21 @@ from pangu_locmoe.train.step.traffic import exchanges
 
 @dataclass(frozen=True)
 class Weight:
-    """A trainable parameter as one rank holds it; `kind` as in parallel/gradients.py: whole, slice or expert."""
+    """A trainable parameter as one rank holds it; `kind` as in parallel/gradients.py: whole,
+    slice or expert.
+    """
 
     name: str
     shape: Shape
     kind: str
 
 
-def plan(config: Config, topology: Topology, rank: int, weights: Sequence[Weight]) -> List[Operation]:
-    """Every communication operator that the step of this rank needs, once for each time it runs in one micro-batch."""
+def plan(
+    config: Config, topology: Topology, rank: int, weights: Sequence[Weight]
+) -> List[Operation]:
+    """Every communication operator that the step of this rank needs, once for each time it runs
+    in one micro-batch.
+    """
     return [
         *exchanges(config, topology, rank),
         *_tensor_sums(config, topology, rank),
@@ -41,36 +48,53 @@ def plan(config: Config, topology: Topology, rank: int, weights: Sequence[Weight
 
 
 def _tensor_sums(config: Config, topology: Topology, rank: int) -> Iterator[Operation]:
-    """Over the ranks of a place: what leaves each pair of matrices, the gradient of what enters it, the embedding and the loss.
+    """Over the ranks of a place: what leaves each pair of matrices, the gradient of what enters it,
+    the embedding and the loss.
 
-    With sequence parallelism rows are gathered where they enter and scattered where they leave, and the other way round backward.
-    Recomputation repeats none of them: what leaves a layer is not needed again inside of it, and what enters is kept.
+    With sequence parallelism rows are gathered where they enter and scattered where they leave, and
+    the other way round backward. Recomputation repeats none of them: what leaves a layer is not
+    needed again inside of it, and what enters is kept.
     """
     if topology.tensor_parallel == 1:
         return
-    model, own = config.model, topology.tensor_group(rank)
-    tokens, features = config.micro_batch // topology.num_places * model.seq_length, model.hidden_size
+    model = config.model
+    own = topology.tensor_group(rank)
+    tokens = config.micro_batch // topology.num_places * model.seq_length
+    features = model.hidden_size
     chunks = config.parallel.overlap_chunks
     slots_RE = group_slots(config.moe.capacity, topology, rank, tokens) // chunks
     held = topology.experts_of_rank(rank)
-    whole, part = (tokens, features), (tokens // topology.tensor_parallel, features)
+    whole = (tokens, features)
+    part = (tokens // topology.tensor_parallel, features)
     rows_GCD = (len(held), int(slots_RE[:, held.start].sum()), features)
-    layers, sparse = model.num_layers, model.num_moe_layers
-    dense, rounded = layers - sparse, IR_NAMES[config.train.precision]
+    layers = model.num_layers
+    sparse = model.num_moe_layers
+    dense = layers - sparse
+    rounded = IR_NAMES[config.train.precision]
     name = group_name(own, topology.num_ranks)
 
-    def operations(kind: str, direction: str, dtype: str, shape: Shape, result: Shape, times: int) -> List[Operation]:
+    def operations(
+        kind: str, direction: str, dtype: str, shape: Shape, result: Shape, times: int
+    ) -> List[Operation]:
         return [Operation(kind, name, direction, dtype, shape, result)] * times
 
     for direction, dtype, shape, times in (
         ("forward", rounded, rows_GCD, sparse * chunks),
-        ("forward", "Float32", (topology.tensor_parallel, tokens), 1),  # the loss: largest logits, then sums
+        (
+            "forward",
+            "Float32",
+            (topology.tensor_parallel, tokens),
+            1,
+        ),  # the loss: largest logits, then sums
         ("forward", "Float32", (2, tokens), 1),
         ("backward", rounded, whole, 1),  # the query layer's queries
         ("backward", rounded, rows_GCD, sparse * chunks),
     ):
         yield from operations("AllReduce", direction, dtype, shape, shape, times)
-    leaving = (("Float32", 1), (rounded, layers + dense))  # the embedding; attention and feed-forward networks
+    leaving = (
+        ("Float32", 1),
+        (rounded, layers + dense),
+    )  # the embedding; attention and feed-forward networks
     entering = layers + dense + 1  # the same and the head
     if not config.parallel.sequence_parallel:
         for dtype, times in leaving:
@@ -80,33 +104,54 @@ def _tensor_sums(config: Config, topology: Topology, rank: int) -> Iterator[Oper
     for dtype, times in leaving:
         yield from operations("ReduceScatter", "forward", dtype, whole, part, times)
         yield from operations("AllGather", "backward", dtype, part, whole, times)
-    yield from operations("AllGather", "forward", rounded, part, whole, entering + sparse)  # rows to be routed, too
+    yield from operations(
+        "AllGather", "forward", rounded, part, whole, entering + sparse
+    )  # rows to be routed, too
     yield from operations("ReduceScatter", "backward", rounded, whole, part, entering)
-    yield from operations("AllGather", "backward", rounded, part, whole, sparse)  # the gradient of what comes back from the experts
+    yield from operations(
+        "AllGather", "backward", rounded, part, whole, sparse
+    )  # the gradient of what comes back from the experts
 
 
 def _statistics(config: Config, topology: Topology) -> Iterator[Operation]:
-    """Counts and mean probabilities of all ranks, for the balance and the locality loss and the load trace."""
-    numbers, world = 2 * config.moe.num_experts, group_name(range(topology.num_ranks), topology.num_ranks)
-    gather = Operation("AllGather", world, "forward", "Float32", (1, numbers), (topology.num_ranks, numbers))
+    """Counts and mean probabilities of all ranks, for the balance and the locality loss and the
+    load trace.
+    """
+    numbers = 2 * config.moe.num_experts
+    world = group_name(range(topology.num_ranks), topology.num_ranks)
+    gather = Operation(
+        "AllGather", world, "forward", "Float32", (1, numbers), (topology.num_ranks, numbers)
+    )
     yield from [gather] * config.model.num_moe_layers
 
 
 def weight_piece(weight: Weight, config: Config, topology: Topology, rank: int) -> Optional[Piece]:
     """The rank's piece of it with parallel.shard_optimizer; None: its moments are not divided."""
-    return piece(weight.shape, weight.kind, topology, rank) if config.parallel.shard_optimizer else None
+    return (
+        piece(weight.shape, weight.kind, topology, rank)
+        if config.parallel.shard_optimizer
+        else None
+    )
 
 
-def _reductions(config: Config, topology: Topology, rank: int, weights: Sequence[Weight]) -> Iterator[Operation]:
-    """Gradients, the experts', slices' and pieces' part of their norm, and weights from their pieces."""
-    size, pieces = topology.num_ranks, False
+def _reductions(
+    config: Config, topology: Topology, rank: int, weights: Sequence[Weight]
+) -> Iterator[Operation]:
+    """Gradients, the experts', slices' and pieces' part of their norm, and weights from their
+    pieces.
+    """
+    size = topology.num_ranks
+    pieces = False
     for weight in weights:
-        ranks, own = holders_of(weight.kind, topology, rank), weight_piece(weight, config, topology, rank)
-        name, first = group_name(ranks, size), list(weight.shape)
+        ranks = holders_of(weight.kind, topology, rank)
+        own = weight_piece(weight, config, topology, rank)
+        name = group_name(ranks, size)
+        first = list(weight.shape)
         if own is not None:
             pieces = True
             first[0], first[own.cut.axis] = first[own.cut.axis], first[0]
-            whole, part = tuple(first), (first[0] // own.count, *first[1:])
+            whole = tuple(first)
+            part = (first[0] // own.count, *first[1:])
             yield Operation("ReduceScatter", name, "update", "Float32", whole, part)
             yield Operation("AllGather", name, "update", "Float32", part, whole)
         elif len(ranks) > 1:
@@ -118,9 +163,15 @@ def _reductions(config: Config, topology: Topology, rank: int, weights: Sequence
 
 
 def differences(planned: Sequence[Operation], compiled: Sequence[Operation]) -> List[str]:
-    """One line for every operator of which plan and graph have different numbers, whatever their direction."""
-    planned, compiled = ([dataclasses.replace(operation, direction="") for operation in operations] for operations in (planned, compiled))
-    wanted, got = Counter(planned), Counter(compiled)
+    """One line for every operator of which plan and graph have different numbers, whatever their
+    direction.
+    """
+    planned, compiled = (
+        [dataclasses.replace(operation, direction="") for operation in operations]
+        for operations in (planned, compiled)
+    )
+    wanted = Counter(planned)
+    got = Counter(compiled)
     return [
         f"{operation.describe()}: {wanted[operation]} in the plan, {got[operation]} in the graph"
         for operation in dict.fromkeys([*planned, *compiled])
@@ -129,9 +180,11 @@ def differences(planned: Sequence[Operation], compiled: Sequence[Operation]) -> 
 
 
 def buffer_megabytes(config: Config, num_ranks: int) -> int:
-    """HCCL_BUFFSIZE: the documentation's recommendation for language models, tokens * hidden size * bytes, at least its default.
+    """HCCL_BUFFSIZE: the documentation's recommendation for language models, tokens * hidden size *
+    bytes, at least its default.
 
-    The exchange's messages are the largest of the forward pass; with static sizes they are known and count if larger.
+    The exchange's messages are the largest of the forward pass; with static sizes they are known
+    and count if larger.
     """
     topology = Topology.from_config(config, num_ranks)
     tokens = config.micro_batch * config.model.seq_length // topology.num_places

@@ -1,11 +1,12 @@
 """Checkpoints: one folder each, whole or not there.
 
-    model.safetensors       weights, experts by their global id: blocks.3.moe.experts.5.w_in
-    model-rankR.safetensors, optimizer-rankR.safetensors   the experts of rank R, its slices, and its pieces of moments, where a job of
-                            several ranks wrote it; the header's `slices` say of what array each is which part
-    optimizer.safetensors   Adam's moments by weight: adam_m.NAME, adam_v.NAME (absent from inherited and extracted models)
-    state.json              step, data position and identity, loss scale, capacities, best validation loss
-    config.yaml, tokenizer.json   what it takes to evaluate and to generate
+model.safetensors       weights, experts by their global id: blocks.3.moe.experts.5.w_in
+model-rankR.safetensors, optimizer-rankR.safetensors   the experts of rank R, its slices, and its pieces of moments, where a job of
+                        several ranks wrote it; the header's `slices` say of what array each is
+                        which part
+optimizer.safetensors   Adam's moments by weight: adam_m.NAME, adam_v.NAME (absent from inherited and extracted models)
+state.json              step, data position and identity, loss scale, capacities, best validation loss
+config.yaml, tokenizer.json   what it takes to evaluate and to generate
 """
 
 from __future__ import annotations
@@ -66,14 +67,21 @@ def save_checkpoint(
     state: Optional[Mapping[str, Any]] = None,
     world: Optional[World] = None,
 ) -> None:
-    """Write beside, fsync, rename. Raises CheckpointError when it cannot be written; an older one stays as it was.
+    """Write beside, fsync, rename.
 
-    In a job the ranks of the first `expert_parallel` places write their own experts and slices, every rank its pieces of
-    moments, and rank 0 everything else, to a folder that all ranks see. What one rank cannot write, all ranks raise.
+    Raises CheckpointError when it cannot be written; an older one stays as it was.
+
+    In a job the ranks of the first `expert_parallel` places write their own experts and slices,
+    every rank its pieces of moments, and rank 0 everything else, to a folder that all ranks see.
+    What one rank cannot write, all ranks raise.
     """
     world = world or World.of(config)
-    rank, topology, communicator = world.communicator.rank, world.topology, world.communicator
-    shards = topology.expert_parallel * topology.tensor_parallel if world.exchange is not None else 1
+    rank = world.communicator.rank
+    topology = world.topology
+    communicator = world.communicator
+    shards = (
+        topology.expert_parallel * topology.tensor_parallel if world.exchange is not None else 1
+    )
     arrays: Dict[str, Sequence[Parameter]] = {"model": list(model.get_parameters())}
     files = {"model": shards}
     if optimizer is not None:
@@ -89,10 +97,15 @@ def save_checkpoint(
             for name, parameters in arrays.items():
                 if rank < files[name]:
                     file = temporary / shard_name(name, rank)
-                    save_arrays([p for p in parameters if _writes(p, rank, topology)], Held.by(model), file)
+                    save_arrays(
+                        [p for p in parameters if _writes(p, rank, topology)], Held.by(model), file
+                    )
                     _sync(file)
             if rank == 0:
-                texts = {"state.json": json_text({"step": 0, **(state or {}), "shards": files}), "config.yaml": config.to_yaml()}
+                texts = {
+                    "state.json": json_text({"step": 0, **(state or {}), "shards": files}),
+                    "config.yaml": config.to_yaml(),
+                }
                 if tokenizer_file is not None:
                     texts["tokenizer.json"] = tokenizer_file.read_text(encoding="utf-8")
                 for name, text in texts.items():
@@ -116,7 +129,10 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 def _publish(temporary: Path, folder: Path) -> None:
-    """Put a whole folder in its place. One that is there is put aside until then; `recover` brings it back after a crash in between."""
+    """Put a whole folder in its place.
+
+    One that is there is put aside until then; `recover` brings it back after a crash in between.
+    """
     aside = folder.parent / f".{folder.name}.old"
     shutil.rmtree(aside, ignore_errors=True)
     replaces = folder.is_dir() and not folder.is_symlink()
@@ -138,12 +154,16 @@ def shard_name(name: str, rank: int) -> str:
 
 
 def read_shards(folder: Path, name: str, held: Optional[Held] = None) -> Shards:
-    """The arrays of a checkpoint's "model" or "optimizer", whatever number of ranks wrote them. Raises CheckpointError."""
+    """The arrays of a checkpoint's "model" or "optimizer", whatever number of ranks wrote them.
+
+    Raises CheckpointError.
+    """
     return Shards(_files(folder, name), held)
 
 
 def load_weights(folder: Path, model: nn.Cell) -> None:
-    """Load a checkpoint's weights into a model, or into one rank's part of it, whatever number of ranks wrote it.
+    """Load a checkpoint's weights into a model, or into one rank's part of it, whatever number of
+    ranks wrote it.
 
     Raises:
         CheckpointError: it is damaged, lacks a rank's file, or is of another model.
@@ -166,8 +186,12 @@ def read_state(folder: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not _whole_number(state.get("step"), 0):
         raise CheckpointError(f"{folder} is not a checkpoint: state.json has no step")
     shards = state.get("shards", {})
-    if not isinstance(shards, dict) or not all(_whole_number(count, 1) for count in shards.values()):
-        raise CheckpointError(f"{folder} is not a checkpoint: state.json has no numbers of files in shards")
+    if not isinstance(shards, dict) or not all(
+        _whole_number(count, 1) for count in shards.values()
+    ):
+        raise CheckpointError(
+            f"{folder} is not a checkpoint: state.json has no numbers of files in shards"
+        )
     return state
 
 
@@ -177,10 +201,14 @@ def read_config(folder: Path) -> Config:
 
 
 def check_tokenizer(folder: Path, tokenizer_file: Path) -> None:
-    """Raises CheckpointError where a checkpoint was trained with another tokenizer: its token ids would mean other text."""
+    """Raises CheckpointError where a checkpoint was trained with another tokenizer: its token
+    ids would mean other text.
+    """
     own = folder / "tokenizer.json"
     if own.exists() and not same_tokenizer(own, tokenizer_file):
-        raise CheckpointError(f"{folder} was trained with another tokenizer than this run's; set data.tokenizer={own}")
+        raise CheckpointError(
+            f"{folder} was trained with another tokenizer than this run's; set data.tokenizer={own}"
+        )
 
 
 def same_tokenizer(first: Path, second: Path) -> bool:
@@ -189,18 +217,28 @@ def same_tokenizer(first: Path, second: Path) -> bool:
 
 
 def own_tokenizer(folder: Path) -> Path:
-    """A checkpoint's tokenizer.json. Raises CheckpointError where it is missing or not the one its weights were trained with."""
+    """A checkpoint's tokenizer.json.
+
+    Raises CheckpointError where it is missing or not the one its weights were trained with.
+    """
     file = folder / "tokenizer.json"
     if not file.is_file():
-        raise CheckpointError(f"{file} is missing: the checkpoint's weights mean nothing without its tokenizer")
+        raise CheckpointError(
+            f"{file} is missing: the checkpoint's weights mean nothing without its tokenizer"
+        )
     identity = read_identity(folder)
     if identity is not None and identity["tokenizer"] != _tokenizer_digest(file):
-        raise CheckpointError(f"{file} is not the tokenizer the checkpoint was trained with: its weights mean nothing with another")
+        raise CheckpointError(
+            f"{file} is not the tokenizer the checkpoint was trained with: its weights "
+            "mean nothing with another"
+        )
     return file
 
 
 def read_identity(folder: Path) -> Optional[Identity]:
-    """The data a checkpoint's weights were trained on; None where an older version wrote it, which did not say."""
+    """The data a checkpoint's weights were trained on; None where an older version wrote it,
+    which did not say.
+    """
     identity = read_state(folder).get("identity")
     return identity if isinstance(identity, dict) else None
 
@@ -222,18 +260,24 @@ def read_arrays(file: Path) -> dict[str, np.ndarray]:
 
 
 def step_folders(run_dir: Path) -> list[Path]:
-    """Checkpoints of a run, oldest first: folders, not links, of exactly the names that runs give; all else is somebody's own.
+    """Checkpoints of a run, oldest first: folders, not links, of exactly the names that runs give;
+    all else is somebody's own.
 
     One that a crash caught while it was replaced is found where it was put aside.
     """
     found: dict[int, Path] = {}
-    for step, path in sorted(_entries(run_dir, _PUT_ASIDE)) + sorted(_entries(run_dir, _CHECKPOINT)):
+    for step, path in sorted(_entries(run_dir, _PUT_ASIDE)) + sorted(
+        _entries(run_dir, _CHECKPOINT)
+    ):
         found[step] = path
     return [found[step] for step in sorted(found)]
 
 
 def recover(run_dir: Path) -> list[str]:
-    """Clear away what a crash left half-written and put back what it left put aside. Returns a line for each that could not be."""
+    """Clear away what a crash left half-written and put back what it left put aside.
+
+    Returns a line for each that could not be.
+    """
     notes = []
     for _, path in _entries(run_dir, _HALF_WRITTEN):
         notes += _removing(path)
@@ -248,14 +292,27 @@ def recover(run_dir: Path) -> list[str]:
 
 
 def latest_whole_checkpoint(run_dir: Path, parts: Sequence[str] = PARTS) -> Optional[Path]:
-    """The newest checkpoint of which every file of `parts` can be opened, or None. A damaged one is passed over."""
-    return next((folder for folder in reversed(step_folders(run_dir)) if damage(folder, parts) is None), None)
+    """The newest checkpoint of which every file of `parts` can be opened, or None.
+
+    A damaged one is passed over.
+    """
+    return next(
+        (folder for folder in reversed(step_folders(run_dir)) if damage(folder, parts) is None),
+        None,
+    )
 
 
 def passed_over(run_dir: Path, folder: Path, parts: Sequence[str] = PARTS) -> list[str]:
-    """A line for each damaged checkpoint of a run that is newer than `folder`; none where `run_dir` is a checkpoint itself."""
+    """A line for each damaged checkpoint of a run that is newer than `folder`; none where
+    `run_dir` is a checkpoint itself.
+    """
     newer = [other for other in step_folders(run_dir) if other.name > folder.name]
-    return [f"{other.name} is passed over: {problem}" for other in newer for problem in [damage(other, parts)] if problem]
+    return [
+        f"{other.name} is passed over: {problem}"
+        for other in newer
+        for problem in [damage(other, parts)]
+        if problem
+    ]
 
 
 def damage(folder: Path, parts: Sequence[str] = PARTS) -> Optional[str]:
@@ -270,7 +327,8 @@ def damage(folder: Path, parts: Sequence[str] = PARTS) -> Optional[str]:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """A checkpoint folder from itself or from a run directory (the newest with whole weights, which is all it is for).
+    """A checkpoint folder from itself or from a run directory (the newest with whole weights, which
+    is all it is for).
 
     Raises:
         CheckpointError: there is none.
@@ -279,13 +337,21 @@ def find_checkpoint(path: Path) -> Path:
         return path
     folder = latest_whole_checkpoint(path, WEIGHTS)
     if folder is None:
-        broken = [problem for other in step_folders(path)[-1:] for problem in [damage(other, WEIGHTS)] if problem]
-        raise CheckpointError(broken[0] if broken else f"{path} is neither a checkpoint nor a run directory with one")
+        broken = [
+            problem
+            for other in step_folders(path)[-1:]
+            for problem in [damage(other, WEIGHTS)]
+            if problem
+        ]
+        raise CheckpointError(
+            broken[0] if broken else f"{path} is neither a checkpoint nor a run directory with one"
+        )
     return folder
 
 
 def check_data(folder: Path, prepared: Prepared) -> list[str]:
-    """Compare a run's data with what its checkpoint was trained on; returns a note where that cannot be known.
+    """Compare a run's data with what its checkpoint was trained on; returns a note where that
+    cannot be known.
 
     Raises:
         CheckpointError: it is other text, or cut or tokenized otherwise.
@@ -293,7 +359,12 @@ def check_data(folder: Path, prepared: Prepared) -> list[str]:
     before = read_identity(folder)
     if before is None:
         check_tokenizer(folder, prepared.path / "tokenizer.json")
-        return [f"{folder} does not say what text it was trained on (an older version wrote it), so that is not compared"]
+        return [
+            (
+                f"{folder} does not say what text it was trained on (an older version wrote "
+                "it), so that is not compared"
+            )
+        ]
     changed = differences(before, prepared.identity)
     if changed:
         raise CheckpointError(
@@ -304,7 +375,9 @@ def check_data(folder: Path, prepared: Prepared) -> list[str]:
 
 
 def remove_old(run_dir: Path, step: int, keep: int, best_step: Optional[int]) -> list[str]:
-    """Keep the newest `keep` up to `step` and the best. Later ones, which a resumed run passed over as damaged, do not count.
+    """Keep the newest `keep` up to `step` and the best.
+
+    Later ones, which a resumed run passed over as damaged, do not count.
 
     Returns a line for each that could not be removed.
     """
@@ -334,7 +407,9 @@ def _entries(run_dir: Path, name: re.Pattern[str]) -> Iterator[tuple[int, Path]]
 def _removing(folder: Path) -> list[str]:
     """Remove a folder of ours; a line about it where that fails."""
     try:
-        (folder / "state.json").unlink(missing_ok=True)  # first: what is left of an interrupted removal is no checkpoint
+        (folder / "state.json").unlink(
+            missing_ok=True
+        )  # first: what is left of an interrupted removal is no checkpoint
         shutil.rmtree(folder)
     except OSError as error:
         return [f"{folder} cannot be removed: {error.strerror or error}"]
@@ -357,11 +432,16 @@ def _writes(parameter: Parameter, rank: int, topology: Topology) -> bool:
 
 def _files(folder: Path, name: str) -> list[Path]:
     """The files of all ranks that wrote a checkpoint."""
-    return [folder / shard_name(name, rank) for rank in range(read_state(folder).get("shards", {}).get(name, 1))]
+    return [
+        folder / shard_name(name, rank)
+        for rank in range(read_state(folder).get("shards", {}).get(name, 1))
+    ]
 
 
 def _load(folder: Path, name: str, parameters: Iterable[Parameter], held: Held) -> None:
-    set_parameters(parameters, read_shards(folder, name, held), str(folder / shard_name(name, 0)), held)
+    set_parameters(
+        parameters, read_shards(folder, name, held), str(folder / shard_name(name, 0)), held
+    )
 
 
 def _sync(path: Path) -> None:

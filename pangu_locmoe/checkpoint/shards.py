@@ -1,7 +1,8 @@
-"""The arrays of a checkpoint: which of them a process holds, under which names, and how the ranks' files make up the whole.
+"""The arrays of a checkpoint: which of them a process holds, under which names, and how the ranks'
+files make up the whole.
 
-Experts go by their global id. An array that ranks divide (a matrix by tensor parallelism, a moment by sharding of the optimizer, or
-both) is a slice in each file; the file's header says of what.
+Experts go by their global id. An array that ranks divide (a matrix by tensor parallelism, a moment
+by sharding of the optimizer, or both) is a slice in each file; the file's header says of what.
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ class Held:
     """Which experts a process holds.
 
     Attributes:
-        experts: of each layer in the order of its weights, by the layer's name: {"blocks.3.moe": [4, 5]}.
+        experts: of each layer in the order of its weights, by the layer's name: {"blocks.3.moe":
+            [4, 5]}.
         num_experts: E, of whom the others are on other ranks.
-        place, size: of the rank in its tensor-parallel group, whose ranks have a slice each of the arrays that are cut.
+        place, size: of the rank in its tensor-parallel group, whose ranks have a slice each of the
+            arrays that are cut.
     """
 
     experts: Mapping[str, Sequence[int]]
@@ -41,19 +44,33 @@ class Held:
     @classmethod
     def by(cls, model: nn.Cell) -> Held:
         """All of the model, or one rank's part."""
-        layers, tensor = model.moe_layers, model.tensor
+        layers = model.moe_layers
+        tensor = model.tensor
         experts = {name: layer.transport.held_experts.tolist() for name, layer in layers.items()}
-        return cls(experts, max((layer.transport.num_experts for layer in layers.values()), default=0), tensor.place, tensor.size)
+        return cls(
+            experts,
+            max((layer.transport.num_experts for layer in layers.values()), default=0),
+            tensor.place,
+            tensor.size,
+        )
 
     def names(self, parameter: Parameter) -> List[str]:
-        """Checkpoint names of what a parameter holds: an experts' parameter [E, ...] has one for each."""
+        """Checkpoint names of what a parameter holds: an experts' parameter [E, ...] has one for
+        each.
+        """
         if _EXPERTS not in parameter.name:
             return [parameter.name]
-        return [parameter.name.replace(_EXPERTS, f"{_EXPERTS}{expert}.") for expert in self.experts[_layer(parameter.name)]]
+        return [
+            parameter.name.replace(_EXPERTS, f"{_EXPERTS}{expert}.")
+            for expert in self.experts[_layer(parameter.name)]
+        ]
 
     def slices(self, parameter: Parameter) -> List[Piece]:
-        """What a parameter has of the arrays it holds, those of experts without its first axis: a slice of each, or a piece of a slice."""
-        cut, piece = cut_of(parameter), piece_of(parameter)
+        """What a parameter has of the arrays it holds, those of experts without its first axis:
+        a slice of each, or a piece of a slice.
+        """
+        cut = cut_of(parameter)
+        piece = piece_of(parameter)
         found = [] if cut is None else [Piece(cut, self.place, self.size)]
         found += [] if piece is None else [piece]
         if _EXPERTS in parameter.name:
@@ -65,16 +82,22 @@ class Held:
         if _EXPERTS not in name:
             return False
         expert = int(name.split(_EXPERTS)[1].split(".")[0])
-        return expert < self.num_experts and expert not in self.experts.get(_layer(name), range(self.num_experts))
+        return expert < self.num_experts and expert not in self.experts.get(
+            _layer(name), range(self.num_experts)
+        )
 
 
 def save_arrays(parameters: Sequence[Parameter], held: Held, file: Path) -> None:
     """Write what a process holds of some parameters."""
-    save_file(named_arrays(parameters, held), file, {"slices": json.dumps(_slices(parameters, held))})
+    save_file(
+        named_arrays(parameters, held), file, {"slices": json.dumps(_slices(parameters, held))}
+    )
 
 
 def named_arrays(parameters: Iterable[Parameter], held: Held) -> dict[str, np.ndarray]:
-    """Arrays by checkpoint name: an experts' parameter [E, ...] becomes E entries by global expert id."""
+    """Arrays by checkpoint name: an experts' parameter [E, ...] becomes E entries by global
+    expert id.
+    """
     arrays: dict[str, np.ndarray] = {}
     for parameter in parameters:
         value = parameter.asnumpy()
@@ -82,8 +105,13 @@ def named_arrays(parameters: Iterable[Parameter], held: Held) -> dict[str, np.nd
     return arrays
 
 
-def set_parameters(parameters: Iterable[Parameter], arrays: Mapping[str, np.ndarray], origin: str, held: Held) -> None:
-    """The inverse of `named_arrays`. Raises CheckpointError naming the first weight that is missing, left over or of another shape."""
+def set_parameters(
+    parameters: Iterable[Parameter], arrays: Mapping[str, np.ndarray], origin: str, held: Held
+) -> None:
+    """The inverse of `named_arrays`.
+
+    Raises CheckpointError naming the first weight that is missing, left over or of another shape.
+    """
     left = set(arrays)
     for parameter in parameters:
         names = held.names(parameter)
@@ -95,7 +123,10 @@ def set_parameters(parameters: Iterable[Parameter], arrays: Mapping[str, np.ndar
             values = [_part(value, piece, name, origin) for name, value in zip(names, values)]
         value = np.stack(values) if _EXPERTS in parameter.name else values[0]
         if value.shape != parameter.shape:
-            raise CheckpointError(f"{origin} is of another model: {names[0]} gives {parameter.name} the shape {list(value.shape)}, not {list(parameter.shape)}")
+            raise CheckpointError(
+                f"{origin} is of another model: {names[0]} gives {parameter.name} the "
+                f"shape {list(value.shape)}, not {list(parameter.shape)}"
+            )
         parameter.set_data(Tensor(value))
         left.difference_update(names)
     if left:
@@ -103,7 +134,8 @@ def set_parameters(parameters: Iterable[Parameter], arrays: Mapping[str, np.ndar
 
 
 class Shards(Mapping[str, np.ndarray]):
-    """The arrays of a checkpoint by name, each read when it is asked for, whole: slices of a tensor-parallel job are put together.
+    """The arrays of a checkpoint by name, each read when it is asked for, whole: slices of a
+    tensor-parallel job are put together.
 
     A rank reads the experts it holds and no others, one array at a time.
 
@@ -116,7 +148,9 @@ class Shards(Mapping[str, np.ndarray]):
     """
 
     def __init__(self, files: Iterable[Path], held: Optional[Held] = None) -> None:
-        self._files: Dict[str, Dict[Tuple[int, ...], Path]] = {}  # those with a slice of it, by its places
+        self._files: Dict[
+            str, Dict[Tuple[int, ...], Path]
+        ] = {}  # those with a slice of it, by its places
         self._cuts: Dict[str, List[Cut]] = {}
         for file in files:
             keys, slices = contents(file)
@@ -132,11 +166,14 @@ class Shards(Mapping[str, np.ndarray]):
 
     def _whole(self, key: str, places: Tuple[int, ...]) -> np.ndarray:
         """The array, or its slice at these places, from the files that have parts of it."""
-        files, level = self._files[key], len(places)
+        files = self._files[key]
+        level = len(places)
         if places in files:
             return _read(files[places], key)
         next_places = sorted({own[level] for own in files if own[:level] == places})
-        return self._cuts[key][level].whole([self._whole(key, (*places, place)) for place in next_places])
+        return self._cuts[key][level].whole(
+            [self._whole(key, (*places, place)) for place in next_places]
+        )
 
     def __contains__(self, key: object) -> bool:
         return key in self._files  # Mapping's own would read the array
@@ -149,7 +186,8 @@ class Shards(Mapping[str, np.ndarray]):
 
 
 def contents(file: Path) -> tuple[list[str], dict[str, list[list[int]]]]:
-    """The names of a file's arrays, and of those that are slices axis, blocks and place, or of slices of slices each of both.
+    """The names of a file's arrays, and of those that are slices axis, blocks and place, or of
+    slices of slices each of both.
 
     Raises CheckpointError.
     """
@@ -161,10 +199,14 @@ def contents(file: Path) -> tuple[list[str], dict[str, list[list[int]]]]:
 
 
 def _slices(parameters: Iterable[Parameter], held: Held) -> dict[str, list[list[int]]]:
-    """For each array that is a slice: axis, blocks, and which place's it is; then the same of the piece that it is of this slice."""
+    """For each array that is a slice: axis, blocks, and which place's it is; then the same of
+    the piece that it is of this slice.
+    """
     found = {}
     for parameter in parameters:
-        slices = [[piece.cut.axis, piece.cut.blocks, piece.place] for piece in held.slices(parameter)]
+        slices = [
+            [piece.cut.axis, piece.cut.blocks, piece.place] for piece in held.slices(parameter)
+        ]
         found.update({name: slices for name in held.names(parameter) if slices})
     return found
 
@@ -172,7 +214,9 @@ def _slices(parameters: Iterable[Parameter], held: Held) -> dict[str, list[list[
 def _part(value: np.ndarray, piece: Piece, name: str, origin: str) -> np.ndarray:
     cut = piece.cut
     if value.ndim <= cut.axis or value.shape[cut.axis] % (cut.blocks * piece.count):
-        raise CheckpointError(f"{origin} is of another model: {name} has the shape {list(value.shape)}")
+        raise CheckpointError(
+            f"{origin} is of another model: {name} has the shape {list(value.shape)}"
+        )
     return piece.of(value)
 
 

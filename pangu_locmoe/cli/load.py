@@ -1,4 +1,7 @@
-"""The verbs of `pangu-locmoe load`: parse, call, print. None of them needs MindSpore, but for the LSTM."""
+"""The verbs of `pangu-locmoe load`: parse, call, print.
+
+None of them needs MindSpore, but for the LSTM.
+"""
 
 from __future__ import annotations
 
@@ -17,47 +20,143 @@ Add = Callable[..., argparse.ArgumentParser]
 
 def add_load_verbs(verbs: Any, add: Add) -> None:
     """Add `load` with its own verbs. `add` makes one verb: verbs, name, function, help text."""
-    verb = add(verbs, "import", _import, "bring a routing trace (.jsonl) or a table of loads (.csv), either of them .gz, into a trace")
+    verb = add(
+        verbs,
+        "import",
+        _import,
+        (
+            "bring a routing trace (.jsonl) or a table of loads (.csv), either of them .gz, "
+            "into a trace"
+        ),
+    )
     verb.add_argument("file", type=Path, metavar="FILE")
     verb.add_argument("--output", type=Path, required=True, help="the trace, an .npz")
-    verb.add_argument("--num-experts", type=int, help="experts of each layer (the largest index + 1)")
-    verb.add_argument("--ranks-per-node", type=int, default=1, help="consecutive ranks that are one node (1)")
+    verb.add_argument(
+        "--num-experts", type=int, help="experts of each layer (the largest index + 1)"
+    )
+    verb.add_argument(
+        "--ranks-per-node", type=int, default=1, help="consecutive ranks that are one node (1)"
+    )
 
-    verb = add(verbs, "states", _states, "tell from which step on the loads are stable, layer by layer, or that the trace is too short to tell")
+    verb = add(
+        verbs,
+        "states",
+        _states,
+        (
+            "tell from which step on the loads are stable, layer by layer, or that the trace "
+            "is too short to tell"
+        ),
+    )
     _add_trace(verb)
     verb.add_argument("--window", type=int, help="rows that a verdict looks back")
     verb.add_argument("--plot", type=Path, metavar="FILE.svg", help="also plot shares and states")
     verb.add_argument("--json", action="store_true", help="print JSON")
 
-    verb = add(verbs, "forecast", _forecast, "forecast the shares of coming steps; where the trace covers them, also the errors")
+    verb = add(
+        verbs,
+        "forecast",
+        _forecast,
+        "forecast the shares of coming steps; where the trace covers them, also the errors",
+    )
     _add_trace(verb)
-    verb.add_argument("--origin", type=int, metavar="STEP", help="first step to forecast; only rows before it are used (after the last row)")
+    verb.add_argument(
+        "--origin",
+        type=int,
+        metavar="STEP",
+        help="first step to forecast; only rows before it are used (after the last row)",
+    )
     verb.add_argument("--horizon", type=int, required=True, metavar="STEPS")
-    verb.add_argument("--method", default="auto", metavar="NAME", help="auto, last, drift, window_mean, sw_avg, ses, theta, linear_trend, log_trend, combination, arima or lstm (auto)")
-    verb.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the method, for example window=50 or order=5,1,5; repeatable")
-    verb.add_argument("--train-on", type=Path, metavar="TRACE", help="lstm: learn from another run's trace")
-    verb.add_argument("--output", type=Path, metavar="F.npz", help="write step [rows] and share [rows, layers, experts]")
+    verb.add_argument(
+        "--method",
+        default="auto",
+        metavar="NAME",
+        help=(
+            "auto, last, drift, window_mean, sw_avg, ses, theta, linear_trend, log_trend, "
+            "combination, arima or lstm (auto)"
+        ),
+    )
+    verb.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of the method, for example window=50 or order=5,1,5; repeatable",
+    )
+    verb.add_argument(
+        "--train-on", type=Path, metavar="TRACE", help="lstm: learn from another run's trace"
+    )
+    verb.add_argument(
+        "--output",
+        type=Path,
+        metavar="F.npz",
+        help="write step [rows] and share [rows, layers, experts]",
+    )
     verb.add_argument("--json", action="store_true", help="print JSON")
 
-    verb = add(verbs, "place", _place, "place experts on ranks by the load forecast, or by what there is of a trace too short to tell its state")
+    verb = add(
+        verbs,
+        "place",
+        _place,
+        (
+            "place experts on ranks by the load forecast, or by what there is of a trace too "
+            "short to tell its state"
+        ),
+    )
     _add_trace(verb)
     verb.add_argument("--nodes", type=int, required=True)
     verb.add_argument("--ranks-per-node", type=int, required=True)
-    verb.add_argument("--policy", choices=("locality", "eplb"), default="locality", help="modelled step time, or balance alone (locality)")
+    verb.add_argument(
+        "--policy",
+        choices=("locality", "eplb"),
+        default="locality",
+        help="modelled step time, or balance alone (locality)",
+    )
     verb.add_argument("--groups", type=int, help="expert groups, each of which stays within a node")
-    verb.add_argument("--replicas", type=int, default=0, metavar="K", help="slots of a layer beyond one for each expert (0)")
-    verb.add_argument("--origin", type=int, metavar="STEP", help="plan from the rows before this step (all)")
-    verb.add_argument("--horizon", type=int, default=1000, metavar="STEPS", help="for how long the plan will hold (1000)")
-    verb.add_argument("--current", type=Path, metavar="PLAN.json", help="the placement there is (experts in order)")
-    verb.add_argument("--while-transient", action="store_true", help="also move experts of layers whose load is not yet stable")
+    verb.add_argument(
+        "--replicas",
+        type=int,
+        default=0,
+        metavar="K",
+        help="slots of a layer beyond one for each expert (0)",
+    )
+    verb.add_argument(
+        "--origin", type=int, metavar="STEP", help="plan from the rows before this step (all)"
+    )
+    verb.add_argument(
+        "--horizon",
+        type=int,
+        default=1000,
+        metavar="STEPS",
+        help="for how long the plan will hold (1000)",
+    )
+    verb.add_argument(
+        "--current",
+        type=Path,
+        metavar="PLAN.json",
+        help="the placement there is (experts in order)",
+    )
+    verb.add_argument(
+        "--while-transient",
+        action="store_true",
+        help="also move experts of layers whose load is not yet stable",
+    )
     verb.add_argument("--hidden-size", type=int, help="D of the model (768)")
     verb.add_argument("--ffn-size", type=int, help="F of an expert (3072)")
-    verb.add_argument("--flops-per-second", type=float, help="what one rank sustains on its experts (1e14)")
-    verb.add_argument("--link-bytes-per-second", type=float, help="of one node's link, each direction (1.25e10)")
+    verb.add_argument(
+        "--flops-per-second", type=float, help="what one rank sustains on its experts (1e14)"
+    )
+    verb.add_argument(
+        "--link-bytes-per-second", type=float, help="of one node's link, each direction (1.25e10)"
+    )
     verb.add_argument("--output", type=Path, required=True, metavar="PLAN.json")
     verb.add_argument("--json", action="store_true", help="print JSON")
 
-    verb = add(verbs, "report", _report, "one page: shares, states, errors of the forecasts by method, horizon and state")
+    verb = add(
+        verbs,
+        "report",
+        _report,
+        "one page: shares, states, errors of the forecasts by method, horizon and state",
+    )
     _add_trace(verb)
     verb.add_argument("--output", type=Path, help="the page (load-report.html beside the trace)")
 
@@ -87,7 +186,10 @@ def _import(options: argparse.Namespace) -> int:
     except OSError as error:
         raise DataError(f"{options.output}: cannot be written: {error.strerror or error}") from None
     rows, layers, experts = trace.load_KLE.shape
-    print(f"{options.output}: {rows} rows, steps {trace.step_K[0]} to {trace.step_K[-1]}, {layers} layers, {experts} experts")
+    print(
+        f"{options.output}: {rows} rows, steps {trace.step_K[0]} to {trace.step_K[-1]}, "
+        f"{layers} layers, {experts} experts"
+    )
     return 0
 
 
@@ -154,9 +256,17 @@ def _value(text: str) -> Any:
 
 
 def _format_forecast(found: Dict[str, Any]) -> str:
-    lines = [f"{found['method']}: {found['rows']} rows, steps {found['first_step']} to {found['last_step']}"]
+    lines = [
+        (
+            f"{found['method']}: {found['rows']} rows, steps {found['first_step']} to "
+            f"{found['last_step']}"
+        )
+    ]
     if found["chosen"]:
-        lines.append("made of " + ", ".join(f"{part['method']} {part['weight']:.0%}" for part in found["chosen"]))
+        lines.append(
+            "made of "
+            + ", ".join(f"{part['method']} {part['weight']:.0%}" for part in found["chosen"])
+        )
     lines += [f"{key}: {value}" for key, value in found["notes"].items()]
     pooled = found["errors"]["pooled"]
     if pooled is None:
@@ -171,12 +281,18 @@ def _place(options: argparse.Namespace) -> int:
     from pangu_locmoe.expert_load.placement import Costs, load_plan, place_trace, save_plan
     from pangu_locmoe.expert_load.state import states
 
-    given = {name: getattr(options, name) for name in ("hidden_size", "ffn_size", "flops_per_second", "link_bytes_per_second")}
+    given = {
+        name: getattr(options, name)
+        for name in ("hidden_size", "ffn_size", "flops_per_second", "link_bytes_per_second")
+    }
     plan = place_trace(
         read(options.trace),
         options.nodes,
         options.ranks_per_node,
-        Costs.of_model(horizon=options.horizon, **{name: value for name, value in given.items() if value is not None}),
+        Costs.of_model(
+            horizon=options.horizon,
+            **{name: value for name, value in given.items() if value is not None},
+        ),
         mean_share,
         options.policy,
         options.groups,

@@ -1,4 +1,7 @@
-"""The verbs: parse, call, print; no logic. A LocMoEError is one line on standard error and exit code 2."""
+"""The verbs: parse, call, print; no logic.
+
+A LocMoEError is one line on standard error and exit code 2.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +22,16 @@ from pangu_locmoe.files import json_text
 if TYPE_CHECKING:
     from pangu_locmoe.config import SampleConfig
 
-# MindSpore and the model are imported inside the verbs: `--help` and `capacity` should not wait seconds for them.
+# MindSpore and the model are imported inside the verbs: `--help` and `capacity` should not wait
+# seconds for them.
 
 Verb = Callable[[argparse.Namespace], int]
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
-    """Run one verb and return the exit code: 0, 2 with one line for what the user can mend, 1 for a check that failed, 128 + signal."""
+    """Run one verb and return the exit code: 0, 2 with one line for what the user can mend, 1
+    for a check that failed, 128 + signal.
+    """
     options = _parser().parse_args(arguments)
     verb: Verb = options.verb
     try:
@@ -40,7 +46,8 @@ def main(arguments: Optional[List[str]] = None) -> int:
     except BaseException as error:
         if not _was_interrupted(error):
             raise
-        # At once, because the interpreter's end takes seconds with MindSpore and aborts if its import was interrupted.
+        # At once, because the interpreter's end takes seconds with MindSpore and aborts if its
+        # import was interrupted.
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
         os._exit(130)
@@ -63,8 +70,16 @@ def _train(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.set)
     resume = options.resume == "auto"
     given = nullcontext(options.run_dir)
-    with given if options.run_dir else default_run_dir(options.config.stem, config.moe.router, resume, communicator) as run_dir:
-        stopped_by = train(config, run_dir, resume, options.init_from, not options.no_progress, communicator)
+    with (
+        given
+        if options.run_dir
+        else default_run_dir(
+            options.config.stem, config.moe.router, resume, communicator
+        ) as run_dir
+    ):
+        stopped_by = train(
+            config, run_dir, resume, options.init_from, not options.no_progress, communicator
+        )
     return 0 if stopped_by is None else 128 + stopped_by
 
 
@@ -82,19 +97,29 @@ def _evaluate(options: argparse.Namespace) -> int:
     from pangu_locmoe.train.evaluate import evaluate_checkpoint, format_evaluation, format_interval
 
     row = evaluate_checkpoint(options.checkpoint, options.sequences)
-    parts = (format_evaluation(row, row["bigram_bits_per_byte"]), format_interval(row), format_checkpoint(row))
+    parts = (
+        format_evaluation(row, row["bigram_bits_per_byte"]),
+        format_interval(row),
+        format_checkpoint(row),
+    )
     print(json_text(row) if options.json else "\n".join(parts))
     return 0
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from pangu_locmoe.checkpoint.restore import format_checkpoint, restore_generator, used_checkpoint
+    from pangu_locmoe.checkpoint.restore import (
+        format_checkpoint,
+        restore_generator,
+        used_checkpoint,
+    )
     from pangu_locmoe.generate import domain_index
 
     sample = _sample(options)
     generator = restore_generator(options.checkpoint)
     domain = domain_index(generator.config, options.domain)
-    print(format_checkpoint(used_checkpoint(options.checkpoint)), file=sys.stderr)  # the text alone is the output
+    print(
+        format_checkpoint(used_checkpoint(options.checkpoint)), file=sys.stderr
+    )  # the text alone is the output
     print(options.prompt, end="", flush=True)
     for pieces in generator.stream([options.prompt], [domain], sample, options.seed):
         print(pieces[0], end="", flush=True)
@@ -111,11 +136,18 @@ def _sample(options: argparse.Namespace) -> SampleConfig:
     if not 0 <= options.seed <= MAX_SEED:
         _usage_error(f"--seed {options.seed}: must be from 0 to {MAX_SEED}")
     try:
-        return SampleConfig(tokens=options.tokens, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
+        return SampleConfig(
+            tokens=options.tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+        )
     except ValidationError as error:
         first = error.errors()[0]
         flag = str(first["loc"][0]).replace("_", "-")
-        _usage_error(f"--{flag} {first['input']}: must be {first['msg'].removeprefix('Input should be ')}")
+        _usage_error(
+            f"--{flag} {first['input']}: must be {first['msg'].removeprefix('Input should be ')}"
+        )
 
 
 def _capacity(options: argparse.Namespace) -> int:
@@ -165,7 +197,10 @@ def _check(options: argparse.Namespace) -> int:
     result = check(load_config(options.config, options.set), options.ranks, options.rank, device)
     print(json_text(result.to_dict()) if options.json else result.format())
     if result.differences:
-        print(f"pangu-locmoe: the graph is not what the plan says: {'; '.join(result.differences)}", file=sys.stderr)
+        print(
+            f"pangu-locmoe: the graph is not what the plan says: {'; '.join(result.differences)}",
+            file=sys.stderr,
+        )
     if result.too_large:
         print(f"pangu-locmoe: {result.too_large}", file=sys.stderr)
     return 1 if result.differences or result.too_large else 0
@@ -176,9 +211,23 @@ def _simulate(options: argparse.Namespace) -> int:
     from pangu_locmoe.simulate import Assumptions, Device, simulate
 
     load = None if options.load is None else cli_load.read(options.load)
-    assumptions = Assumptions(tensor_parallel=options.tensor_parallel, ranks_per_node=options.ranks_per_node)
-    device = Device.named(options.device, options.devices) if options.devices else Device.named(options.device)
-    result = simulate(load_config(options.config, options.set), options.nodes, options.router, device, load, options.load_router, assumptions)
+    assumptions = Assumptions(
+        tensor_parallel=options.tensor_parallel, ranks_per_node=options.ranks_per_node
+    )
+    device = (
+        Device.named(options.device, options.devices)
+        if options.devices
+        else Device.named(options.device)
+    )
+    result = simulate(
+        load_config(options.config, options.set),
+        options.nodes,
+        options.router,
+        device,
+        load,
+        options.load_router,
+        assumptions,
+    )
     print(json_text(result.to_dict()) if options.json else result.format())
     return 0
 
@@ -200,23 +249,42 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="pangu-locmoe", description="Train and study LocMoE models with MindSpore.")
+    parser = _Parser(
+        prog="pangu-locmoe", description="Train and study LocMoE models with MindSpore."
+    )
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
-    verb = _add(verbs, "prepare", _prepare, "train or load the tokenizer and pack the corpus into MindRecord files")
+    verb = _add(
+        verbs,
+        "prepare",
+        _prepare,
+        "train or load the tokenizer and pack the corpus into MindRecord files",
+    )
     _add_config(verb)
 
     verb = _add(verbs, "train", _train, "train, evaluate, print samples and write the report")
     _add_config(verb)
     verb.add_argument("--run-dir", type=Path, help="where the run is kept (runs/CONFIG-ROUTER)")
-    verb.add_argument("--resume", choices=("auto", "never"), default="never", help="auto: continue from the newest checkpoint if there is one")
-    verb.add_argument("--init-from", type=Path, metavar="CHECKPOINT", help="start from these weights, for example an inherited model")
+    verb.add_argument(
+        "--resume",
+        choices=("auto", "never"),
+        default="never",
+        help="auto: continue from the newest checkpoint if there is one",
+    )
+    verb.add_argument(
+        "--init-from",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="start from these weights, for example an inherited model",
+    )
     verb.add_argument("--no-progress", action="store_true", help="no progress bar")
 
     verb = _add(verbs, "evaluate", _evaluate, "loss, perplexity and bits per byte of each domain")
     _add_checkpoint(verb)
-    verb.add_argument("--sequences", type=int, help="validation sequences of each domain (evaluation.sequences)")
+    verb.add_argument(
+        "--sequences", type=int, help="validation sequences of each domain (evaluation.sequences)"
+    )
     verb.add_argument("--json", action="store_true", help="print JSON")
 
     verb = _add(verbs, "generate", _generate, "continue a text")
@@ -224,68 +292,174 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--prompt", default="", help="the beginning of the text")
     verb.add_argument("--domain", help="the domain the text is of (the first)")
     verb.add_argument("--tokens", type=int, default=128)
-    verb.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
+    verb.add_argument(
+        "--temperature", type=float, default=0.8, help="0: always the likeliest token"
+    )
     verb.add_argument("--top-k", type=int, default=40, help="0: no limit")
     verb.add_argument("--top-p", type=float, default=0.95)
     verb.add_argument("--seed", type=int, default=1)
 
-    verb = _add(verbs, "capacity", _capacity, "LocMoE's lower bound on the expert capacity, as JSON; its probability is of |cosine| >= delta, as published, twice that of a token on the expert's side")
+    verb = _add(
+        verbs,
+        "capacity",
+        _capacity,
+        (
+            "LocMoE's lower bound on the expert capacity, as JSON; its probability is of "
+            "|cosine| >= delta, as published, twice that of a token on the expert's side"
+        ),
+    )
     verb.add_argument("--hidden-size", type=int, required=True, help="d")
     verb.add_argument("--num-experts", type=int, required=True, help="n")
-    verb.add_argument("--cosine", type=float, required=True, help="delta: the cosine from which on a token belongs to an expert")
+    verb.add_argument(
+        "--cosine",
+        type=float,
+        required=True,
+        help="delta: the cosine from which on a token belongs to an expert",
+    )
 
-    verb = _add(verbs, "report", _report, "one self-contained page on one run, or comparing several")
+    verb = _add(
+        verbs, "report", _report, "one self-contained page on one run, or comparing several"
+    )
     verb.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
     verb.add_argument("--output", type=Path, help="the page (RUN_DIR/report.html of the first)")
 
-    verb = _add(verbs, "check", _check, "compile one rank's step of an Ascend job, here and without devices, and list what it communicates")
+    verb = _add(
+        verbs,
+        "check",
+        _check,
+        (
+            "compile one rank's step of an Ascend job, here and without devices, and list what "
+            "it communicates"
+        ),
+    )
     _add_config(verb)
     verb.add_argument("--ranks", type=int, required=True, help="processes of the job")
     verb.add_argument("--rank", type=int, default=0, help="whose step (0)")
-    verb.add_argument("--device", help="hold its memory against this device of pangu_locmoe/simulate/devices.yaml; exit code 1 where it does not fit")
+    verb.add_argument(
+        "--device",
+        help=(
+            "hold its memory against this device of pangu_locmoe/simulate/devices.yaml; exit "
+            "code 1 where it does not fit"
+        ),
+    )
     verb.add_argument("--json", action="store_true", help="print JSON")
 
-    verb = _add(verbs, "inherit", _inherit, "make a sparse model from a dense checkpoint: its feed-forward networks become the experts")
+    verb = _add(
+        verbs,
+        "inherit",
+        _inherit,
+        "make a sparse model from a dense checkpoint: its feed-forward networks become the experts",
+    )
     verb.add_argument("checkpoint", type=Path, metavar="DENSE", help="run directory or checkpoint")
     verb.add_argument("--config", type=Path, required=True, help="the sparse model")
     verb.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    verb.add_argument("--output", type=Path, required=True, help="folder of the new checkpoint, for train --init-from")
+    verb.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        help="folder of the new checkpoint, for train --init-from",
+    )
 
-    verb = _add(verbs, "extract", _extract, "take one domain's sub-model out of a model with two-level routing")
+    verb = _add(
+        verbs,
+        "extract",
+        _extract,
+        "take one domain's sub-model out of a model with two-level routing",
+    )
     _add_checkpoint(verb)
     verb.add_argument("--domain", required=True)
     verb.add_argument("--output", type=Path, required=True, help="folder of the new checkpoint")
 
-    verb = _add(verbs, "simulate", _simulate, "model the step time of a configuration on clusters of several sizes, router by router")
+    verb = _add(
+        verbs,
+        "simulate",
+        _simulate,
+        "model the step time of a configuration on clusters of several sizes, router by router",
+    )
     _add_config(verb)
-    verb.add_argument("--nodes", type=_whole_numbers, required=True, metavar="N,N,...", help="sizes of the cluster")
-    verb.add_argument("--router", type=lambda text: text.split(","), default=["hash", "switch", "locmoe"], metavar="NAME,NAME,...", help="routers (hash,switch,locmoe)")
-    verb.add_argument("--device", default="ascend_910a", metavar="NAME", help="processor and links (ascend_910a)")
+    verb.add_argument(
+        "--nodes",
+        type=_whole_numbers,
+        required=True,
+        metavar="N,N,...",
+        help="sizes of the cluster",
+    )
+    verb.add_argument(
+        "--router",
+        type=lambda text: text.split(","),
+        default=["hash", "switch", "locmoe"],
+        metavar="NAME,NAME,...",
+        help="routers (hash,switch,locmoe)",
+    )
+    verb.add_argument(
+        "--device", default="ascend_910a", metavar="NAME", help="processor and links (ascend_910a)"
+    )
     verb.add_argument("--devices", type=Path, metavar="FILE.yaml", help="another file of devices")
-    verb.add_argument("--load", type=Path, metavar="TRACE", help="one router's routing from a run directory or trace, instead of assumed")
-    verb.add_argument("--load-router", metavar="NAME", help="whose routing that is (the only router, or moe.router)")
-    verb.add_argument("--ranks-per-node", type=int, metavar="R", help="ranks in each node (the device's)")
-    verb.add_argument("--tensor-parallel", type=int, metavar="T", help="modelled only: ranks that share one layer's matrices")
+    verb.add_argument(
+        "--load",
+        type=Path,
+        metavar="TRACE",
+        help="one router's routing from a run directory or trace, instead of assumed",
+    )
+    verb.add_argument(
+        "--load-router",
+        metavar="NAME",
+        help="whose routing that is (the only router, or moe.router)",
+    )
+    verb.add_argument(
+        "--ranks-per-node", type=int, metavar="R", help="ranks in each node (the device's)"
+    )
+    verb.add_argument(
+        "--tensor-parallel",
+        type=int,
+        metavar="T",
+        help="modelled only: ranks that share one layer's matrices",
+    )
     verb.add_argument("--json", action="store_true", help="print JSON")
 
-    load = verbs.add_parser("load", help="expert load: import, states, forecast, place, report", description="Study the load of experts.", allow_abbrev=False)
+    load = verbs.add_parser(
+        "load",
+        help="expert load: import, states, forecast, place, report",
+        description="Study the load of experts.",
+        allow_abbrev=False,
+    )
     cli_load.add_load_verbs(load.add_subparsers(required=True, metavar="VERB"), _add)
     return parser
 
 
-def _add(verbs: argparse._SubParsersAction[_Parser], name: str, verb: Verb, text: str) -> argparse.ArgumentParser:
-    parser = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+def _add(
+    verbs: argparse._SubParsersAction[_Parser], name: str, verb: Verb, text: str
+) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(
+        name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False
+    )
     parser.set_defaults(verb=verb)
     return parser
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file, for example configs/cpu_smoke.yaml")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one value, for example moe.router=switch; repeatable")
+    parser.add_argument(
+        "config",
+        type=Path,
+        metavar="CONFIG",
+        help="a YAML file, for example configs/cpu_smoke.yaml",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change one value, for example moe.router=switch; repeatable",
+    )
 
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, metavar="RUN_OR_CHECKPOINT", help="run directory (its newest checkpoint) or checkpoint folder")
+    parser.add_argument(
+        "checkpoint",
+        type=Path,
+        metavar="RUN_OR_CHECKPOINT",
+        help="run directory (its newest checkpoint) or checkpoint folder",
+    )
 
 
 def _usage_error(message: str) -> NoReturn:

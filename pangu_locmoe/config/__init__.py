@@ -1,7 +1,8 @@
 """The configuration of a run: read, checked, frozen.
 
-A file may name another one with `base: PATH` (relative to itself); its own keys win. `--set a.b=c` wins over both.
-Anything that is not known, not of the right type or not possible stops here with a ConfigError.
+A file may name another one with `base: PATH` (relative to itself); its own keys win. `--set a.b=c`
+wins over both. Anything that is not known, not of the right type or not possible stops here with a
+ConfigError.
 """
 
 from __future__ import annotations
@@ -101,7 +102,10 @@ def _typed(values: dict[str, Any]) -> Config:
 def json_schema() -> str:
     """The JSON schema of a configuration file, for editors."""
     schema = Config.model_json_schema()
-    schema["properties"]["base"] = {"type": "string", "description": "another file whose values this one starts from"}
+    schema["properties"]["base"] = {
+        "type": "string",
+        "description": "another file whose values this one starts from",
+    }
     return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
 
 

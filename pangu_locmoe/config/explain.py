@@ -25,13 +25,21 @@ def explain(items: Sequence[Any]) -> Iterator[str]:
         elif first["type"] == "missing":
             yield f"{key}: required, but not given"
         elif first["type"] == "invalid_key":
-            yield f"{key}: a key must be text, not the {type(first['input']).__name__} {first['input']!r}"
+            yield (
+                f"{key}: a key must be text, not the {type(first['input']).__name__} "
+                f"{first['input']!r}"
+            )
         else:
-            yield f"{key} = {first['input']!r}: must be {', or '.join(_allowed(item) for item in group)}"
+            yield (
+                f"{key} = {first['input']!r}: must be "
+                f"{', or '.join(_allowed(item) for item in group)}"
+            )
 
 
 def _key(location: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The place without what pydantic appends: the member of a Union it tried, or a note that a table's key is wrong."""
+    """The place without what pydantic appends: the member of a Union it tried, or a note that a
+    table's key is wrong.
+    """
     annotation = _annotation(location[:-1])
     members = [member for member in get_args(annotation) if member is not type(None)]
     is_union = get_origin(annotation) is Union and len(members) > 1
@@ -46,26 +54,42 @@ def _allowed(item: Any) -> str:
     if item["type"] == "string_too_long":
         return f"text of at most {item['ctx']['max_length']} characters"
     message = str(item["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
-    return message.replace("a valid string", "text").replace("a valid integer", "an integer").replace("a valid ", "a ")
+    return (
+        message.replace("a valid string", "text")
+        .replace("a valid integer", "an integer")
+        .replace("a valid ", "a ")
+    )
 
 
 def _hint(location: tuple[Any, ...]) -> str:
-    """The nearest valid key: in the same section, else a key of that name elsewhere, else all keys of the section."""
+    """The nearest valid key: in the same section, else a key of that name elsewhere, else all
+    keys of the section.
+    """
     *section, name = map(str, location)
     known = list(_annotation(location[:-1]).model_fields)
     elsewhere = [key for key in _all_keys() if key.rpartition(".")[2] == name]
     nested = [key for key in _all_keys() if "." in key]
-    nearest = difflib.get_close_matches(name, known, n=1) or elsewhere or difflib.get_close_matches(name, known + nested, n=1, cutoff=0.5)
+    nearest = (
+        difflib.get_close_matches(name, known, n=1)
+        or elsewhere
+        or difflib.get_close_matches(name, known + nested, n=1, cutoff=0.5)
+    )
     if not nearest:
         return f"known here: {', '.join(known)}"
-    return f"did you mean {'.'.join([*section, nearest[0]]) if nearest[0] in known else nearest[0]}?"
+    return (
+        f"did you mean {'.'.join([*section, nearest[0]]) if nearest[0] in known else nearest[0]}?"
+    )
 
 
 def _annotation(location: tuple[Any, ...]) -> Any:
     """The type at a place: a section's class, or the annotation of a value or a table."""
     annotation: Any = Config
     for part in location:
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel) and part in annotation.model_fields:
+        if (
+            isinstance(annotation, type)
+            and issubclass(annotation, BaseModel)
+            and part in annotation.model_fields
+        ):
             annotation = annotation.model_fields[part].annotation
         elif get_origin(annotation) is list:
             annotation = get_args(annotation)[0]

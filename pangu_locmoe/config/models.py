@@ -12,34 +12,118 @@ MAX_SEED = 2**63 - 1
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
 
 class ModelConfig(Section):
-    vocab_size: int = Field(8192, ge=257, description="tokens in the vocabulary; 256 bytes and the end-of-document token at least")
+    vocab_size: int = Field(
+        8192,
+        ge=257,
+        description="tokens in the vocabulary; 256 bytes and the end-of-document token at least",
+    )
     hidden_size: int = Field(256, ge=1, description="D, width of the residual stream")
     num_layers: int = Field(5, ge=2, description="all layers, the query layer included")
-    num_moe_layers: int = Field(2, ge=0, description="the top decoder blocks below the query layer that are sparse")
+    num_moe_layers: int = Field(
+        2, ge=0, description="the top decoder blocks below the query layer that are sparse"
+    )
     num_heads: int = Field(4, ge=1, description="H, attention heads")
-    ffn_size: int = Field(1024, ge=1, description="F, inner width of a feed-forward network and of an expert")
+    ffn_size: int = Field(
+        1024, ge=1, description="F, inner width of a feed-forward network and of an expert"
+    )
     seq_length: int = Field(256, ge=2, description="S, tokens in a sequence")
-    dropout: float = Field(0.0, ge=0, lt=1, description="on embeddings, attention output and feed-forward output")
-    domain_embeddings: bool = Field(False, description="one word-embedding slot per domain instead of a shared one")
-    final_norm: bool = Field(True, description="a LayerNorm between the decoder blocks and the query layer, as the released PanGu-alpha has; checkpoints of versions without this key have none")
-    init_std: float = Field(0.02, gt=0, description="standard deviation of the initial weights; residual outputs get it divided by sqrt(2*num_layers)")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="on embeddings, attention output and feed-forward output"
+    )
+    domain_embeddings: bool = Field(
+        False, description="one word-embedding slot per domain instead of a shared one"
+    )
+    final_norm: bool = Field(
+        True,
+        description=(
+            "a LayerNorm between the decoder blocks and the query layer, as the released "
+            "PanGu-alpha has; checkpoints of versions without this key have none"
+        ),
+    )
+    init_std: float = Field(
+        0.02,
+        gt=0,
+        description=(
+            "standard deviation of the initial weights; residual outputs get it divided by "
+            "sqrt(2*num_layers)"
+        ),
+    )
 
 
 class CapacityConfig(Section):
-    policy: Literal["factor", "bound", "dynamic", "dropless"] = Field("factor", description="factor: ceil(factor*tokens/experts); bound: LocMoE's lower bound, measured once after warm-up; dynamic: LocMoE+'s, measured again and again; dropless: never drop")
-    factor: float = Field(1.25, gt=0, description="capacity factor c_f; below 1 tokens are dropped even when all experts are equally loaded; for `bound` and `dynamic`, the upper clamp")
-    statistic: Union[Literal["min", "median", "mean", "max"], float] = Field("median", description="bound, dynamic: which statistic (or quantile in [0, 1]) of the cosines between tokens and their gate is delta")
-    warmup_steps: int = Field(100, ge=1, description="bound, dynamic: steps before delta is first measured; routing swings wildly in the first 50")
-    every: Optional[int] = Field(None, ge=1, description="dynamic: steps between measurements; null: 100")
-    hysteresis: Optional[float] = Field(None, ge=0, description="dynamic: change the capacity only by more than this share of it; null: 0.2")
-    max_drop: Optional[float] = Field(None, ge=0, le=1, description="bound, dynamic: the capacity stays, up to the factor's, large enough to drop at most this share of the tokens of the measured step; 1: the bound alone; null: 0.05")
-    drop_order: Literal["affinity", "position"] = Field("affinity", description="which tokens lose when an expert is full: the lowest affinity, or the last position")
-    local_factor: Union[Annotated[float, Field(gt=0)], Literal["auto"], None] = Field(None, description="capacity factor for sources in the expert's node (static exchange); auto: follows the measured counts")
-    remote_factor: Union[Annotated[float, Field(gt=0)], Literal["auto"], None] = Field(None, description="capacity factor for sources in other nodes (static exchange); auto: follows the measured counts")
+    policy: Literal["factor", "bound", "dynamic", "dropless"] = Field(
+        "factor",
+        description=(
+            "factor: ceil(factor*tokens/experts); bound: LocMoE's lower bound, measured once "
+            "after warm-up; dynamic: LocMoE+'s, measured again and again; dropless: never drop"
+        ),
+    )
+    factor: float = Field(
+        1.25,
+        gt=0,
+        description=(
+            "capacity factor c_f; below 1 tokens are dropped even when all experts are equally "
+            "loaded; for `bound` and `dynamic`, the upper clamp"
+        ),
+    )
+    statistic: Union[Literal["min", "median", "mean", "max"], float] = Field(
+        "median",
+        description=(
+            "bound, dynamic: which statistic (or quantile in [0, 1]) of the cosines between "
+            "tokens and their gate is delta"
+        ),
+    )
+    warmup_steps: int = Field(
+        100,
+        ge=1,
+        description=(
+            "bound, dynamic: steps before delta is first measured; routing swings wildly in "
+            "the first 50"
+        ),
+    )
+    every: Optional[int] = Field(
+        None, ge=1, description="dynamic: steps between measurements; null: 100"
+    )
+    hysteresis: Optional[float] = Field(
+        None,
+        ge=0,
+        description="dynamic: change the capacity only by more than this share of it; null: 0.2",
+    )
+    max_drop: Optional[float] = Field(
+        None,
+        ge=0,
+        le=1,
+        description=(
+            "bound, dynamic: the capacity stays, up to the factor's, large enough to drop at "
+            "most this share of the tokens of the measured step; 1: the bound alone; null: 0.05"
+        ),
+    )
+    drop_order: Literal["affinity", "position"] = Field(
+        "affinity",
+        description=(
+            "which tokens lose when an expert is full: the lowest affinity, or the last position"
+        ),
+    )
+    local_factor: Union[Annotated[float, Field(gt=0)], Literal["auto"], None] = Field(
+        None,
+        description=(
+            "capacity factor for sources in the expert's node (static exchange); auto: follows "
+            "the measured counts"
+        ),
+    )
+    remote_factor: Union[Annotated[float, Field(gt=0)], Literal["auto"], None] = Field(
+        None,
+        description=(
+            "capacity factor for sources in other nodes (static exchange); auto: follows the "
+            "measured counts"
+        ),
+    )
 
     @property
     def allowed_drop(self) -> float:
@@ -48,9 +132,28 @@ class CapacityConfig(Section):
 
 
 class TokenChoiceConfig(Section):
-    threshold: float = Field(0.5, gt=0, le=1, description="a token proposes to the fewest experts whose router probabilities add up to this; a small one means top-1")
-    max_experts: int = Field(2, ge=1, description="K, the most experts a token proposes to; cost of dispatch grows with it")
-    transition_steps: int = Field(0, ge=0, description="steps in which an expert's capacity shrinks by halves from all tokens (token choice) to moe.capacity's (expert choice); 0: the latter from the start")
+    threshold: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description=(
+            "a token proposes to the fewest experts whose router probabilities add up to this; "
+            "a small one means top-1"
+        ),
+    )
+    max_experts: int = Field(
+        2,
+        ge=1,
+        description="K, the most experts a token proposes to; cost of dispatch grows with it",
+    )
+    transition_steps: int = Field(
+        0,
+        ge=0,
+        description=(
+            "steps in which an expert's capacity shrinks by halves from all tokens (token "
+            "choice) to moe.capacity's (expert choice); 0: the latter from the start"
+        ),
+    )
 
 
 class CutFromConfig(Section):
@@ -59,35 +162,122 @@ class CutFromConfig(Section):
 
 
 class MoEConfig(Section):
-    router: str = Field("locmoe", description="hash | switch | locmoe | locmoe_plus, or module:Class of your own, found in the working directory or on the Python path")
+    router: str = Field(
+        "locmoe",
+        description=(
+            "hash | switch | locmoe | locmoe_plus, or module:Class of your own, found in the "
+            "working directory or on the Python path"
+        ),
+    )
     num_experts: int = Field(8, ge=1, description="E, experts in each sparse layer")
-    levels: int = Field(2, ge=1, le=2, description="2: a token may only go to its domain's expert group; 1: one group of all experts")
-    group_sizes: Optional[Dict[str, int]] = Field(None, description="experts of each domain's group (levels: 2); null: equal shares")
-    balance_loss: float = Field(0.01, ge=0, description="alpha, weight of the load-balance loss (switch, locmoe, locmoe_plus)")
-    locality_loss: Optional[float] = Field(None, ge=0, description="mu, weight of the locality loss (locmoe, locmoe_plus); null: 0.1, but 0 with data.sharding: iid, where it can only cost")
-    locality_smoothing: float = Field(0.1, gt=0, le=1, description="e in D_l = (1-e)*uniform(local experts) + e*uniform(all)")
-    z_loss: float = Field(0.0, ge=0, description="weight of the squared log-partition of the gate's logits (switch, locmoe, locmoe_plus)")
-    jitter: float = Field(0.0, ge=0, lt=1, description="gate input times uniform(1-jitter, 1+jitter) while training (switch)")
-    gate_scale: Optional[float] = Field(None, gt=0, description="scale of GrAP logits (locmoe, locmoe_plus); null: sqrt(hidden_size/num_experts)")
-    cut_from: Optional[CutFromConfig] = Field(None, description="set in extracted sub-models: the model whose gate they keep")
-    token_choice: Optional[TokenChoiceConfig] = Field(None, description="how many experts a token may have (locmoe_plus); null: the defaults")
+    levels: int = Field(
+        2,
+        ge=1,
+        le=2,
+        description=(
+            "2: a token may only go to its domain's expert group; 1: one group of all experts"
+        ),
+    )
+    group_sizes: Optional[Dict[str, int]] = Field(
+        None, description="experts of each domain's group (levels: 2); null: equal shares"
+    )
+    balance_loss: float = Field(
+        0.01,
+        ge=0,
+        description="alpha, weight of the load-balance loss (switch, locmoe, locmoe_plus)",
+    )
+    locality_loss: Optional[float] = Field(
+        None,
+        ge=0,
+        description=(
+            "mu, weight of the locality loss (locmoe, locmoe_plus); null: 0.1, but 0 with "
+            "data.sharding: iid, where it can only cost"
+        ),
+    )
+    locality_smoothing: float = Field(
+        0.1, gt=0, le=1, description="e in D_l = (1-e)*uniform(local experts) + e*uniform(all)"
+    )
+    z_loss: float = Field(
+        0.0,
+        ge=0,
+        description=(
+            "weight of the squared log-partition of the gate's logits (switch, locmoe, locmoe_plus)"
+        ),
+    )
+    jitter: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="gate input times uniform(1-jitter, 1+jitter) while training (switch)",
+    )
+    gate_scale: Optional[float] = Field(
+        None,
+        gt=0,
+        description=(
+            "scale of GrAP logits (locmoe, locmoe_plus); null: sqrt(hidden_size/num_experts)"
+        ),
+    )
+    cut_from: Optional[CutFromConfig] = Field(
+        None, description="set in extracted sub-models: the model whose gate they keep"
+    )
+    token_choice: Optional[TokenChoiceConfig] = Field(
+        None, description="how many experts a token may have (locmoe_plus); null: the defaults"
+    )
     capacity: CapacityConfig = Field(default_factory=CapacityConfig)
 
 
 class ParallelConfig(Section):
     expert_parallel: int = Field(1, ge=1, description="ranks that share the experts of one layer")
     tensor_parallel: int = Field(1, ge=1, description="ranks that share one layer's matrices")
-    sequence_parallel: bool = Field(False, description="ranks that share matrices divide the tokens between them outside of the matrices")
-    shard_optimizer: bool = Field(False, description="ranks that hold the same weights divide Adam's moments and the update of them (ZeRO stage 1)")
-    nodes: int = Field(1, ge=1, description="N: a job of R processes has R / N ranks in each; one process emulates N, to which it assigns its sequences and experts")
-    exchange: Literal["flat", "hierarchical", "groupwise"] = Field("flat", description="how tokens travel to their experts")
-    sizes: Literal["counts", "static"] = Field("counts", description="counts: exactly the routed tokens travel; static: a fixed number of slots, moe.capacity.local_factor and remote_factor, so that a step compiles as one graph (Ascend)")
-    overlap_chunks: int = Field(1, ge=1, description="chunks of the exchange that run under computation")
+    sequence_parallel: bool = Field(
+        False,
+        description=(
+            "ranks that share matrices divide the tokens between them outside of the matrices"
+        ),
+    )
+    shard_optimizer: bool = Field(
+        False,
+        description=(
+            "ranks that hold the same weights divide Adam's moments and the update of them "
+            "(ZeRO stage 1)"
+        ),
+    )
+    nodes: int = Field(
+        1,
+        ge=1,
+        description=(
+            "N: a job of R processes has R / N ranks in each; one process emulates N, to which "
+            "it assigns its sequences and experts"
+        ),
+    )
+    exchange: Literal["flat", "hierarchical", "groupwise"] = Field(
+        "flat", description="how tokens travel to their experts"
+    )
+    sizes: Literal["counts", "static"] = Field(
+        "counts",
+        description=(
+            "counts: exactly the routed tokens travel; static: a fixed number of slots, "
+            "moe.capacity.local_factor and remote_factor, so that a step compiles as one graph "
+            "(Ascend)"
+        ),
+    )
+    overlap_chunks: int = Field(
+        1, ge=1, description="chunks of the exchange that run under computation"
+    )
 
 
 class SourceConfig(Section):
-    path: str = Field(description="a file, a folder or a glob, relative to the working directory; .txt, .jsonl, code, any of them .gz")
-    domain: str = Field(min_length=1, max_length=64, description="the domain of its documents: zh, en, bilingual, code, or a name of your own")
+    path: str = Field(
+        description=(
+            "a file, a folder or a glob, relative to the working directory; .txt, .jsonl, "
+            "code, any of them .gz"
+        )
+    )
+    domain: str = Field(
+        min_length=1,
+        max_length=64,
+        description="the domain of its documents: zh, en, bilingual, code, or a name of your own",
+    )
 
     @field_validator("domain")
     @classmethod
@@ -101,66 +291,193 @@ class SourceConfig(Section):
 
 class DataConfig(Section):
     sources: List[SourceConfig] = Field(default_factory=list, description="where the text is")
-    prepared_dir: str = Field("data/prepared", description="where tokenizers and MindRecord shards are kept, one folder per distinct preparation")
-    tokenizer: Optional[str] = Field(None, description="a tokenizer.json to load; null: train one on the training text")
-    mixture: Optional[Dict[str, float]] = Field(None, description="share of each domain in a batch; null: in proportion to its sequences")
-    validation_fraction: float = Field(0.05, gt=0, lt=1, description="share of the documents held out")
-    max_document_bytes: int = Field(1_000_000, ge=64, description="longer documents are cut into pieces of this size, longer undivided files than 100 times this are left out")
-    max_bytes_per_domain: Optional[int] = Field(None, ge=1024, description="stop reading a domain after this much text; null: read all")
-    reset_at_document_end: bool = Field(True, description="attention and positions start anew at each document")
-    sharding: Literal["iid", "domain", "cluster"] = Field("iid", description="which node reads what: anything; mostly the domains whose experts it holds; or sequences of alike content")
+    prepared_dir: str = Field(
+        "data/prepared",
+        description=(
+            "where tokenizers and MindRecord shards are kept, one folder per distinct preparation"
+        ),
+    )
+    tokenizer: Optional[str] = Field(
+        None, description="a tokenizer.json to load; null: train one on the training text"
+    )
+    mixture: Optional[Dict[str, float]] = Field(
+        None, description="share of each domain in a batch; null: in proportion to its sequences"
+    )
+    validation_fraction: float = Field(
+        0.05, gt=0, lt=1, description="share of the documents held out"
+    )
+    max_document_bytes: int = Field(
+        1_000_000,
+        ge=64,
+        description=(
+            "longer documents are cut into pieces of this size, longer undivided files than "
+            "100 times this are left out"
+        ),
+    )
+    max_bytes_per_domain: Optional[int] = Field(
+        None, ge=1024, description="stop reading a domain after this much text; null: read all"
+    )
+    reset_at_document_end: bool = Field(
+        True, description="attention and positions start anew at each document"
+    )
+    sharding: Literal["iid", "domain", "cluster"] = Field(
+        "iid",
+        description=(
+            "which node reads what: anything; mostly the domains whose experts it holds; or "
+            "sequences of alike content"
+        ),
+    )
 
 
 class TrainConfig(Section):
     steps: int = Field(1000, ge=1, description="optimizer steps")
-    batch_size: int = Field(8, ge=1, description="sequences in one optimizer step, over all ranks and accumulation steps")
-    accumulation_steps: int = Field(1, ge=1, description="micro-batches that make one optimizer step")
+    batch_size: int = Field(
+        8,
+        ge=1,
+        description="sequences in one optimizer step, over all ranks and accumulation steps",
+    )
+    accumulation_steps: int = Field(
+        1, ge=1, description="micro-batches that make one optimizer step"
+    )
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
-    final_learning_rate: float = Field(0.1, ge=0, le=1, description="where the decay ends, as a share of the peak")
+    final_learning_rate: float = Field(
+        0.1, ge=0, le=1, description="where the decay ends, as a share of the peak"
+    )
     warmup_steps: int = Field(50, ge=0, description="steps of linear warm-up")
-    schedule: Literal["cosine", "polynomial", "constant"] = Field("cosine", description="decay after the warm-up")
+    schedule: Literal["cosine", "polynomial", "constant"] = Field(
+        "cosine", description="decay after the warm-up"
+    )
     polynomial_power: float = Field(1.0, gt=0, description="power of the polynomial decay")
-    weight_decay: float = Field(0.1, ge=0, description="decoupled; not on norms, biases and embeddings")
+    weight_decay: float = Field(
+        0.1, ge=0, description="decoupled; not on norms, biases and embeddings"
+    )
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
     epsilon: float = Field(1e-8, gt=0, description="Adam's epsilon")
     clip_norm: float = Field(1.0, gt=0, description="largest global norm of the gradient")
-    mode: Literal["graph", "pynative"] = Field("graph", description="graph: the whole step compiled; pynative: operator by operator, for debugging")
-    precision: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="of activations and matrix products; weights, norms, softmax and routing stay fp32")
-    loss_scale: float = Field(65536.0, gt=0, description="fp16: initial loss scale; halved on overflow, doubled after loss_scale_window good steps")
-    loss_scale_window: int = Field(1000, ge=1, description="fp16: good steps before the loss scale doubles")
-    recompute: bool = Field(False, description="recompute activations of decoder blocks in the backward pass")
-    offload_expert_optimizer: bool = Field(False, description="Adam's moments of the experts stay on the host, which computes the experts' update (PanGu-Sigma's ECSS in part)")
-    fused: bool = Field(False, description="Ascend's fused operators: flash attention, and with parallel.sizes: counts grouped products and token permutation")
-    seed: int = Field(1, ge=0, le=MAX_SEED, description="of weights, data order, hash tables and dropout")
+    mode: Literal["graph", "pynative"] = Field(
+        "graph",
+        description="graph: the whole step compiled; pynative: operator by operator, for debugging",
+    )
+    precision: Literal["fp32", "fp16", "bf16"] = Field(
+        "fp32",
+        description=(
+            "of activations and matrix products; weights, norms, softmax and routing stay fp32"
+        ),
+    )
+    loss_scale: float = Field(
+        65536.0,
+        gt=0,
+        description=(
+            "fp16: initial loss scale; halved on overflow, doubled after loss_scale_window "
+            "good steps"
+        ),
+    )
+    loss_scale_window: int = Field(
+        1000, ge=1, description="fp16: good steps before the loss scale doubles"
+    )
+    recompute: bool = Field(
+        False, description="recompute activations of decoder blocks in the backward pass"
+    )
+    offload_expert_optimizer: bool = Field(
+        False,
+        description=(
+            "Adam's moments of the experts stay on the host, which computes the experts' "
+            "update (PanGu-Sigma's ECSS in part)"
+        ),
+    )
+    fused: bool = Field(
+        False,
+        description=(
+            "Ascend's fused operators: flash attention, and with parallel.sizes: counts "
+            "grouped products and token permutation"
+        ),
+    )
+    seed: int = Field(
+        1, ge=0, le=MAX_SEED, description="of weights, data order, hash tables and dropout"
+    )
     log_every: int = Field(1, ge=1, description="steps between training rows in metrics.jsonl")
 
     @property
     def has_buffers(self) -> bool:
-        """Whether a compiled step has several parts, with gradients added up in buffers between them."""
+        """Whether a compiled step has several parts, with gradients added up in buffers between
+        them.
+        """
         return self.precision == "fp16" or self.accumulation_steps > 1
 
 
 class EvaluationConfig(Section):
     every: int = Field(100, ge=1, description="steps between evaluations; always at the last step")
-    sequences: int = Field(64, ge=1, description="validation sequences per domain at each evaluation, spread evenly over its text")
-    batch_size: Optional[int] = Field(None, ge=1, description="sequences at a time; null: train.batch_size / train.accumulation_steps")
+    sequences: int = Field(
+        64,
+        ge=1,
+        description=(
+            "validation sequences per domain at each evaluation, spread evenly over its text"
+        ),
+    )
+    batch_size: Optional[int] = Field(
+        None,
+        ge=1,
+        description="sequences at a time; null: train.batch_size / train.accumulation_steps",
+    )
 
 
 class TraceConfig(Section):
     every: int = Field(1, ge=1, description="steps between rows of load.npz")
-    max_rows: Optional[int] = Field(None, ge=1, description="stop tracing after this many rows; null: never")
-    timeline: Optional[int] = Field(None, ge=1, description="the step of a job whose exchanges and expert computations are written, with their times, to timeline.json, a Chrome trace; null: none")
+    max_rows: Optional[int] = Field(
+        None, ge=1, description="stop tracing after this many rows; null: never"
+    )
+    timeline: Optional[int] = Field(
+        None,
+        ge=1,
+        description=(
+            "the step of a job whose exchanges and expert computations are written, with their "
+            "times, to timeline.json, a Chrome trace; null: none"
+        ),
+    )
 
 
 class PlacementConfig(Section):
-    start: Union[str, List[List[int]], None] = Field(None, description="where experts are at first: for each sparse layer the expert of every slot, or the file of a plan of `load place`; null: in order")
-    policy: Literal["off", "locality", "eplb"] = Field("off", description="whether experts change ranks while training, and by what: modelled step time, or balance alone")
-    every: int = Field(200, ge=1, description="steps between plans; each is made from the forecast of the load up to the next one")
-    min_gain: float = Field(0.05, ge=0, lt=1, description="accept a plan only if it shortens the modelled step, moving included, by this share")
-    while_transient: bool = Field(False, description="also move experts of layers whose load is not yet stable, for which a forecast is worth little")
+    start: Union[str, List[List[int]], None] = Field(
+        None,
+        description=(
+            "where experts are at first: for each sparse layer the expert of every slot, or "
+            "the file of a plan of `load place`; null: in order"
+        ),
+    )
+    policy: Literal["off", "locality", "eplb"] = Field(
+        "off",
+        description=(
+            "whether experts change ranks while training, and by what: modelled step time, or "
+            "balance alone"
+        ),
+    )
+    every: int = Field(
+        200,
+        ge=1,
+        description=(
+            "steps between plans; each is made from the forecast of the load up to the next one"
+        ),
+    )
+    min_gain: float = Field(
+        0.05,
+        ge=0,
+        lt=1,
+        description=(
+            "accept a plan only if it shortens the modelled step, moving included, by this share"
+        ),
+    )
+    while_transient: bool = Field(
+        False,
+        description=(
+            "also move experts of layers whose load is not yet stable, for which a forecast is "
+            "worth little"
+        ),
+    )
     flops_per_second: float = Field(1e14, gt=0, description="what one rank sustains on its experts")
-    link_bytes_per_second: float = Field(1.25e10, gt=0, description="of one node's link, each direction")
+    link_bytes_per_second: float = Field(
+        1.25e10, gt=0, description="of one node's link, each direction"
+    )
 
     @field_validator("policy", mode="before")
     @classmethod
@@ -171,11 +488,17 @@ class PlacementConfig(Section):
 
 class CheckpointConfig(Section):
     every: int = Field(200, ge=1, description="steps between checkpoints; always at the last step")
-    keep: int = Field(2, ge=1, description="how many of the latest to keep, besides the best; a new best is always saved")
+    keep: int = Field(
+        2,
+        ge=1,
+        description="how many of the latest to keep, besides the best; a new best is always saved",
+    )
 
 
 class SampleConfig(Section):
-    tokens: int = Field(64, ge=0, description="tokens of the sample printed for each domain after training; 0: none")
+    tokens: int = Field(
+        64, ge=0, description="tokens of the sample printed for each domain after training; 0: none"
+    )
     temperature: float = Field(0.8, ge=0, description="0: always the likeliest token")
     top_k: int = Field(40, ge=0, description="0: no limit")
     top_p: float = Field(0.95, gt=0, le=1)
@@ -197,12 +520,16 @@ class Config(Section):
 
     @property
     def domains(self) -> tuple[str, ...]:
-        """Domain names in the order of their first source; domain ids everywhere index this tuple."""
+        """Domain names in the order of their first source; domain ids everywhere index this
+        tuple.
+        """
         return tuple(dict.fromkeys(source.domain for source in self.data.sources))
 
     @property
     def locality_weight(self) -> float:
-        """mu, the weight of the locality loss, its default resolved: with identically distributed nodes it can only cost."""
+        """mu, the weight of the locality loss, its default resolved: with identically
+        distributed nodes it can only cost.
+        """
         if self.moe.locality_loss is not None:
             return self.moe.locality_loss
         return 0.1 if self.data.sharding != "iid" else 0.0

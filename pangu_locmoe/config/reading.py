@@ -12,17 +12,25 @@ from pangu_locmoe.errors import ConfigError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that refuses a key given twice, where PyYAML drops the first, and reads 1e-3 as a number, not as text."""
+    """YAML that refuses a key given twice, where PyYAML drops the first, and reads 1e-3 as a
+    number, not as text.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
         for index, key in enumerate(keys):
             if key in keys[:index]:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", node.value[index][0].start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice", node.value[index][0].start_mark
+                )
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"), list("-+.0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
 
 
 def read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -32,11 +40,18 @@ def read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # not UTF-8; a number of thousands of digits; nested too deep
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:  # not UTF-8; a number of thousands of digits; nested too deep
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     values = {} if values is None else values
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: must hold sections such as `model:` and `moe:`, holds a {type(values).__name__}")
+        raise ConfigError(
+            f"{path}: must hold sections such as `model:` and `moe:`, holds a "
+            f"{type(values).__name__}"
+        )
     base = values.pop("base", None)
     if base is None:
         return values
@@ -49,8 +64,11 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     merged = dict(below)
     for key, value in above.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        # Tables whose keys are domain names are replaced as a whole: a half of a mixture has no meaning.
-        merged[key] = merge(merged[key], value) if both and key not in ("mixture", "group_sizes") else value
+        # Tables whose keys are domain names are replaced as a whole: a half of a mixture has no
+        # meaning.
+        merged[key] = (
+            merge(merged[key], value) if both and key not in ("mixture", "group_sizes") else value
+        )
     return merged
 
 

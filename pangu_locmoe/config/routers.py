@@ -1,7 +1,7 @@
 """What the package's routers are, known without building one: no MindSpore.
 
-The configuration, the simulation and the load tools go by it. A router of the user's own says the same
-of itself (moe/routers/base.py), and is asked where it is built.
+The configuration, the simulation and the load tools go by it. A router of the user's own says the
+same of itself (moe/routers/base.py), and is asked where it is built.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class RouterTraits:
     """What a router is.
 
     has_gate: affinities differ, and there is an angle between a token and its expert's gate.
-    has_balance_loss, has_locality_loss: `Router.losses_of` computes it, unless the plan has its own.
+    has_balance_loss, has_locality_loss: `Router.losses_of` computes it, unless the plan has its
+    own.
     has_token_choice: how many experts a token has follows moe.token_choice.
     uses: keys of `moe` that do nothing for other routers.
     rules: what else it cannot work with.
@@ -59,9 +60,11 @@ def token_choice(config: Config) -> TokenChoiceConfig:
 
 def _grap_rules(config: Config) -> BrokenRules:
     cut_from = config.moe.cut_from
-    key, blocks = "moe.num_experts", config.moe.num_experts
+    key = "moe.num_experts"
+    blocks = config.moe.num_experts
     if cut_from is not None:
-        key, blocks = "moe.cut_from.num_experts", cut_from.num_experts
+        key = "moe.cut_from.num_experts"
+        blocks = cut_from.num_experts
     if config.model.num_moe_layers and config.model.hidden_size % blocks:
         rule = f"must be divisible by {key} ({blocks}) for GrAP's blocks of features"
         yield "model.hidden_size", rule
@@ -69,7 +72,8 @@ def _grap_rules(config: Config) -> BrokenRules:
 
 def _locmoe_plus_rules(config: Config) -> BrokenRules:
     yield from _grap_rules(config)
-    moe, chosen = config.moe, token_choice(config)
+    moe = config.moe
+    chosen = token_choice(config)
     if moe.token_choice is not None and chosen.max_experts > moe.num_experts:
         yield "moe.token_choice.max_experts", f"must be at most moe.num_experts ({moe.num_experts})"
     if moe.capacity.drop_order == "position":
@@ -99,4 +103,6 @@ ROUTER_TRAITS: Dict[str, RouterTraits] = {
     ),
     "switch": RouterTraits(uses=frozenset({"jitter", "z_loss"})),
 }
-"""The routers of moe/routers/ by name; a class that is registered under another name adds itself."""
+"""The routers of moe/routers/ by name; a class that is registered under another name adds
+itself.
+"""

@@ -1,4 +1,5 @@
-"""Configurations that a run or a checkpoint was written with: keys that its version did not know say what that version did.
+"""Configurations that a run or a checkpoint was written with: keys that its version did not know
+say what that version did.
 
 A key that is absent has its default, which is what every version did, but for those in `BEFORE`.
 """
@@ -32,7 +33,8 @@ def load_stored_config(file: Path) -> Config:
 
 
 def as_before(config: Config, stored: Config, section: str = "") -> Tuple[Config, Tuple[str, ...]]:
-    """The configuration with what an older version did, where it was stored and the user's own file does not say.
+    """The configuration with what an older version did, where it was stored and the user's own file
+    does not say.
 
     Args:
         config: the user's.
@@ -52,7 +54,11 @@ def as_before(config: Config, stored: Config, section: str = "") -> Tuple[Config
 def _taken(config: Config, stored: Config, section: str) -> Iterator[Key]:
     for key, before in BEFORE.items():
         values = [_lookup(one, key) for one in (config, stored)]
-        if key[0].startswith(section) and values[1] == before != values[0] and not _is_given(config, key):
+        if (
+            key[0].startswith(section)
+            and values[1] == before != values[0]
+            and not _is_given(config, key)
+        ):
             yield key
 
 
@@ -70,7 +76,11 @@ def _lookup(config: Any, key: Key) -> Any:
 
 
 def _updated(config: Any, key: Key, value: Any) -> Any:
-    return config.model_copy(update={key[0]: value if len(key) == 1 else _updated(getattr(config, key[0]), key[1:], value)})
+    return config.model_copy(
+        update={
+            key[0]: value if len(key) == 1 else _updated(getattr(config, key[0]), key[1:], value)
+        }
+    )
 
 
 def _get(values: Any, key: Key, default: Any = None) -> Any:

@@ -1,4 +1,6 @@
-"""One domain's sub-model out of a model with two-level routing: it keeps that domain's experts and nothing else's."""
+"""One domain's sub-model out of a model with two-level routing: it keeps that domain's experts
+and nothing else's.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,14 @@ from typing import Mapping
 
 import numpy as np
 
-from pangu_locmoe.checkpoint.format import find_checkpoint, own_tokenizer, read_config, read_identity, read_shards, save_checkpoint
+from pangu_locmoe.checkpoint.format import (
+    find_checkpoint,
+    own_tokenizer,
+    read_config,
+    read_identity,
+    read_shards,
+    save_checkpoint,
+)
 from pangu_locmoe.checkpoint.shards import Held, set_parameters
 from pangu_locmoe.config import Config, CutFromConfig, TokenChoiceConfig
 from pangu_locmoe.config.models import ParallelConfig, PlacementConfig
@@ -19,7 +28,9 @@ from pangu_locmoe.moe.routers import router_class
 
 
 def extract(path: Path, domain: str, output: Path) -> str:
-    """Write the sub-model's checkpoint and return a line that says what was done. On that domain's text it gives the same logits.
+    """Write the sub-model's checkpoint and return a line that says what was done.
+
+    On that domain's text it gives the same logits.
 
     Args:
         path: run directory or checkpoint of a model with `moe.levels: 2`.
@@ -34,7 +45,10 @@ def extract(path: Path, domain: str, output: Path) -> str:
     folder = find_checkpoint(path)
     config = read_config(folder)
     if config.moe.levels != 2:
-        raise CheckpointError(f"{folder} routes on one level: its experts belong to all domains, and none can be taken out alone")
+        raise CheckpointError(
+            f"{folder} routes on one level: its experts belong to all domains, and none "
+            "can be taken out alone"
+        )
     if domain not in config.domains:
         raise CheckpointError(f"--domain {domain}: the model knows {', '.join(config.domains)}")
     index = config.domains.index(domain)
@@ -47,15 +61,24 @@ def extract(path: Path, domain: str, output: Path) -> str:
     identity = read_identity(folder)
     state = {} if identity is None else {"identity": part_of(identity, domain)}
     save_checkpoint(output, part, own_tokenizer(folder), model, state=state)
-    return f"{output}: domain {domain}, experts {experts.start} to {experts.stop - 1} of {config.moe.num_experts}"
+    return (
+        f"{output}: domain {domain}, experts {experts.start} to {experts.stop - 1} of "
+        f"{config.moe.num_experts}"
+    )
 
 
 def sub_config(config: Config, domain: str, experts: range) -> Config:
-    """The configuration of a domain's sub-model: its sources, its experts on one level, the whole model's gate."""
+    """The configuration of a domain's sub-model: its sources, its experts on one level, the
+    whole model's gate.
+    """
     sources = [source for source in config.data.sources if source.domain == domain]
     data = config.data.model_copy(update={"sources": sources, "mixture": None, "sharding": "iid"})
-    parent = config.moe.cut_from or CutFromConfig(num_experts=config.moe.num_experts, first_expert=0)
-    cut_from = CutFromConfig(num_experts=parent.num_experts, first_expert=parent.first_expert + experts.start)
+    parent = config.moe.cut_from or CutFromConfig(
+        num_experts=config.moe.num_experts, first_expert=0
+    )
+    cut_from = CutFromConfig(
+        num_experts=parent.num_experts, first_expert=parent.first_expert + experts.start
+    )
     chosen = config.moe.token_choice
     router = router_class(config)
     if router.traits.has_token_choice:
@@ -63,12 +86,28 @@ def sub_config(config: Config, domain: str, experts: range) -> Config:
         chosen = (chosen or TokenChoiceConfig()).model_copy(update={"max_experts": most})
     # What only a job of several ranks has: slots of a static exchange, experts that move.
     capacity = config.moe.capacity.model_copy(update={"local_factor": None, "remote_factor": None})
-    changes = {"capacity": capacity, "num_experts": len(experts), "levels": 1, "group_sizes": None, "cut_from": cut_from, "token_choice": chosen}
+    changes = {
+        "capacity": capacity,
+        "num_experts": len(experts),
+        "levels": 1,
+        "group_sizes": None,
+        "cut_from": cut_from,
+        "token_choice": chosen,
+    }
     moe = config.moe.model_copy(update=changes)
-    return config.model_copy(update={"data": data, "moe": moe, "parallel": ParallelConfig(), "placement": PlacementConfig()})
+    return config.model_copy(
+        update={
+            "data": data,
+            "moe": moe,
+            "parallel": ParallelConfig(),
+            "placement": PlacementConfig(),
+        }
+    )
 
 
-def cut_arrays(arrays: Mapping[str, np.ndarray], config: Config, domain: int, experts: range) -> dict[str, np.ndarray]:
+def cut_arrays(
+    arrays: Mapping[str, np.ndarray], config: Config, domain: int, experts: range
+) -> dict[str, np.ndarray]:
     """The sub-model's weights, its experts numbered from 0."""
     kept: dict[str, np.ndarray] = {}
     for name, array in arrays.items():
@@ -78,7 +117,9 @@ def cut_arrays(arrays: Mapping[str, np.ndarray], config: Config, domain: int, ex
             if int(expert) in experts:
                 kept[f"{block}.moe.experts.{int(expert) - experts.start}.{weight}"] = array
         elif ".moe.router." in name:
-            kept[name] = router_class(config).cut(config, name.rpartition(".")[2], array, domain, experts)
+            kept[name] = router_class(config).cut(
+                config, name.rpartition(".")[2], array, domain, experts
+            )
         elif name == "word_table" and config.model.domain_embeddings:
             kept[name] = array.reshape(len(config.domains), config.model.vocab_size, -1)[domain]
         else:

@@ -1,6 +1,7 @@
 """The simplest language model as a yardstick: the next byte given the one before.
 
-Context 256 stands for the start of a document; every context's 256 counts start at one (add-one smoothing).
+Context 256 stands for the start of a document; every context's 256 counts start at one (add-one
+smoothing).
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ def count_bigrams(texts: Sequence[bytes]) -> np.ndarray:
 
 
 def bits_per_byte(training: np.ndarray, text: np.ndarray) -> float:
-    """Mean -log2 p(byte | byte before) in a text, with p fitted on a training text; both given as counts [257, 256].
+    """Mean -log2 p(byte | byte before) in a text, with p fitted on a training text; both given as
+    counts [257, 256].
 
     NaN if the text is empty.
     """

@@ -1,7 +1,8 @@
 """Sequences of alike content, for nodes that should read alike text where no domain says so.
 
-A sequence's signature is its bag of tokens, weighted by rarity and hashed to a few hundred numbers; k-means groups the
-signatures, and the groups are dealt to the nodes so that all get nearly as many sequences.
+A sequence's signature is its bag of tokens, weighted by rarity and hashed to a few hundred numbers;
+k-means groups the signatures, and the groups are dealt to the nodes so that all get nearly as many
+sequences.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ def nodes_by_content(prepared: Prepared, num_nodes: int, seed: int) -> List[np.n
 
 
 def clusters_by_content(prepared: Prepared, num_clusters: int, seed: int) -> List[np.ndarray]:
-    """For each domain the cluster of each of its training sequences, int [sequences]; clusters span domains."""
+    """For each domain the cluster of each of its training sequences, int [sequences]; clusters
+    span domains.
+    """
     signatures = [_signatures(prepared, domain, seed) for domain in range(len(prepared.domains))]
     everything = np.concatenate(signatures)
     generator = np.random.default_rng([seed, 4])
@@ -46,7 +49,9 @@ def clusters_by_content(prepared: Prepared, num_clusters: int, seed: int) -> Lis
 
 
 def deal(sizes: Sequence[int] | np.ndarray, num_nodes: int) -> np.ndarray:
-    """The node of each cluster: the largest first, each to the node with the fewest sequences so far."""
+    """The node of each cluster: the largest first, each to the node with the fewest sequences so
+    far.
+    """
     heap = [(0, node) for node in range(num_nodes)]
     node_of_cluster = np.zeros(len(sizes), dtype=np.int64)
     for cluster in np.argsort(-np.asarray(sizes), kind="stable"):
@@ -78,4 +83,9 @@ def _signatures(prepared: Prepared, domain: int, seed: int) -> np.ndarray:
 
 def _nearest(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
     squares = (centres**2).sum(axis=1)
-    return np.concatenate([(squares - 2 * chunk @ centres.T).argmin(axis=1) for chunk in np.array_split(points, len(points) // _CHUNK + 1)])
+    return np.concatenate(
+        [
+            (squares - 2 * chunk @ centres.T).argmin(axis=1)
+            for chunk in np.array_split(points, len(points) // _CHUNK + 1)
+        ]
+    )

@@ -1,7 +1,9 @@
-"""How much of the held-out text stands in the training text word for word, in runs of 32 tokens and more.
+"""How much of the held-out text stands in the training text word for word, in runs of 32 tokens and
+more.
 
-Splitting by document, and near-copies together, leaves passages that documents share: licences, tables, quotations.
-They make a validation loss look better than it is, so their share is counted and reported.
+Splitting by document, and near-copies together, leaves passages that documents share: licences,
+tables, quotations. They make a validation loss look better than it is, so their share is counted
+and reported.
 """
 
 from __future__ import annotations
@@ -20,10 +22,14 @@ _SEARCHED_BYTES = 32_000_000
 
 
 class CopiedRuns:
-    """Give it the held-out documents (`hold`), then the training text (`search`), then ask for `counts`."""
+    """Give it the held-out documents (`hold`), then the training text (`search`), then ask for
+    `counts`.
+    """
 
     def __init__(self, held_out_bytes: Sequence[int]) -> None:
-        """`held_out_bytes`: size of each domain's held-out text; of a large one a sample of documents is looked for."""
+        """`held_out_bytes`: size of each domain's held-out text; of a large one a sample of
+        documents is looked for.
+        """
         room = _SEARCHED_BYTES / max(len(held_out_bytes), 1)
         self._shares = [min(room / max(size, 1), 1.0) for size in held_out_bytes]
         self._windows: list[list[np.ndarray]] = [[] for _ in held_out_bytes]
@@ -43,7 +49,9 @@ class CopiedRuns:
         if not self._is_indexed:
             self._index()
         # No held-out window has an end of a document in it.
-        hashes = window_hashes(np.concatenate([part for tokens in ids for part in (tokens, [end_of_document])]), RUN)
+        hashes = window_hashes(
+            np.concatenate([part for tokens in ids for part in (tokens, [end_of_document])]), RUN
+        )
         hashes = hashes[self._maybe[(hashes & self._mask).astype(np.int64)]]
         places = np.searchsorted(self._sorted, hashes)
         self._found[places[self._sorted[places] == hashes]] = True

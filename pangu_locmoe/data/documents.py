@@ -1,4 +1,7 @@
-"""Files -> documents: plain text, JSON lines, either of them gzipped. Bad ones are counted, never fatal."""
+"""Files -> documents: plain text, JSON lines, either of them gzipped.
+
+Bad ones are counted, never fatal.
+"""
 
 from __future__ import annotations
 
@@ -89,40 +92,64 @@ class CorpusReport:
         lines = [f"{self.files} files read"]
         for domain in self.documents.get("train", {}):
             parts = [
-                f"{split} {self.documents[split][domain]} documents, {self.bytes[split][domain] / 1e6:.2f} MB" for split in self.documents
+                (
+                    f"{split} {self.documents[split][domain]} documents, "
+                    f"{self.bytes[split][domain] / 1e6:.2f} MB"
+                )
+                for split in self.documents
             ]
-            left = f"; {self.over_limit[domain]} documents over data.max_bytes_per_domain" if self.over_limit[domain] else ""
+            left = (
+                f"; {self.over_limit[domain]} documents over data.max_bytes_per_domain"
+                if self.over_limit[domain]
+                else ""
+            )
             lines.append(f"  {domain}: {'; '.join(parts)}{left}")
         if self.cut:
             lines.append(f"  {self.cut} documents cut into pieces of data.max_document_bytes")
         if self.alike:
-            lines.append(f"  {self.alike} documents are near-copies of others and share a side with them")
+            lines.append(
+                f"  {self.alike} documents are near-copies of others and share a side with them"
+            )
         for problem, number in self.problems.items():
-            lines.append(f"  left out: {number} {PROBLEMS[problem]}, e.g. {self.examples[problem][0]}")
+            lines.append(
+                f"  left out: {number} {PROBLEMS[problem]}, e.g. {self.examples[problem][0]}"
+            )
         return "\n".join(lines)
 
 
 def source_files(path: str, report: CorpusReport) -> list[Path]:
-    """The files of one source in sorted order, as `find_files` finds them. Raises DataError if there are none."""
+    """The files of one source in sorted order, as `find_files` finds them.
+
+    Raises DataError if there are none.
+    """
     before = Counter(report.problems)
     files = find_files(path, report.count)
     if files:
         return files
-    left_out = ", ".join(f"{number} {PROBLEMS[problem]}" for problem, number in (report.problems - before).items())
+    left_out = ", ".join(
+        f"{number} {PROBLEMS[problem]}" for problem, number in (report.problems - before).items()
+    )
     if left_out:
         raise DataError(f"data.sources: {path}: no file that can be read (left out: {left_out})")
     if Path(path).is_dir():
         raise DataError(f"data.sources: {path}: an empty folder")
     if glob.has_magic(path):
         raise DataError(f"data.sources: {path}: matches no file")
-    raise DataError(f"data.sources: {path}: no such file or folder; scripts/fetch_corpus.sh makes data/corpus")
+    raise DataError(
+        f"data.sources: {path}: no such file or folder; scripts/fetch_corpus.sh makes data/corpus"
+    )
 
 
-def read_documents(path: Path, domains: Collection[str], max_bytes: int, report: CorpusReport) -> Iterator[tuple[str | None, str]]:
-    """Yield (domain, text) of each document in a file; domain None means its source's. Problems go to `report`.
+def read_documents(
+    path: Path, domains: Collection[str], max_bytes: int, report: CorpusReport
+) -> Iterator[tuple[str | None, str]]:
+    """Yield (domain, text) of each document in a file; domain None means its source's.
 
-    `.jsonl` (and `.ndjson`, `.jsonlines`) has a document on each line (`text`, optionally `domain`); every other file
-    is one document of UTF-8. `.gz` is unpacked on the way. Capitals in a suffix make no difference.
+    Problems go to `report`.
+
+    `.jsonl` (and `.ndjson`, `.jsonlines`) has a document on each line (`text`, optionally
+    `domain`); every other file is one document of UTF-8. `.gz` is unpacked on the way. Capitals in
+    a suffix make no difference.
     """
     name = path.name.lower()
     zipped = name.endswith(".gz")
@@ -142,7 +169,9 @@ def _open(path: Path, zipped: bool) -> IO[bytes]:
     return gzip.open(path, "rb") if zipped else path.open("rb")  # type: ignore[return-value]
 
 
-def _whole(file: IO[bytes], path: str, max_bytes: int, report: CorpusReport) -> Iterator[tuple[None, str]]:
+def _whole(
+    file: IO[bytes], path: str, max_bytes: int, report: CorpusReport
+) -> Iterator[tuple[None, str]]:
     # A limit on the read, not on the file's size: a small .gz may unpack to anything.
     content = file.read(_HUGE * max_bytes + 1)
     if len(content) > _HUGE * max_bytes:
@@ -175,7 +204,8 @@ def _json_lines(
             continue
         try:
             values = json.loads(line)
-            text, domain = values["text"], values.get("domain")
+            text = values["text"]
+            domain = values.get("domain")
             text.encode("utf-8")  # JSON can spell half characters
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             report.count("bad_line", place)
@@ -189,7 +219,9 @@ def _json_lines(
 
 
 def pieces(text: str, max_bytes: int) -> Iterator[str]:
-    """Cut a text into pieces of at most `max_bytes` bytes of UTF-8: after a line if one ends there, never in a character."""
+    """Cut a text into pieces of at most `max_bytes` bytes of UTF-8: after a line if one ends
+    there, never in a character.
+    """
     content = text.encode("utf-8")
     start = 0
     while len(content) - start > max_bytes:

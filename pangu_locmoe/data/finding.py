@@ -1,4 +1,5 @@
-"""What a source names -> files: folders are walked, links followed, globs expanded; what is passed over is counted.
+"""What a source names -> files: folders are walked, links followed, globs expanded; what is passed
+over is counted.
 
 Everything is taken once, so links in a circle end and many links to one place cost nothing.
 """
@@ -31,8 +32,8 @@ Taken = dict[tuple[int, int], Path]
 def find_files(path: str, count: Count) -> list[Path]:
     """The regular files that a file, folder or glob names, sorted by name, each path once.
 
-    Names that begin with a dot are passed over unless the path spells the dot. A glob's folders are searched through,
-    and its `**` is any number of folders.
+    Names that begin with a dot are passed over unless the path spells the dot. A glob's folders are
+    searched through, and its `**` is any number of folders.
     """
     place = Path(path)
     problems: dict[tuple[str, str], None] = {}
@@ -42,7 +43,9 @@ def find_files(path: str, count: Count) -> list[Path]:
 
     matches: Iterator[Path] = iter([place] if os.path.lexists(place) else [])
     if glob.has_magic(path) and not os.path.lexists(place):
-        matches = _expand(Path(place.anchor), place.parts[1:] if place.anchor else place.parts, note)
+        matches = _expand(
+            Path(place.anchor), place.parts[1:] if place.anchor else place.parts, note
+        )
     if path.endswith(os.sep):
         matches = filter(_is_folder, matches)
     taken: Taken = {}
@@ -53,9 +56,13 @@ def find_files(path: str, count: Count) -> list[Path]:
 
 
 def shown(path: Path) -> str:
-    """A path that can be printed on one line and written as UTF-8, whatever bytes its name is made of."""
+    """A path that can be printed on one line and written as UTF-8, whatever bytes its name is
+    made of.
+    """
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )
 
 
 def _files(place: Path, taken: Taken, count: Count) -> Iterator[Path]:
@@ -100,10 +107,18 @@ def _folders(folder: Path, count: Count) -> Iterator[Path]:
             waiting += [path / name for name in reversed(_names(path, "*", count, _is_folder))]
 
 
-def _names(folder: Path, pattern: str, count: Count, wanted: Callable[[Path], bool] = os.path.lexists) -> list[str]:
-    """Sorted names in a folder that match and are `wanted`, without hidden ones unless the pattern begins with a dot."""
+def _names(
+    folder: Path, pattern: str, count: Count, wanted: Callable[[Path], bool] = os.path.lexists
+) -> list[str]:
+    """Sorted names in a folder that match and are `wanted`, without hidden ones unless the
+    pattern begins with a dot.
+    """
     try:
-        names = [name for name in fnmatch.filter(sorted(os.listdir(folder)), pattern) if wanted(folder / name)]  # noqa: PTH208
+        names = [
+            name
+            for name in fnmatch.filter(sorted(os.listdir(folder)), pattern)
+            if wanted(folder / name)
+        ]
     except OSError:
         count("unreadable", shown(folder))
         return []

@@ -8,7 +8,8 @@ _FACTOR = 0x9E3779B97F4A7C15
 
 
 def window_hashes(values_N: np.ndarray, size: int) -> np.ndarray:
-    """uint64 [W], a hash of each `size` consecutive numbers of int or uint64 [N]; empty where N < size.
+    """uint64 [W], a hash of each `size` consecutive numbers of int or uint64 [N]; empty where N <
+    size.
 
     A polynomial in an odd factor, modulo 2**64, put together from windows of 1, 2, 4, ... numbers.
     """
@@ -16,7 +17,9 @@ def window_hashes(values_N: np.ndarray, size: int) -> np.ndarray:
     if count <= 0:
         return np.empty(0, np.uint64)
     power_W = _mix(values_N.astype(np.uint64) + np.uint64(1))  # windows of `span`
-    span, done, hashes_W = 1, 0, np.zeros(count, np.uint64)
+    span = 1
+    done = 0
+    hashes_W = np.zeros(count, np.uint64)
     while done < size:
         if size & span:
             hashes_W = hashes_W * _factor(span) + power_W[done : done + count]

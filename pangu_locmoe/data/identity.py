@@ -1,7 +1,8 @@
-"""What makes two preparations the same data, wherever they lie: the text as it is used, the tokenizer, and how both are cut.
+"""What makes two preparations the same data, wherever they lie: the text as it is used, the
+tokenizer, and how both are cut.
 
-An identity is a dict for JSON: `tokenizer` (digest), `seq_length`, and `text`, a digest for each domain and split.
-Paths, times and the order of unused files are not in it.
+An identity is a dict for JSON: `tokenizer` (digest), `seq_length`, and `text`, a digest for each
+domain and split. Paths, times and the order of unused files are not in it.
 """
 
 from __future__ import annotations
@@ -49,7 +50,11 @@ def differences(before: Identity, now: Identity) -> list[str]:
     for domain, splits in now["text"].items():
         own = before["text"].get(domain, splits)
         names = {"train": "training", "validation": "validation"}
-        found += [f"the {name} text of {domain}" for split, name in names.items() if own[split] != splits[split]]
+        found += [
+            f"the {name} text of {domain}"
+            for split, name in names.items()
+            if own[split] != splits[split]
+        ]
     return found
 
 

@@ -37,20 +37,35 @@ class ValidationBatch(Batch):
     """A batch of which not every target is text."""
 
     documents_BS: np.ndarray
-    """Number in its side of the document each target belongs to, int64; -1 where the target only fills up."""
+    """Number in its side of the document each target belongs to, int64; -1 where the target only
+    fills up.
+    """
 
 
 class BatchLoader(Iterator[Batch]):
-    """Endless training batches. Reads ahead, but its state is that of the batches it has handed out."""
+    """Endless training batches.
+
+    Reads ahead, but its state is that of the batches it has handed out.
+    """
 
     def __init__(
-        self, prepared: Prepared, sampler: BatchSampler, reset: bool, end_of_document: Optional[int] = None, read_ahead: int = 64
+        self,
+        prepared: Prepared,
+        sampler: BatchSampler,
+        reset: bool,
+        end_of_document: Optional[int] = None,
+        read_ahead: int = 64,
     ) -> None:
-        """`reset`: positions and segments start anew at each `<eod>`. `read_ahead`: batches read from disk at a time."""
+        """`reset`: positions and segments start anew at each `<eod>`.
+
+        `read_ahead`: batches read from disk at a time.
+        """
         self._prepared = prepared
         self._sampler = sampler
         self._reset = reset
-        self._end = prepared.tokenizer.end_of_document if end_of_document is None else end_of_document
+        self._end = (
+            prepared.tokenizer.end_of_document if end_of_document is None else end_of_document
+        )
         self._read_ahead = read_ahead
         self._state = sampler.state_dict()
         self._ready: deque[tuple[Batch, dict[str, Any]]] = deque()
@@ -80,13 +95,19 @@ class BatchLoader(Iterator[Batch]):
         for picks, state in plan:
             sequences = np.stack([rows[pick] for pick in picks])
             domains = np.array([domain for domain, _ in picks], np.int32)
-            self._ready.append((_batch(sequences, domains, len(picks), self._end, self._reset), state))
+            self._ready.append(
+                (_batch(sequences, domains, len(picks), self._end, self._reset), state)
+            )
 
 
-def validation_batches(prepared: Prepared, per_domain: int, batch_size: int, reset: bool) -> Iterator[tuple[int, ValidationBatch]]:
-    """Yield (domain, batch): `per_domain` validation sequences of each domain, spread over it, always the same ones.
+def validation_batches(
+    prepared: Prepared, per_domain: int, batch_size: int, reset: bool
+) -> Iterator[tuple[int, ValidationBatch]]:
+    """Yield (domain, batch): `per_domain` validation sequences of each domain, spread over it,
+    always the same ones.
 
-    Every batch has `batch_size` rows of one domain; the last of a domain repeats a sequence with `valid_B` False.
+    Every batch has `batch_size` rows of one domain; the last of a domain repeats a sequence with
+    `valid_B` False.
     """
     for domain, available in enumerate(prepared.num_sequences["validation"]):
         chosen = spread(per_domain, available)
@@ -95,17 +116,20 @@ def validation_batches(prepared: Prepared, per_domain: int, batch_size: int, res
             sequences = prepared.sequences("validation", domain, numbers)
             filling = np.minimum(np.arange(batch_size), len(numbers) - 1)
             domains = np.full(batch_size, domain, np.int32)
-            batch = _batch(sequences[filling], domains, len(numbers), prepared.tokenizer.end_of_document, reset)
+            batch = _batch(
+                sequences[filling], domains, len(numbers), prepared.tokenizer.end_of_document, reset
+            )
             documents_BS = prepared.target_documents(domain, numbers)[filling]
             documents_BS[~batch.valid_B] = -1
             yield domain, ValidationBatch(**vars(batch), documents_BS=documents_BS)
 
 
 def spread(count: int, available: int) -> list[int]:
-    """The middle sequence of each of `count` equal stretches of a side; all of them where there are no more.
+    """The middle sequence of each of `count` equal stretches of a side; all of them where there are
+    no more.
 
-    Every text has its share, so that the sample's mean is the side's, and no document gives a second sequence unless it
-    is longer than a stretch.
+    Every text has its share, so that the sample's mean is the side's, and no document gives a
+    second sequence unless it is longer than a stretch.
     """
     count = min(count, available)
     return [(2 * number + 1) * available // (2 * count) for number in range(count)]
@@ -115,12 +139,24 @@ def _rows(prepared: Prepared, picks: Sequence[Pick]) -> dict[Pick, np.ndarray]:
     rows: dict[Pick, np.ndarray] = {}
     for domain in sorted({domain for domain, _ in picks}):
         numbers = sorted({number for other, number in picks if other == domain})
-        rows.update(((domain, number), row) for number, row in zip(numbers, prepared.sequences("train", domain, numbers)))
+        rows.update(
+            ((domain, number), row)
+            for number, row in zip(numbers, prepared.sequences("train", domain, numbers))
+        )
     return rows
 
 
-def _batch(sequences: np.ndarray, domains_B: np.ndarray, valid: int, end_of_document: int, reset: bool) -> Batch:
+def _batch(
+    sequences: np.ndarray, domains_B: np.ndarray, valid: int, end_of_document: int, reset: bool
+) -> Batch:
     tokens_BS = np.ascontiguousarray(sequences[:, :-1])
     positions_BS, segments_BS = positions_and_segments(tokens_BS, end_of_document, reset)
     targets_BS = np.ascontiguousarray(sequences[:, 1:])
-    return Batch(tokens_BS, targets_BS, positions_BS, segments_BS, domains_B, np.arange(len(domains_B)) < valid)
+    return Batch(
+        tokens_BS,
+        targets_BS,
+        positions_BS,
+        segments_BS,
+        domains_B,
+        np.arange(len(domains_B)) < valid,
+    )

@@ -1,8 +1,8 @@
 """Documents -> sequences of one length, and where each document begins in them.
 
-A domain's stream is `<eod> document <eod> document ...`: the token that ends one document begins the next. Sequences
-are windows of S+1 tokens with stride S, so that the last target of one is the first input of the next and every
-token but the first is a target exactly once.
+A domain's stream is `<eod> document <eod> document ...`: the token that ends one document begins
+the next. Sequences are windows of S+1 tokens with stride S, so that the last target of one is the
+first input of the next and every token but the first is a target exactly once.
 
 B = batch, S = sequence. All arrays are int32.
 """
@@ -27,7 +27,9 @@ class Packer:
         self._rest = np.empty(0, np.int32)
 
     def add(self, documents: Sequence[Union[Sequence[int], np.ndarray]]) -> np.ndarray:
-        """Append documents (token ids without `<eod>`); return the int32 [n, S+1] sequences they complete, n >= 0."""
+        """Append documents (token ids without `<eod>`); return the int32 [n, S+1] sequences they
+        complete, n >= 0.
+        """
         parts = [self._rest]
         for document in documents:
             parts += [np.array([self.end_of_document], np.int32), np.asarray(document, np.int32)]
@@ -45,7 +47,9 @@ class Packer:
         return len(self._rest) - (1 if self.sequences else 0)
 
     def pad(self) -> np.ndarray:
-        """Fill the tail with `<eod>` into the last sequence, int32 [1, S+1]; [0, S+1] if there is no tail."""
+        """Fill the tail with `<eod>` into the last sequence, int32 [1, S+1]; [0, S+1] if there
+        is no tail.
+        """
         if self.unused_tokens == 0:
             return np.empty((0, self.seq_length + 1), np.int32)
         sequence = np.full((1, self.seq_length + 1), self.end_of_document, np.int32)
@@ -55,11 +59,14 @@ class Packer:
         return sequence
 
 
-def positions_and_segments(tokens_BS: np.ndarray, end_of_document: int, reset: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Position of each input token in its document and number of its document in the sequence, both int32 [B, S].
+def positions_and_segments(
+    tokens_BS: np.ndarray, end_of_document: int, reset: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Position of each input token in its document and number of its document in the sequence, both
+    int32 [B, S].
 
-    A sequence starts at position 0 of segment 0. With `reset`, each `<eod>` after that begins the next segment at
-    position 0; without it the whole sequence is one segment.
+    A sequence starts at position 0 of segment 0. With `reset`, each `<eod>` after that begins the
+    next segment at position 0; without it the whole sequence is one segment.
     """
     batch, length = tokens_BS.shape
     index_S = np.arange(length, dtype=np.int32)

@@ -1,4 +1,6 @@
-"""Builds a prepared folder: one reading to decide, one for the tokenizer, one of each side that tokenizes and counts."""
+"""Builds a prepared folder: one reading to decide, one for the tokenizer, one of each side that
+tokenizes and counts.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ from pangu_locmoe.errors import DataError
 from pangu_locmoe.files import json_text
 
 _TOKENIZER_BYTES = 10_000_000
-"""Text the tokenizer is trained on, in equal parts from each domain; more changes little and takes longer."""
+"""Text the tokenizer is trained on, in equal parts from each domain; more changes little and
+takes longer.
+"""
 _CHUNK_BYTES = 1_000_000
 """Text tokenized at a time: enough for all processors, little enough for the memory."""
 _SOON_BYTES = 1_000_000
@@ -39,22 +43,28 @@ _REFUSED = 2
 
 
 def build(config: Config, path: Path, progress: bool) -> None:
-    """Make the folder `path`; it appears whole or not at all. Raises DataError if corpus, tokenizer or disk refuse.
+    """Make the folder `path`; it appears whole or not at all.
 
-    A corpus of some size is prepared by a process of its own: the libraries that train the tokenizer and write the
-    files do not hear of Ctrl-C, but a process can be ended at any time.
+    Raises DataError if corpus, tokenizer or disk refuse.
+
+    A corpus of some size is prepared by a process of its own: the libraries that train the
+    tokenizer and write the files do not hear of Ctrl-C, but a process can be ended at any time.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     except OSError as error:
-        raise DataError(f"data.prepared_dir: {path.parent}: cannot be written: {error.strerror}") from None
+        raise DataError(
+            f"data.prepared_dir: {path.parent}: cannot be written: {error.strerror}"
+        ) from None
     try:
         (_fill if _is_soon_done(config) else _fill_apart)(config, temporary, progress)
         temporary.chmod(0o755)
         _publish(temporary, path)
     except OSError as error:
-        raise DataError(f"data.prepared_dir: {path.parent}: cannot be written: {error.strerror}") from None
+        raise DataError(
+            f"data.prepared_dir: {path.parent}: cannot be written: {error.strerror}"
+        ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -88,21 +98,34 @@ def _fill_apart(config: Config, folder: Path, progress: bool) -> None:
     if code == _REFUSED:
         raise DataError(answer)
     if code < 0:
-        raise DataError(f"the process that prepares the data was ended by {signal.Signals(-code).name}; is the memory full?")
+        raise DataError(
+            "the process that prepares the data was ended by "
+            f"{signal.Signals(-code).name}; is the memory full?"
+        )
     if code:
-        raise RuntimeError(f"the process that prepares the data failed with exit code {code}; see above")
+        raise RuntimeError(
+            f"the process that prepares the data failed with exit code {code}; see above"
+        )
 
 
 def _serve() -> int:
-    """What that process does: read `_fill`'s arguments from stdin, run it, and write what it refuses to stdout."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the one that waits ends this one
+    """What that process does: read `_fill`'s arguments from stdin, run it, and write what it
+    refuses to stdout.
+    """
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches both; the one that waits ends this one
     answer, sys.stdout = sys.stdout, sys.stderr  # whatever else is printed
     config, folder, progress = pickle.load(sys.stdin.buffer)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         _fill(config, folder, progress)
     except (DataError, OSError) as error:
-        text = str(error) if isinstance(error, DataError) else f"data.prepared_dir: {folder.parent}: cannot be written: {error.strerror}"
+        text = (
+            str(error)
+            if isinstance(error, DataError)
+            else f"data.prepared_dir: {folder.parent}: cannot be written: {error.strerror}"
+        )
         answer.buffer.write(text.encode("utf-8"))
         answer.flush()
         return _REFUSED
@@ -131,11 +154,18 @@ def _fill(config: Config, folder: Path, progress: bool) -> None:
     tokenizer.save(folder / "tokenizer.json")
     runs = CopiedRuns([corpus.report.bytes["validation"][name] for name in corpus.domains])
     sides = {
-        (i, split): _Side(config, tokenizer, folder, i, split, runs) for i in range(len(corpus.domains)) for split in SPLITS
+        (i, split): _Side(config, tokenizer, folder, i, split, runs)
+        for i in range(len(corpus.domains))
+        for split in SPLITS
     }
     total = sum(sum(counts.values()) for counts in corpus.report.bytes.values())
-    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", disable=not progress, leave=False) as bar:
-        for split in ("validation", "train"):  # what is looked for comes before what it is looked for in
+    with tqdm(
+        total=total, unit="B", unit_scale=True, desc="tokenizing", disable=not progress, leave=False
+    ) as bar:
+        for split in (
+            "validation",
+            "train",
+        ):  # what is looked for comes before what it is looked for in
             for domain, _, pieces in corpus.documents(split):
                 bar.update(sides[domain, split].add(pieces))
             for domain in range(len(corpus.domains)):
@@ -143,13 +173,21 @@ def _fill(config: Config, folder: Path, progress: bool) -> None:
     for domain, name in enumerate(corpus.domains):
         _check_enough(name, sides[domain, "train"])
         _check_held_out(config, name, sides[domain, "validation"])
-        np.save(folder / f"validation-{domain}-documents.npy", sides[domain, "validation"].document_starts)
-    np.save(folder / "token_counts.npy", np.stack([sides[i, "train"].token_counts for i in range(len(corpus.domains))]))
+        np.save(
+            folder / f"validation-{domain}-documents.npy",
+            sides[domain, "validation"].document_starts,
+        )
+    np.save(
+        folder / "token_counts.npy",
+        np.stack([sides[i, "train"].token_counts for i in range(len(corpus.domains))]),
+    )
     description = {
         "identity": _identity(config, corpus, sides, folder),
         **_describe(config, corpus, tokenizer, sides, runs),
     }
-    (folder / "prepared.json").write_text(json_text(description, indent=1, ascii_only=False) + "\n", encoding="utf-8")
+    (folder / "prepared.json").write_text(
+        json_text(description, indent=1, ascii_only=False) + "\n", encoding="utf-8"
+    )
 
 
 def _tokenizer(config: Config, corpus: Corpus) -> Tokenizer:
@@ -157,8 +195,11 @@ def _tokenizer(config: Config, corpus: Corpus) -> Tokenizer:
         return Tokenizer.load(config.data.tokenizer, config.model.vocab_size)
 
     def sample() -> Iterator[str]:
-        # Only training documents: a vocabulary that has seen the held-out text would flatter the model.
-        for _domain, _split, pieces in corpus.documents("train", _TOKENIZER_BYTES // len(corpus.domains)):
+        # Only training documents: a vocabulary that has seen the held-out text would flatter the
+        # model.
+        for _domain, _split, pieces in corpus.documents(
+            "train", _TOKENIZER_BYTES // len(corpus.domains)
+        ):
             yield from pieces
 
     return Tokenizer.train(sample(), config.model.vocab_size)
@@ -168,9 +209,16 @@ class _Side:
     """One split of one domain on its way from text to records."""
 
     def __init__(
-        self, config: Config, tokenizer: Tokenizer, folder: Path, domain: int, split: str, runs: CopiedRuns
+        self,
+        config: Config,
+        tokenizer: Tokenizer,
+        folder: Path,
+        domain: int,
+        split: str,
+        runs: CopiedRuns,
     ) -> None:
-        self.domain, self.split = domain, split
+        self.domain = domain
+        self.split = split
         self.documents = self.bytes = 0
         self.digest = TextDigest()
         self.document_starts = np.empty(0, np.int64)
@@ -181,7 +229,8 @@ class _Side:
         # Numbers, not names, because a domain may be called anything.
         self.writer = RecordWriter(folder, f"{split}-{domain}", domain)
         self.unused_tokens = 0
-        self._tokenizer, self._runs = tokenizer, runs
+        self._tokenizer = tokenizer
+        self._runs = runs
         self._waiting: list[str] = []
         self._waiting_contents: list[bytes] = []
         self._waiting_firsts: list[int] = []
@@ -212,7 +261,9 @@ class _Side:
     def _flush(self) -> None:
         if not self._waiting:
             return
-        ids = [np.array(document, np.int32) for document in self._tokenizer.encode_batch(self._waiting)]
+        ids = [
+            np.array(document, np.int32) for document in self._tokenizer.encode_batch(self._waiting)
+        ]
         self.token_counts += np.bincount(np.concatenate(ids), minlength=len(self.token_counts))
         self.token_counts[self._tokenizer.end_of_document] += len(ids)
         self.bigrams += count_bigrams(self._waiting_contents)
@@ -223,7 +274,10 @@ class _Side:
         else:
             self._runs.search(ids, self._tokenizer.end_of_document)
         self.writer.write(self.packer.add(ids))
-        self._waiting, self._waiting_contents, self._waiting_firsts, self._waiting_bytes = [], [], [], 0
+        self._waiting = []
+        self._waiting_contents = []
+        self._waiting_firsts = []
+        self._waiting_bytes = 0
 
 
 def _check_enough(domain: str, side: _Side) -> None:
@@ -231,7 +285,8 @@ def _check_enough(domain: str, side: _Side) -> None:
         bytes_per_token = max(side.bytes, 1) / max(side.packer.tokens, 1)
         needed = int((side.packer.seq_length + 1) * bytes_per_token) + 1
         raise DataError(
-            f"data.sources: domain {domain} has {side.bytes} bytes of training text, not enough for one sequence "
+            f"data.sources: domain {domain} has {side.bytes} bytes of training text, not "
+            "enough for one sequence "
             f"of model.seq_length ({side.packer.seq_length}) tokens; about {needed} are needed"
         )
 
@@ -240,23 +295,37 @@ def _check_held_out(config: Config, domain: str, side: _Side) -> None:
     if side.documents == 0:
         data = config.data
         raise DataError(
-            f"data.validation_fraction = {data.validation_fraction}: leaves domain {domain} no byte of validation text, of which "
-            f"data.max_bytes_per_domain = {data.max_bytes_per_domain} gives it that share; raise one of them"
+            f"data.validation_fraction = {data.validation_fraction}: leaves domain "
+            f"{domain} no byte of validation text, of which "
+            f"data.max_bytes_per_domain = {data.max_bytes_per_domain} gives it that share; "
+            "raise one of them"
         )
 
 
-def _identity(config: Config, corpus: Corpus, sides: dict[tuple[int, str], _Side], folder: Path) -> dict[str, Any]:
+def _identity(
+    config: Config, corpus: Corpus, sides: dict[tuple[int, str], _Side], folder: Path
+) -> dict[str, Any]:
     return {
         "tokenizer": tokenizer_digest(folder / "tokenizer.json"),
         "seq_length": config.model.seq_length,
-        "text": {name: {split: sides[i, split].digest.hexdigest() for split in SPLITS} for i, name in enumerate(corpus.domains)},
+        "text": {
+            name: {split: sides[i, split].digest.hexdigest() for split in SPLITS}
+            for i, name in enumerate(corpus.domains)
+        },
     }
 
 
 def _describe(
-    config: Config, corpus: Corpus, tokenizer: Tokenizer, sides: dict[tuple[int, str], _Side], runs: CopiedRuns
+    config: Config,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    sides: dict[tuple[int, str], _Side],
+    runs: CopiedRuns,
 ) -> dict[str, Any]:
-    training = sum((side.bigrams for (_, split), side in sides.items() if split == "train"), np.zeros((CONTEXTS, 256), np.int64))
+    training = sum(
+        (side.bigrams for (_, split), side in sides.items() if split == "train"),
+        np.zeros((CONTEXTS, 256), np.int64),
+    )
     held_out = {name: sides[i, "validation"].bigrams for i, name in enumerate(corpus.domains)}
     held_out["all"] = sum(held_out.values(), np.zeros((CONTEXTS, 256), np.int64))
     return {
@@ -264,10 +333,24 @@ def _describe(
         "seq_length": config.model.seq_length,
         "vocab_size": config.model.vocab_size,
         "token_counts": "token_counts.npy",
-        "bigram_bits_per_byte": {name: bits_per_byte(training, counts) for name, counts in held_out.items()},
-        "counts": {split: {name: _counts(sides[i, split]) for i, name in enumerate(corpus.domains)} for split in SPLITS},
-        "files": {split: [[file.name for file in sides[i, split].writer.files] for i in range(len(corpus.domains))] for split in SPLITS},
-        "copies": {name: {"searched": searched, "copied": copied} for name, (searched, copied) in zip(corpus.domains, runs.counts())},
+        "bigram_bits_per_byte": {
+            name: bits_per_byte(training, counts) for name, counts in held_out.items()
+        },
+        "counts": {
+            split: {name: _counts(sides[i, split]) for i, name in enumerate(corpus.domains)}
+            for split in SPLITS
+        },
+        "files": {
+            split: [
+                [file.name for file in sides[i, split].writer.files]
+                for i in range(len(corpus.domains))
+            ]
+            for split in SPLITS
+        },
+        "copies": {
+            name: {"searched": searched, "copied": copied}
+            for name, (searched, copied) in zip(corpus.domains, runs.counts())
+        },
         "tokenizer_switched_off": tokenizer.switched_off,
         "report": corpus.report.to_dict(),
     }

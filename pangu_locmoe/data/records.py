@@ -1,4 +1,5 @@
-"""Sequences in and out of MindRecord files; reading in any order without holding the corpus in memory.
+"""Sequences in and out of MindRecord files; reading in any order without holding the corpus in
+memory.
 
 Schema: `tokens` int32 [S+1], `domain` int32. S = sequence.
 """
@@ -19,12 +20,17 @@ _ROWS_PER_WRITE = 1000
 
 
 class RecordWriter:
-    """Writes sequences of one domain into `<stem>-00000.mindrecord`, `<stem>-00001.mindrecord`, ..."""
+    """Writes sequences of one domain into `<stem>-00000.mindrecord`, `<stem>-00001.mindrecord`,
+    ...
+    """
 
     def __init__(self, folder: Path, stem: str, domain: int, rows_per_file: int = 200_000) -> None:
         self.files: list[Path] = []
         self.rows = 0
-        self._folder, self._stem, self._domain, self._rows_per_file = folder, stem, domain, rows_per_file
+        self._folder = folder
+        self._stem = stem
+        self._domain = domain
+        self._rows_per_file = rows_per_file
         self._waiting: list[np.ndarray] = []
         self._in_file = 0
         self._writer: Any = None
@@ -65,11 +71,13 @@ class RecordWriter:
                 self._writer.commit()
                 for path in self._folder.glob(self.files[-1].name + "*"):
                     path.chmod(0o644)  # MindRecord keeps its files from everybody else
-        self._writer, self._in_file = None, 0
+        self._writer = None
+        self._in_file = 0
 
 
 def read_sequences(files: Sequence[Path], indices: Sequence[int]) -> Iterator[np.ndarray]:
-    """Yield the int32 [S+1] sequences with these numbers, in this order; numbers run through `files` in order.
+    """Yield the int32 [S+1] sequences with these numbers, in this order; numbers run through
+    `files` in order.
 
     Raises DataError if a file is missing, damaged or shorter than the numbers ask for.
     """
@@ -85,7 +93,10 @@ def read_sequences(files: Sequence[Path], indices: Sequence[int]) -> Iterator[np
         return
     missing = next((path for path in files if not path.is_file()), None)
     if missing is not None or not files:
-        raise DataError(f"{missing or 'no MindRecord files'}: missing; delete its folder and prepare the data again")
+        raise DataError(
+            f"{missing or 'no MindRecord files'}: missing; delete its folder and prepare "
+            "the data again"
+        )
     names = [str(path) for path in files]
     try:
         # MindRecord answers a number beyond the end with some other row, without a word.
@@ -93,13 +104,17 @@ def read_sequences(files: Sequence[Path], indices: Sequence[int]) -> Iterator[np
         if unique[0] < 0 or unique[-1] >= rows:
             raise ValueError(f"sequences {unique[0]} to {unique[-1]} asked for, {rows} are there")
         sampler = ds.SubsetSampler([int(i) for i in indices])
-        # One worker: rows come in the sampler's order and a small read starts no threads it does not need.
-        dataset = ds.MindDataset(names, columns_list=["tokens"], sampler=sampler, num_parallel_workers=1)
+        # One worker: rows come in the sampler's order and a small read starts no threads it does
+        # not need.
+        dataset = ds.MindDataset(
+            names, columns_list=["tokens"], sampler=sampler, num_parallel_workers=1
+        )
         for (tokens,) in dataset.create_tuple_iterator(num_epochs=1, output_numpy=True):
             yield tokens
     except (RuntimeError, ValueError) as error:
         raise DataError(
-            f"{files[0].parent}: damaged MindRecord files ({_first_line(error)}); delete the folder and prepare again"
+            f"{files[0].parent}: damaged MindRecord files ({_first_line(error)}); delete "
+            "the folder and prepare again"
         ) from None
 
 
@@ -114,9 +129,15 @@ class _disk_errors:
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         if isinstance(error, (RuntimeError, OSError)):
-            raise DataError(f"{self._folder}: cannot write MindRecord files ({_first_line(error)})") from None
+            raise DataError(
+                f"{self._folder}: cannot write MindRecord files ({_first_line(error)})"
+            ) from None
 
 
 def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if "ERROR]" in line] or str(error).splitlines() or [type(error).__name__]
+    lines = (
+        [line.strip() for line in str(error).splitlines() if "ERROR]" in line]
+        or str(error).splitlines()
+        or [type(error).__name__]
+    )
     return lines[0][:200]

@@ -1,7 +1,8 @@
-"""Which sequences make up which batch: exact proportions, every sequence once per epoch, resumable from a few numbers.
+"""Which sequences make up which batch: exact proportions, every sequence once per epoch, resumable
+from a few numbers.
 
-Everything is a function of the seed and the number of the pick: the same batches come whatever number of ranks
-reads them.
+Everything is a function of the seed and the number of the pick: the same batches come whatever
+number of ranks reads them.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ Pick = tuple[int, int]
 class BatchSampler(Iterator[list[Pick]]):
     """Endless batches of `batch_size` picks.
 
-    The i-th pick goes to the domain that lags furthest behind its share (argmax w_d * (i+1) - taken_d), so that after
-    any number of picks each domain is within a few sequences of its share. Within a domain sequences come in a seeded random
-    order, anew in each epoch of that domain. Without a mixture shares are the numbers of sequences, hence every
-    sequence of the corpus comes exactly once before any comes again.
+    The i-th pick goes to the domain that lags furthest behind its share (argmax w_d * (i+1) -
+    taken_d), so that after any number of picks each domain is within a few sequences of its share.
+    Within a domain sequences come in a seeded random order, anew in each epoch of that domain.
+    Without a mixture shares are the numbers of sequences, hence every sequence of the corpus comes
+    exactly once before any comes again.
 
-    Order in a batch: `iid` shuffled; `domain` so that the n-th of `nodes` equal blocks holds the sequences of domains
-    whose home is node n, and its free places those other nodes have too many of; `cluster` the same with a home for each
-    sequence.
+    Order in a batch: `iid` shuffled; `domain` so that the n-th of `nodes` equal blocks holds the
+    sequences of domains whose home is node n, and its free places those other nodes have too many
+    of; `cluster` the same with a home for each sequence.
     """
 
     def __init__(
@@ -42,10 +44,12 @@ class BatchSampler(Iterator[list[Pick]]):
         domains: Optional[Sequence[str]] = None,
         home_of_sequence: Optional[Sequence[np.ndarray]] = None,
     ) -> None:
-        """`num_sequences` of each domain; `mixture` in the same order, or by name, which needs `domains`.
+        """`num_sequences` of each domain; `mixture` in the same order, or by name, which needs
+        `domains`.
 
-        `home_node` of each domain; null: domains spread over the nodes in order. `home_of_sequence`: for `cluster`, the
-        node of each sequence of each domain. Raises DataError if sizes do not fit.
+        `home_node` of each domain; null: domains spread over the nodes in order.
+        `home_of_sequence`: for `cluster`, the node of each sequence of each domain. Raises
+        DataError if sizes do not fit.
         """
         self.num_sequences = [int(n) for n in num_sequences]
         self.batch_size = batch_size
@@ -53,20 +57,36 @@ class BatchSampler(Iterator[list[Pick]]):
         self.nodes = nodes
         self.sharding = sharding
         count = len(self.num_sequences)
-        self.home_node = list(home_node) if home_node is not None else [d * nodes // count for d in range(count)]
+        self.home_node = (
+            list(home_node) if home_node is not None else [d * nodes // count for d in range(count)]
+        )
         if isinstance(mixture, Mapping):
             if domains is None or sorted(domains) != sorted(mixture):
-                raise DataError(f"data.mixture has {', '.join(mixture)}, the data {', '.join(domains or ['no names'])}")
+                raise DataError(
+                    f"data.mixture has {', '.join(mixture)}, the data "
+                    f"{', '.join(domains or ['no names'])}"
+                )
             mixture = [mixture[name] for name in domains]
         weights = self.num_sequences if mixture is None else list(mixture)
         if len(weights) != count or len(self.home_node) != count:
-            raise DataError(f"{count} domains, but {len(weights)} shares in data.mixture and {len(self.home_node)} home nodes")
+            raise DataError(
+                f"{count} domains, but {len(weights)} shares in data.mixture and "
+                f"{len(self.home_node)} home nodes"
+            )
         if batch_size % nodes:
-            raise DataError(f"a batch of {batch_size} sequences cannot be shared equally by {nodes} nodes")
+            raise DataError(
+                f"a batch of {batch_size} sequences cannot be shared equally by {nodes} nodes"
+            )
         # Integers keep the rule exact for any number of picks.
-        self._weights = self.num_sequences if mixture is None else [round(w * 10**9) for w in weights]
+        self._weights = (
+            self.num_sequences if mixture is None else [round(w * 10**9) for w in weights]
+        )
         self._total = sum(self._weights)
-        if self._total <= 0 or min(self._weights) < 0 or any(w > 0 and n < 1 for w, n in zip(self._weights, self.num_sequences)):
+        if (
+            self._total <= 0
+            or min(self._weights) < 0
+            or any(w > 0 and n < 1 for w, n in zip(self._weights, self.num_sequences))
+        ):
             raise DataError("every domain with a share above 0 needs at least one sequence")
         if (sharding == "cluster") != (home_of_sequence is not None):
             raise DataError("sharding by cluster needs a home for each sequence, and only it does")
@@ -89,22 +109,40 @@ class BatchSampler(Iterator[list[Pick]]):
 
     def state_dict(self) -> dict[str, Any]:
         """Where it is, for JSON: a handful of integers."""
-        return {"taken": list(self._taken), "num_sequences": list(self.num_sequences), "batch_size": self.batch_size, "seed": self.seed}
+        return {
+            "taken": list(self._taken),
+            "num_sequences": list(self.num_sequences),
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict`. Raises DataError if it belongs to other data or another seed or batch size."""
+        """Continue from `state_dict`.
+
+        Raises DataError if it belongs to other data or another seed or batch size.
+        """
         for key in ("num_sequences", "batch_size", "seed"):
             if state[key] != getattr(self, key):
-                raise DataError(f"cannot continue the data order: {key} was {state[key]}, now it is {getattr(self, key)}")
+                raise DataError(
+                    f"cannot continue the data order: {key} was {state[key]}, now it is "
+                    f"{getattr(self, key)}"
+                )
         self._taken = [int(n) for n in state["taken"]]
 
     def _home(self, pick: Pick) -> int:
         domain, sequence = pick
-        return self.home_node[domain] if self._home_of_sequence is None else int(self._home_of_sequence[domain][sequence])
+        return (
+            self.home_node[domain]
+            if self._home_of_sequence is None
+            else int(self._home_of_sequence[domain][sequence])
+        )
 
     def _pick(self) -> Pick:
         count = sum(self._taken) + 1
-        deficits = [weight * count - taken * self._total for weight, taken in zip(self._weights, self._taken)]
+        deficits = [
+            weight * count - taken * self._total
+            for weight, taken in zip(self._weights, self._taken)
+        ]
         domain = deficits.index(max(deficits))
         epoch, place = divmod(self._taken[domain], self.num_sequences[domain])
         self._taken[domain] += 1
@@ -119,7 +157,9 @@ class BatchSampler(Iterator[list[Pick]]):
 
 
 def _by_home(picks: list[Pick], homes: Sequence[int], nodes: int) -> list[Pick]:
-    """Equal blocks, one per node: the sequences at home there first, then what other nodes have too many of."""
+    """Equal blocks, one per node: the sequences at home there first, then what other nodes have
+    too many of.
+    """
     share = len(picks) // nodes
     ordered = sorted(zip(homes, picks), key=lambda item: (item[0], item[1][0]))
     blocks: list[list[Pick]] = [[] for _ in range(nodes)]

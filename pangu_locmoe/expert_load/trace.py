@@ -1,7 +1,7 @@
 """The load trace: how many tokens each expert got in each step. NumPy only.
 
-One `.npz` with `step` int64 [rows], `load` int [rows, layers, experts] (before drops) and where known `dropped` of the same shape and
-`source` int [rows, layers, nodes, experts].
+One `.npz` with `step` int64 [rows], `load` int [rows, layers, experts] (before drops) and where
+known `dropped` of the same shape and `source` int [rows, layers, nodes, experts].
 """
 
 from __future__ import annotations
@@ -55,21 +55,27 @@ class Trace:
     def between(self, first: int, end: int) -> Trace:
         """The rows of steps first <= step < end."""
         low, high = np.searchsorted(self.step_K, (first, end))
-        parts = (None if array is None else array[low:high] for array in (self.step_K, self.load_KLE, self.dropped_KLE, self.source_KLNE))
+        parts = (
+            None if array is None else array[low:high]
+            for array in (self.step_K, self.load_KLE, self.dropped_KLE, self.source_KLNE)
+        )
         return Trace(*parts)  # type: ignore[arg-type]
 
 
 def share(load_XE: NDArray[Any]) -> NDArray[np.float64]:
     """Counts [..., E] as shares of their sum over the last axis; 1/E where that is 0."""
     total_X1 = load_XE.sum(axis=-1, keepdims=True).astype(np.float64)
-    return np.divide(load_XE, total_X1, out=np.full(load_XE.shape, 1 / load_XE.shape[-1]), where=total_X1 > 0)
+    return np.divide(
+        load_XE, total_X1, out=np.full(load_XE.shape, 1 / load_XE.shape[-1]), where=total_X1 > 0
+    )
 
 
 class TraceWriter:
     """Collects rows in growing arrays and writes the whole trace atomically.
 
-    A run that is killed keeps what was written last: `add` writes once FLUSH_SECONDS have passed, or more where writing takes longer
-    than FLUSH_FRACTION of them, so that rewriting the file costs a bounded part of the run however long it gets; and with the last row.
+    A run that is killed keeps what was written last: `add` writes once FLUSH_SECONDS have passed,
+    or more where writing takes longer than FLUSH_FRACTION of them, so that rewriting the file costs
+    a bounded part of the run however long it gets; and with the last row.
 
     Args:
         path: load.npz; rows of an earlier part of the same run are taken over up to `last_step`.
@@ -89,25 +95,41 @@ class TraceWriter:
         last_step: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._path, self._every, self._max_rows, self._clock = path, every, max_rows, clock
+        self._path = path
+        self._every = every
+        self._max_rows = max_rows
+        self._clock = clock
         self._rows = 0
-        self._arrays: list[NDArray[Any]] = [np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, np.int32)]  # step, source, dropped
+        self._arrays: list[NDArray[Any]] = [
+            np.zeros(0, np.int64),
+            np.zeros(0, np.int32),
+            np.zeros(0, np.int32),
+        ]  # step, source, dropped
         self._due = clock() + FLUSH_SECONDS
         if last_step > 0 and path.exists():
             trace = read_trace(path).between(0, last_step + 1)
             if trace.source_KLNE is None or trace.dropped_KLE is None:
                 raise DataError(f"{path}: not the trace of a run: it has no source or no dropped")
             self._rows = len(trace.step_K)
-            self._arrays = [trace.step_K, trace.source_KLNE.astype(np.int32), trace.dropped_KLE.astype(np.int32)]
+            self._arrays = [
+                trace.step_K,
+                trace.source_KLNE.astype(np.int32),
+                trace.dropped_KLE.astype(np.int32),
+            ]
 
     def add(self, step: int, load_LNE: NDArray[Any], dropped_LE: NDArray[Any]) -> None:
-        """Take step `step` (from 1) if it is a step to trace. Raises OSError if it is time to write and that fails."""
+        """Take step `step` (from 1) if it is a step to trace.
+
+        Raises OSError if it is time to write and that fails.
+        """
         full = self._max_rows is not None and self._rows >= self._max_rows
         if full or (step - 1) % self._every != 0:
             return
         row: list[Any] = [step, load_LNE, dropped_LE]
         if self._rows == len(self._arrays[0]):
-            self._arrays = [_doubled(array, np.shape(value)) for array, value in zip(self._arrays, row)]
+            self._arrays = [
+                _doubled(array, np.shape(value)) for array, value in zip(self._arrays, row)
+            ]
         for array, value in zip(self._arrays, row):
             array[self._rows] = value
         self._rows += 1
@@ -132,14 +154,19 @@ class TraceWriter:
 
 def write_trace(path: Path, trace: Trace) -> None:
     """Write a trace; a reader sees the old file or the new one. Raises OSError."""
-    arrays = {name: getattr(trace, field) for name, field in _FIELDS.items() if getattr(trace, field) is not None}
+    arrays = {
+        name: getattr(trace, field)
+        for name, field in _FIELDS.items()
+        if getattr(trace, field) is not None
+    }
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     write_atomic(path, buffer.getvalue())
 
 
 def read_trace(path: Path) -> Trace:
-    """Read a trace file, or a run directory's; counts that were written as floats come back as integers.
+    """Read a trace file, or a run directory's; counts that were written as floats come back as
+    integers.
 
     Raises:
         DataError: it is anything else; one line.
@@ -173,28 +200,36 @@ def _arrays(path: Path) -> dict[str, NDArray[Any]]:
         return found
     except DataError:
         raise
-    except Exception as error:  # a damaged archive can make the zip reader, zlib and the header parser raise almost anything
+    # a damaged archive can make the zip reader, zlib and the header parser raise almost anything
+    except Exception as error:
         raise DataError(" ".join(str(error).split()) or type(error).__name__) from None
 
 
 def _checked(arrays: dict[str, NDArray[Any]]) -> Trace:
     shapes = {name: array.shape for name, array in arrays.items()}
-    load, step = shapes.get("load", ()), shapes.get("step", ())
+    load = shapes.get("load", ())
+    step = shapes.get("step", ())
     if len(load) != 3 or step != load[:1]:
-        raise DataError(f"needs step [rows] and load [rows, layers, experts], has {_listed(shapes)}")
+        raise DataError(
+            f"needs step [rows] and load [rows, layers, experts], has {_listed(shapes)}"
+        )
     if 0 in load:
         raise DataError(f"load is empty: it has shape {load}")
     if shapes.get("dropped", load) != load:
         raise DataError(f"dropped has shape {shapes['dropped']}, load has {load}")
     source = shapes.get("source")
     if source is not None and (len(source) != 4 or source[:2] + source[3:] != load):
-        raise DataError(f"source has shape {source}, load has {load}; expected [rows, layers, nodes, experts]")
+        raise DataError(
+            f"source has shape {source}, load has {load}; expected [rows, layers, nodes, experts]"
+        )
     counts = {name: _integers(name, array) for name, array in arrays.items()}
     if (np.diff(counts["step"]) <= 0).any():
         raise DataError("steps do not rise")
     if source is not None and (counts["source"].sum(axis=2) != counts["load"]).any():
         raise DataError("source, summed over nodes, is not load")
-    return Trace(counts["step"].astype(np.int64), counts["load"], counts.get("dropped"), counts.get("source"))
+    return Trace(
+        counts["step"].astype(np.int64), counts["load"], counts.get("dropped"), counts.get("source")
+    )
 
 
 def _integers(name: str, array: NDArray[Any]) -> NDArray[Any]:
@@ -204,7 +239,9 @@ def _integers(name: str, array: NDArray[Any]) -> NDArray[Any]:
     if not np.isfinite(array).all() or (array != np.floor(array)).any():
         raise DataError(f"{name} holds numbers that are not whole")
     if array.min() < 0 or array.max() > LARGEST:
-        raise DataError(f"{name} holds a number {'below 0' if array.min() < 0 else f'above {LARGEST}'}")
+        raise DataError(
+            f"{name} holds a number {'below 0' if array.min() < 0 else f'above {LARGEST}'}"
+        )
     return array if array.dtype in (np.int32, np.int64) else array.astype(np.int64)
 
 

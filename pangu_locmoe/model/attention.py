@@ -15,44 +15,68 @@ from pangu_locmoe.parallel.tensor import Cut, TensorGroup
 
 
 def attention_mask(segments_BS: Tensor, causal_SS: Tensor, num_heads: int) -> Tensor:
-    """0 where a token may look, -3e38 elsewhere, below any score, fp32 [B, H, S, S]: only back, and only inside its own segment.
+    """0 where a token may look, -3e38 elsewhere, below any score, fp32 [B, H, S, S]: only back, and
+    only inside its own segment.
 
-    Spread over the heads once, because adding a mask of the scores' own shape is twice as fast in every layer.
+    Spread over the heads once, because adding a mask of the scores' own shape is twice as fast in
+    every layer.
 
     Args:
         segments_BS: segment ids, int32.
         causal_SS: ones on and below the diagonal, fp32.
         num_heads: H.
     """
-    same_BSS = ops.cast(ops.equal(ops.expand_dims(segments_BS, 2), ops.expand_dims(segments_BS, 1)), causal_SS.dtype)
+    same_BSS = ops.cast(
+        ops.equal(ops.expand_dims(segments_BS, 2), ops.expand_dims(segments_BS, 1)), causal_SS.dtype
+    )
     return ops.tile(ops.expand_dims((same_BSS * causal_SS - 1.0) * 3e38, 1), (1, num_heads, 1, 1))
 
 
 class Attention(nn.Cell):
-    """softmax(Q K^T / sqrt(K) + mask) V, projected. Queries come from `query_TD`, keys and values from `x_TD`.
+    """softmax(Q K^T / sqrt(K) + mask) V, projected.
 
-    A tensor-parallel group divides the heads; its ranks' inputs have entered the group. Batch and length are the mask's.
+    Queries come from `query_TD`, keys and values from `x_TD`.
+
+    A tensor-parallel group divides the heads; its ranks' inputs have entered the group. Batch and
+    length are the mask's.
     """
 
     def __init__(self, config: ModelConfig, seed: list[int], tensor: TensorGroup) -> None:
         super().__init__()
         hidden_size = config.hidden_size
-        self.num_heads, self.head_size = config.num_heads // tensor.size, hidden_size // config.num_heads
-        self.w_query = tensor.parameter(normal([*seed, 0], (hidden_size, hidden_size), config.init_std), "w_query", Cut(1))
-        self.w_key_value = tensor.parameter(normal([*seed, 1], (hidden_size, 2 * hidden_size), config.init_std), "w_key_value", Cut(1, 2))
+        self.num_heads = config.num_heads // tensor.size
+        self.head_size = hidden_size // config.num_heads
+        self.w_query = tensor.parameter(
+            normal([*seed, 0], (hidden_size, hidden_size), config.init_std), "w_query", Cut(1)
+        )
+        self.w_key_value = tensor.parameter(
+            normal([*seed, 1], (hidden_size, 2 * hidden_size), config.init_std),
+            "w_key_value",
+            Cut(1, 2),
+        )
         out_std = config.init_std / np.sqrt(2 * config.num_layers)
-        self.w_out = tensor.parameter(normal([*seed, 2], (hidden_size, hidden_size), float(out_std)), "w_out", Cut(0))
+        self.w_out = tensor.parameter(
+            normal([*seed, 2], (hidden_size, hidden_size), float(out_std)), "w_out", Cut(0)
+        )
         self.leave = tensor.leave_rows
         # The primitive: the gradient of ops.matmul transposes its operands, 3% of a step.
         self.matmul = ops.MatMul()
         self.attend = functional.Attention()
 
     def construct(self, query_TD: Tensor, x_TD: Tensor, mask_BHSS: Tensor) -> Tensor:
-        batch, length = mask_BHSS.shape[0], mask_BHSS.shape[2]
+        batch = mask_BHSS.shape[0]
+        length = mask_BHSS.shape[2]
         heads = (batch, length, self.num_heads, self.head_size)
-        # Scaling W is one pass over [D, D] instead of one over [B, H, S, S], and Q before scaling may be beyond fp16.
-        query_TD = self.matmul(query_TD, ops.cast(self.w_query * (self.head_size**-0.5), x_TD.dtype))
-        key_TD, value_TD = ops.split(self.matmul(x_TD, ops.cast(self.w_key_value, x_TD.dtype)), self.num_heads * self.head_size, 1)
+        # Scaling W is one pass over [D, D] instead of one over [B, H, S, S], and Q before scaling
+        # may be beyond fp16.
+        query_TD = self.matmul(
+            query_TD, ops.cast(self.w_query * (self.head_size**-0.5), x_TD.dtype)
+        )
+        key_TD, value_TD = ops.split(
+            self.matmul(x_TD, ops.cast(self.w_key_value, x_TD.dtype)),
+            self.num_heads * self.head_size,
+            1,
+        )
         query_BHSK = ops.transpose(ops.reshape(query_TD, heads), (0, 2, 1, 3))
         key_BHSK = ops.transpose(ops.reshape(key_TD, heads), (0, 2, 1, 3))
         value_BHSK = ops.transpose(ops.reshape(value_TD, heads), (0, 2, 1, 3))

@@ -1,6 +1,8 @@
-"""The two kinds of layers: the decoder block (dense or sparse) and PanGu-alpha's query layer on top.
+"""The two kinds of layers: the decoder block (dense or sparse) and PanGu-alpha's query layer on
+top.
 
-Letters: B batch, S sequence, T = B*S tokens, X of them on this rank (all without sequence parallelism), D hidden, F inner width.
+Letters: B batch, S sequence, T = B*S tokens, X of them on this rank (all without sequence
+parallelism), D hidden, F inner width.
 """
 
 from __future__ import annotations
@@ -27,10 +29,19 @@ class FeedForward(nn.Cell):
     def __init__(self, config: ModelConfig, seed: list[int], tensor: TensorGroup) -> None:
         super().__init__()
         out_std = config.init_std / np.sqrt(2 * config.num_layers)
-        self.w_in = tensor.parameter(normal([*seed, 3], (config.hidden_size, config.ffn_size), config.init_std), "w_in", Cut(1))
-        self.w_out = tensor.parameter(normal([*seed, 4], (config.ffn_size, config.hidden_size), float(out_std)), "w_out", Cut(0))
+        self.w_in = tensor.parameter(
+            normal([*seed, 3], (config.hidden_size, config.ffn_size), config.init_std),
+            "w_in",
+            Cut(1),
+        )
+        self.w_out = tensor.parameter(
+            normal([*seed, 4], (config.ffn_size, config.hidden_size), float(out_std)),
+            "w_out",
+            Cut(0),
+        )
         self.leave = tensor.leave_rows
-        self.gelu, self.matmul = Gelu(), ops.MatMul()
+        self.gelu = Gelu()
+        self.matmul = ops.MatMul()
 
     def construct(self, x_TD: Tensor) -> Tensor:
         inner_TF = self.gelu(self.matmul(x_TD, ops.cast(self.w_in, x_TD.dtype)))
@@ -38,19 +49,29 @@ class FeedForward(nn.Cell):
 
 
 class DecoderBlock(nn.Cell):
-    """x = x + Attn(LN1(x)); x = x + FFN(LN2(x)). With a router context the feed-forward network is an MoE layer."""
+    """x = x + Attn(LN1(x)); x = x + FFN(LN2(x)).
+
+    With a router context the feed-forward network is an MoE layer.
+    """
 
     def __init__(
-        self, config: Config, index: int, tensor: TensorGroup, context: Optional[RouterContext], exchange: Optional[Exchange] = None
+        self,
+        config: Config,
+        index: int,
+        tensor: TensorGroup,
+        context: Optional[RouterContext],
+        exchange: Optional[Exchange] = None,
     ) -> None:
         super().__init__()
         seed = [config.train.seed, 0, index]
-        self.site, self.dropout = 2 * index + 1, RowDropout(config.model.dropout, tensor)
+        self.site = 2 * index + 1
+        self.dropout = RowDropout(config.model.dropout, tensor)
         self.norm1 = tensor.for_own_rows(LayerNorm(config.model.hidden_size))
         self.attention = Attention(config.model, seed, tensor)
         self.norm2 = tensor.for_own_rows(LayerNorm(config.model.hidden_size))
         self.sparse = context is not None
-        self.enter, self.own_rows = tensor.enter_rows, tensor.own_rows
+        self.enter = tensor.enter_rows
+        self.own_rows = tensor.own_rows
         self.enter2 = tensor.whole_rows if self.sparse else tensor.enter_rows
         if context is not None:
             self.moe = MoELayer.of(config, context, exchange, tensor)
@@ -58,12 +79,26 @@ class DecoderBlock(nn.Cell):
             self.ffn = FeedForward(config.model, seed, tensor)
 
     def recompute_activations(self) -> None:
-        """Recompute everything but the routing in the backward pass: MindSpore cannot recompute a cell that returns a dict."""
-        for part in (self.norm1, self.attention, self.norm2, self.moe.experts if self.sparse else self.ffn):
+        """Recompute everything but the routing in the backward pass: MindSpore cannot recompute
+        a cell that returns a dict.
+        """
+        for part in (
+            self.norm1,
+            self.attention,
+            self.norm2,
+            self.moe.experts if self.sparse else self.ffn,
+        ):
             part.recompute()
 
     def construct(
-        self, x_XD: Tensor, mask_BHSS: Tensor, tokens_T: Tensor, domains_T: Tensor, noise: Noise, capacity: int, training: bool
+        self,
+        x_XD: Tensor,
+        mask_BHSS: Tensor,
+        tokens_T: Tensor,
+        domains_T: Tensor,
+        noise: Noise,
+        capacity: int,
+        training: bool,
     ) -> Tuple[Tensor, MoEStats]:
         """Returns x_XD and the MoE layer's statistics, an empty dict from a dense block."""
         x_XD, normed_TD = self.attend(x_XD, mask_BHSS, noise[0], noise[1], training)
@@ -76,7 +111,12 @@ class DecoderBlock(nn.Cell):
         return x_XD + self.dropout(y_XD, noise[0], noise[1], self.site + 1, training), stats
 
     def attend(
-        self, x_XD: Tensor, mask_BHSS: Tensor, row_keys_T: Tensor, column_keys_D: Tensor, training: bool
+        self,
+        x_XD: Tensor,
+        mask_BHSS: Tensor,
+        row_keys_T: Tensor,
+        column_keys_D: Tensor,
+        training: bool,
     ) -> Tuple[Tensor, Tensor]:
         """The block's first half: x + Attn(LN1(x)) as x_XD, and its LN2 as normed_TD."""
         normed_TD = self.enter(self.norm1(x_XD))
@@ -86,26 +126,38 @@ class DecoderBlock(nn.Cell):
 
 
 class QueryLayer(nn.Cell):
-    """PanGu-alpha's top layer: queries come from a learned table indexed by the position to predict.
+    """PanGu-alpha's top layer: queries come from a learned table indexed by the position to
+    predict.
 
-    a = Attn(Q = table[position], K = V = LN1(H)); x = H + a; out = x + FFN(LN2(x)). Row i of the table asks for the
-    token after position i.
+    a = Attn(Q = table[position], K = V = LN1(H)); x = H + a; out = x + FFN(LN2(x)). Row i of the
+    table asks for the token after position i.
     """
 
     def __init__(self, config: Config, index: int, tensor: TensorGroup) -> None:
         super().__init__()
-        model, seed = config.model, [config.train.seed, 0, index]
-        self.site, self.dropout = 2 * index + 1, RowDropout(model.dropout, tensor)
-        self.query_table = Parameter(Tensor(normal([*seed, 5], (model.seq_length, model.hidden_size), model.init_std)), name="query_table")
+        model = config.model
+        seed = [config.train.seed, 0, index]
+        self.site = 2 * index + 1
+        self.dropout = RowDropout(model.dropout, tensor)
+        self.query_table = Parameter(
+            Tensor(normal([*seed, 5], (model.seq_length, model.hidden_size), model.init_std)),
+            name="query_table",
+        )
         self.norm1 = tensor.for_own_rows(LayerNorm(model.hidden_size))
         self.attention = Attention(model, seed, tensor)
         self.norm2 = tensor.for_own_rows(LayerNorm(model.hidden_size))
-        self.enter, self.enter_keys, self.enter2 = tensor.enter, tensor.enter_rows, tensor.enter_rows
+        self.enter = tensor.enter
+        self.enter_keys = tensor.enter_rows
+        self.enter2 = tensor.enter_rows
         self.ffn = FeedForward(model, seed, tensor)
 
-    def construct(self, x_XD: Tensor, mask_BHSS: Tensor, positions_T: Tensor, noise: Noise, training: bool) -> Tensor:
+    def construct(
+        self, x_XD: Tensor, mask_BHSS: Tensor, positions_T: Tensor, noise: Noise, training: bool
+    ) -> Tensor:
         query_TD = ops.cast(ops.gather(self.query_table, positions_T, 0), x_XD.dtype)
-        attended_XD = self.attention(self.enter(query_TD), self.enter_keys(self.norm1(x_XD)), mask_BHSS)
+        attended_XD = self.attention(
+            self.enter(query_TD), self.enter_keys(self.norm1(x_XD)), mask_BHSS
+        )
         x_XD = x_XD + self.dropout(attended_XD, noise[0], noise[1], self.site, training)
         y_XD = self.ffn(self.enter2(self.norm2(x_XD)))
         return x_XD + self.dropout(y_XD, noise[0], noise[1], self.site + 1, training)
@@ -116,9 +168,12 @@ class RowDropout(nn.Cell):
 
     def __init__(self, rate: float, tensor: TensorGroup) -> None:
         super().__init__()
-        self.rate, self.share = rate, tensor.share
+        self.rate = rate
+        self.share = tensor.share
 
-    def construct(self, x_XD: Tensor, row_keys_T: Tensor, column_keys_D: Tensor, site: int, training: bool) -> Tensor:
+    def construct(
+        self, x_XD: Tensor, row_keys_T: Tensor, column_keys_D: Tensor, site: int, training: bool
+    ) -> Tensor:
         if not training or self.rate == 0:
             return x_XD
         return dropout(x_XD, self.rate, (self.share(row_keys_T), column_keys_D), site)

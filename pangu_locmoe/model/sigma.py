@@ -1,10 +1,12 @@
 """The PanGu-Sigma model, top to bottom on one page.
 
-    word + position embedding -> dense blocks -> sparse blocks -> LayerNorm -> query layer -> head tied to the word embedding
+    word + position embedding -> dense blocks -> sparse blocks -> LayerNorm -> query layer -> head
+    tied to the word embedding
 
 The LayerNorm between the blocks and the query layer is `model.final_norm`.
 
-Letters: B batch, S sequence, T = B*S tokens, X of them on this rank (all without sequence parallelism), D hidden, V vocabulary, L MoE layers, N source nodes, E experts, K domains.
+Letters: B batch, S sequence, T = B*S tokens, X of them on this rank (all without sequence
+parallelism), D hidden, V vocabulary, L MoE layers, N source nodes, E experts, K domains.
 """
 
 from __future__ import annotations
@@ -37,11 +39,11 @@ class PanguSigma(nn.Cell):
 
     Args:
         config: every size comes from here.
-        token_counts_KV: occurrences of each token in each domain's training text, int64 [K, V], which balance the hash
-            router's table; None: all alike.
+        token_counts_KV: occurrences of each token in each domain's training text, int64 [K, V],
+            which balance the hash router's table; None: all alike.
         topology: where the experts are; None: in this process.
-        exchange: the way to experts in other processes; None: there are none. With it the model runs in PyNative, its
-            parts between the exchanges compiled by `compile_parts`.
+        exchange: the way to experts in other processes; None: there are none. With it the model
+            runs in PyNative, its parts between the exchanges compiled by `compile_parts`.
         tensor: the ranks that share the matrices; None: this one has them to itself.
     """
 
@@ -60,7 +62,8 @@ class PanguSigma(nn.Cell):
         if token_counts_KV is None:
             token_counts_KV = np.ones((num_domains, model.vocab_size), dtype=np.int64)
         self.tensor = tensor = tensor or TensorGroup.alone()
-        self.hidden_size, self.num_heads = model.hidden_size, model.num_heads // tensor.size
+        self.hidden_size = model.hidden_size
+        self.num_heads = model.num_heads // tensor.size
         self.dropout = RowDropout(model.dropout, tensor)
         self.dtype = DTYPES[config.train.precision]
         self.per_domain = model.domain_embeddings
@@ -69,13 +72,20 @@ class PanguSigma(nn.Cell):
         words = normal([seed, 4], (slots * model.vocab_size, model.hidden_size), model.init_std)
         self.word_table = tensor.parameter(words, "word_table", Cut(0, slots))
         self.vocabulary = Vocabulary(model.vocab_size, tensor)
-        self.position_table = Parameter(Tensor(normal([seed, 5], (model.seq_length, model.hidden_size), model.init_std)), name="position_table")
+        self.position_table = Parameter(
+            Tensor(normal([seed, 5], (model.seq_length, model.hidden_size), model.init_std)),
+            name="position_table",
+        )
         self.position_table.has_partial_gradient = tensor.divides_rows
         num_dense = model.num_layers - 1 - model.num_moe_layers
         topology = topology or Topology.from_config(config)
         blocks = []
         for index in range(model.num_layers - 1):
-            context = RouterContext(index - num_dense, allowed_KE, topology, token_counts_KV) if index >= num_dense else None
+            context = (
+                RouterContext(index - num_dense, allowed_KE, topology, token_counts_KV)
+                if index >= num_dense
+                else None
+            )
             block = DecoderBlock(config, index, tensor, context, exchange)
             if config.train.recompute:
                 block.recompute_activations()
@@ -90,8 +100,11 @@ class PanguSigma(nn.Cell):
         if self.fused:
             for attention in (*(block.attention for block in blocks), self.query_layer.attention):
                 attention.attend = fused.FlashAttention()
-        self.causal_SS = Tensor(np.tril(np.ones((model.seq_length, model.seq_length), dtype=np.float32)))
-        self.enter, self.share = tensor.enter_rows, tensor.share
+        self.causal_SS = Tensor(
+            np.tril(np.ones((model.seq_length, model.seq_length), dtype=np.float32))
+        )
+        self.enter = tensor.enter_rows
+        self.share = tensor.share
         self.head = ops.MatMul(transpose_b=True)
         self.batch_head = ops.BatchMatMul(transpose_b=True)
 
@@ -109,19 +122,25 @@ class PanguSigma(nn.Cell):
 
         Args:
             tokens_BS, positions_BS, segments_BS: int32; attention stays inside a segment.
-            domains_B: the domain of each sequence, int32. N equal contiguous runs of sequences, one for each source node.
+            domains_B: the domain of each sequence, int32. N equal contiguous runs of sequences, one
+                for each source node.
             noise: keys of this step's randomness; used only while training.
-            capacities: slots for each expert in each MoE layer, DROPLESS for as many as come; constants of the graph.
+            capacities: slots for each expert in each MoE layer, DROPLESS for as many as come;
+                constants of the graph.
             training: a constant of the graph.
 
         Returns:
-            logits_TV in fp32 (this rank's part of V, which `vocabulary` knows what to do with), and a dict of fp32 tensors:
-            balance_loss, locality_loss, z_loss (sums over MoE layers, not weighted), load_LNE, dropped_LE, cosine_LT, weight_L
-            (without MoE layers these four are absent), unrouted_L (only with several experts for a token), layer_sums (one
-            number for each layer, finite exactly where its output is).
+            logits_TV in fp32 (this rank's part of V, which `vocabulary` knows what to do with), and
+            a dict of fp32 tensors: balance_loss, locality_loss, z_loss (sums over MoE layers, not
+            weighted), load_LNE, dropped_LE, cosine_LT, weight_L (without MoE layers these four are
+            absent), unrouted_L (only with several experts for a token), layer_sums (one number for
+            each layer, finite exactly where its output is).
         """
-        # Keys come one by one here and below: a compiled part would take a tuple of tensors for a constant.
-        x_XD, mask_BHSS, tokens_T, domains_T = self.embed(tokens_BS, positions_BS, segments_BS, domains_B, noise[0], noise[1], training)
+        # Keys come one by one here and below: a compiled part would take a tuple of tensors for a
+        # constant.
+        x_XD, mask_BHSS, tokens_T, domains_T = self.embed(
+            tokens_BS, positions_BS, segments_BS, domains_B, noise[0], noise[1], training
+        )
         layer_stats = []
         layer_sums = []
         for index, block in enumerate(self.blocks):
@@ -130,7 +149,9 @@ class PanguSigma(nn.Cell):
             layer_sums.append(_checksum(x_XD))
             if index >= self.num_dense:
                 layer_stats.append(stats)
-        logits_TV, last_sum = self.predict(x_XD, mask_BHSS, positions_BS, domains_B, noise[0], noise[1], training)
+        logits_TV, last_sum = self.predict(
+            x_XD, mask_BHSS, positions_BS, domains_B, noise[0], noise[1], training
+        )
         layer_sums.append(last_sum)
         return logits_TV, _gather_stats(layer_stats, ops.stack(layer_sums))
 
@@ -147,13 +168,21 @@ class PanguSigma(nn.Cell):
         """What the blocks start from: x_XD, mask_BHSS, tokens_T, domains_T."""
         batch, length = tokens_BS.shape
         tokens_T = ops.reshape(tokens_BS, (batch * length,))
-        domains_T = ops.reshape(ops.broadcast_to(ops.expand_dims(domains_B, 1), (batch, length)), (batch * length,))
+        domains_T = ops.reshape(
+            ops.broadcast_to(ops.expand_dims(domains_B, 1), (batch, length)), (batch * length,)
+        )
         slot_T = domains_T if self.per_domain else ops.zeros_like(domains_T)
         positions_X = self.share(ops.reshape(positions_BS, (batch * length,)))
-        x_XD = self.vocabulary.embed(self.word_table, tokens_T, slot_T) + ops.gather(self.position_table, positions_X, 0)
+        x_XD = self.vocabulary.embed(self.word_table, tokens_T, slot_T) + ops.gather(
+            self.position_table, positions_X, 0
+        )
         x_XD = self.dropout(ops.cast(x_XD, self.dtype), row_keys_T, column_keys_D, 0, training)
         causal_SS = self.causal_SS[:length, :length]
-        mask = fused.discard_mask(segments_BS, causal_SS) if self.fused else attention_mask(segments_BS, causal_SS, self.num_heads)
+        mask = (
+            fused.discard_mask(segments_BS, causal_SS)
+            if self.fused
+            else attention_mask(segments_BS, causal_SS, self.num_heads)
+        )
         return x_XD, mask, tokens_T, domains_T
 
     def predict(
@@ -170,11 +199,21 @@ class PanguSigma(nn.Cell):
         batch, length = positions_BS.shape
         if self.has_final_norm:
             x_XD = self.final_norm(x_XD)
-        x_XD = self.query_layer(x_XD, mask_BHSS, ops.reshape(positions_BS, (batch * length,)), (row_keys_T, column_keys_D), training)
-        table, entered_TD, width = ops.cast(self.word_table, x_XD.dtype), self.enter(x_XD), self.vocabulary.width
+        x_XD = self.query_layer(
+            x_XD,
+            mask_BHSS,
+            ops.reshape(positions_BS, (batch * length,)),
+            (row_keys_T, column_keys_D),
+            training,
+        )
+        table = ops.cast(self.word_table, x_XD.dtype)
+        entered_TD = self.enter(x_XD)
+        width = self.vocabulary.width
         if self.per_domain:
             table_BVD = ops.gather(ops.reshape(table, (-1, width, self.hidden_size)), domains_B, 0)
-            logits = self.batch_head(ops.reshape(entered_TD, (batch, length, self.hidden_size)), table_BVD)
+            logits = self.batch_head(
+                ops.reshape(entered_TD, (batch, length, self.hidden_size)), table_BVD
+            )
             logits = ops.reshape(logits, (batch * length, width))
         else:
             logits = self.head(entered_TD, table)
@@ -183,7 +222,11 @@ class PanguSigma(nn.Cell):
     @property
     def moe_layers(self) -> Dict[str, Any]:
         """The MoE layers by name, bottom to top."""
-        return {f"blocks.{index}.moe": block.moe for index, block in enumerate(self.blocks) if block.sparse}
+        return {
+            f"blocks.{index}.moe": block.moe
+            for index, block in enumerate(self.blocks)
+            if block.sparse
+        }
 
     def compile_parts(self) -> None:
         """Compile what lies between the exchanges of a model that is not compiled as a whole."""
@@ -204,11 +247,22 @@ def _checksum(x_XD: Tensor) -> Tensor:
 def _gather_stats(layer_stats: list, layer_sums: Tensor) -> Dict[str, Tensor]:
     if len(layer_stats) == 0:
         zero = ops.zeros((), ms.float32)
-        return {"balance_loss": zero, "locality_loss": zero, "z_loss": zero, "layer_sums": layer_sums}
+        return {
+            "balance_loss": zero,
+            "locality_loss": zero,
+            "z_loss": zero,
+            "layer_sums": layer_sums,
+        }
     gathered = {"layer_sums": layer_sums}
     for name in ("balance_loss", "locality_loss", "z_loss"):
         gathered[name] = ops.reduce_sum(ops.stack([stats[name] for stats in layer_stats]))
-    names = {"load_NE": "load_LNE", "dropped_E": "dropped_LE", "cosine_T": "cosine_LT", "weight": "weight_L", "unrouted": "unrouted_L"}
+    names = {
+        "load_NE": "load_LNE",
+        "dropped_E": "dropped_LE",
+        "cosine_T": "cosine_LT",
+        "weight": "weight_L",
+        "unrouted": "unrouted_L",
+    }
     for source, name in names.items():
         if source not in layer_stats[0]:
             continue

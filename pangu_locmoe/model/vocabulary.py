@@ -1,6 +1,9 @@
-"""What runs over the vocabulary: the embedding of tokens, and the loss of logits. A tensor-parallel group divides its rows.
+"""What runs over the vocabulary: the embedding of tokens, and the loss of logits.
 
-Letters: T tokens, D hidden, V vocabulary, W rows of it on this rank (V without tensor parallelism), R ranks of the place, B rows of logits.
+A tensor-parallel group divides its rows.
+
+Letters: T tokens, D hidden, V vocabulary, W rows of it on this rank (V without tensor parallelism),
+R ranks of the place, B rows of logits.
 """
 
 from __future__ import annotations
@@ -25,27 +28,37 @@ class Vocabulary(nn.Cell):
 
     def __init__(self, vocab_size: int, tensor: TensorGroup) -> None:
         super().__init__()
-        self.width, self.divided = vocab_size // tensor.size, tensor.size > 1
-        self.first, self.leave = self.width * tensor.place, tensor.leave_rows
+        self.width = vocab_size // tensor.size
+        self.divided = tensor.size > 1
+        self.first = self.width * tensor.place
+        self.leave = tensor.leave_rows
         if self.divided:
             self.losses = _DividedLosses(self.width, tensor)
             self.sum = tensor.sum
-            self.mine_1R1 = Tensor((np.arange(tensor.size) == tensor.place).astype(np.float32).reshape(1, -1, 1))
+            self.mine_1R1 = Tensor(
+                (np.arange(tensor.size) == tensor.place).astype(np.float32).reshape(1, -1, 1)
+            )
 
     def embed(self, table_XD: Tensor, tokens_T: Tensor, domains_T: Tensor) -> Tensor:
-        """Embeddings [T, D] from this rank's part of the table, whose domains have W rows each; int32 ids.
+        """Embeddings [T, D] from this rank's part of the table, whose domains have W rows each;
+        int32 ids.
 
-        Each token is on one rank; the others add zero. With sequence parallelism, of this rank's tokens.
+        Each token is on one rank; the others add zero. With sequence parallelism, of this rank's
+        tokens.
         """
         if not self.divided:
             return ops.gather(table_XD, domains_T * self.width + tokens_T, 0)
         local_T = tokens_T - self.first
-        inside_T = ops.cast(ops.logical_and(ops.greater_equal(local_T, 0), ops.less(local_T, self.width)), ms.int32)
+        inside_T = ops.cast(
+            ops.logical_and(ops.greater_equal(local_T, 0), ops.less(local_T, self.width)), ms.int32
+        )
         rows_TD = ops.gather(table_XD, domains_T * self.width + local_T * inside_T, 0)
         return self.leave(rows_TD * ops.expand_dims(ops.cast(inside_T, rows_TD.dtype), 1))
 
     def cross_entropy(self, logits_TW: Tensor, targets_T: Tensor) -> Tensor:
-        """Mean next-token loss, an fp32 scalar, the same on all ranks of the place. fp32 logits, int32 targets."""
+        """Mean next-token loss, an fp32 scalar, the same on all ranks of the place. fp32 logits,
+        int32 targets.
+        """
         if not self.divided:
             return functional.cross_entropy(logits_TW, targets_T)
         return ops.reduce_sum(self.losses(logits_TW, targets_T)) * (1.0 / targets_T.shape[0])
@@ -60,11 +73,15 @@ class Vocabulary(nn.Cell):
         """All logits, fp32 [B, V], on every rank. No gradient."""
         if not self.divided:
             return logits_BW
-        return ops.reshape(self.sum(ops.expand_dims(logits_BW, 1) * self.mine_1R1), (logits_BW.shape[0], -1))
+        return ops.reshape(
+            self.sum(ops.expand_dims(logits_BW, 1) * self.mine_1R1), (logits_BW.shape[0], -1)
+        )
 
 
 class _DividedLosses(nn.Cell):
-    """-log softmax(logits)[target] of each token, from the logits of all ranks (Megatron-LM's vocabulary-parallel loss)."""
+    """-log softmax(logits)[target] of each token, from the logits of all ranks (Megatron-LM's
+    vocabulary-parallel loss).
+    """
 
     def __init__(self, width: int, tensor: TensorGroup) -> None:
         super().__init__()
@@ -75,27 +92,42 @@ class _DividedLosses(nn.Cell):
 
 
 class _DividedLossesCore(nn.Cell):
-    """Also returns what its gradient needs: this rank's probabilities, and ones where a target is."""
+    """Also returns what its gradient needs: this rank's probabilities, and ones where a target
+    is.
+    """
 
     def __init__(self, width: int, tensor: TensorGroup) -> None:
         super().__init__()
-        self.width, self.sum = width, tensor.sum
+        self.width = width
+        self.sum = tensor.sum
         self.first = width * tensor.place
         self.rows_W = Tensor(np.arange(width, dtype=np.int32))
-        self.mine_R1 = Tensor((np.arange(tensor.size) == tensor.place).astype(np.float32).reshape(-1, 1))
-        self.max, self.add = ops.ReduceMax(), ops.ReduceSum()
-        self.tile, self.expand = ops.Tile(), ops.ExpandDims()
+        self.mine_R1 = Tensor(
+            (np.arange(tensor.size) == tensor.place).astype(np.float32).reshape(-1, 1)
+        )
+        self.max = ops.ReduceMax()
+        self.add = ops.ReduceSum()
+        self.tile = ops.Tile()
+        self.expand = ops.ExpandDims()
 
     def construct(self, logits_TW: Tensor, targets_T: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
-        hot_TW = ops.cast(ops.equal(self.expand(targets_T - self.first, 1), self.rows_W), ms.float32)
+        hot_TW = ops.cast(
+            ops.equal(self.expand(targets_T - self.first, 1), self.rows_W), ms.float32
+        )
         # MCCL only adds up, so that the largest logit of all ranks is found by gathering theirs.
         peak_T = self.max(self.sum(self.mine_R1 * self.expand(self.max(logits_TW, 1), 0)), 0)
         shifted_TW = logits_TW - self._over_width(peak_T)
         powers_TW = ops.exp(shifted_TW)
         sums_2T = self.sum(ops.stack((self.add(powers_TW, 1), self.add(shifted_TW * hot_TW, 1))))
-        return ops.log(sums_2T[0]) - sums_2T[1], powers_TW * self._over_width(1.0 / sums_2T[0]), hot_TW
+        return (
+            ops.log(sums_2T[0]) - sums_2T[1],
+            powers_TW * self._over_width(1.0 / sums_2T[0]),
+            hot_TW,
+        )
 
-    def bprop(self, logits_TW: Tensor, targets_T: Tensor, out: Any, grads: Any) -> Tuple[Tensor, Tensor]:
+    def bprop(
+        self, logits_TW: Tensor, targets_T: Tensor, out: Any, grads: Any
+    ) -> Tuple[Tensor, Tensor]:
         return (out[1] - out[2]) * self._over_width(grads[0]), ops.zeros_like(targets_T)
 
     def _over_width(self, x_T: Tensor) -> Tensor:

@@ -1,4 +1,6 @@
-"""How many tokens an expert takes: LocMoE's and LocMoE+'s lower bounds and the policies. NumPy and SciPy only.
+"""How many tokens an expert takes: LocMoE's and LocMoE+'s lower bounds and the policies.
+
+NumPy and SciPy only.
 
 Letters: n experts, d hidden size.
 """
@@ -19,12 +21,15 @@ RATIO = 1.25  # between the sizes of a dynamic capacity
 
 @dataclass(frozen=True)
 class CapacityBounds:
-    """LocMoE's lower bound on the capacity in its three forms, in tokens; infinity where a double cannot hold it.
+    """LocMoE's lower bound on the capacity in its three forms, in tokens; infinity where a double
+    cannot hold it.
 
     cosine: delta, the cosine from which on a token belongs to an expert.
-    probability: p_delta, that a token uniform on the unit sphere has a cosine of delta or more, or of -delta or less, with one
-        expert's gate (Lemma 3). It is two-sided; a token belongs to an expert on one side only, with half of it.
-    exact, erfc, exponential: the theorem's lower bound, its form for large d, and a weaker one than that.
+    probability: p_delta, that a token uniform on the unit sphere has a cosine of delta or more, or
+        of -delta or less, with one expert's gate (Lemma 3). It is two-sided; a token belongs to an
+        expert on one side only, with half of it.
+    exact, erfc, exponential: the theorem's lower bound, its form for large d, and a weaker one than
+    that.
     """
 
     cosine: float
@@ -37,11 +42,11 @@ class CapacityBounds:
 def capacity_bounds(hidden_size: int, num_experts: int, cosine: float) -> CapacityBounds:
     """LocMoE's theorem: ec_min >= 1 / (n p_delta), with p_delta = 1 - I_{delta^2}(1/2, (d-1)/2).
 
-    As published: p_delta is the probability of |cos| >= delta, while routing asks for cos >= delta, which is half as probable.
-    With that half every form would be twice as large.
+    As published: p_delta is the probability of |cos| >= delta, while routing asks for cos >= delta,
+    which is half as probable. With that half every form would be twice as large.
 
-    For large d, p_delta is close to erfc(sqrt(x)), and that is below exp(-x), with x = delta^2 d / (2 - delta^2). With
-    delta <= 0 every token belongs to the expert and all forms are 1/n.
+    For large d, p_delta is close to erfc(sqrt(x)), and that is below exp(-x), with x = delta^2 d /
+    (2 - delta^2). With delta <= 0 every token belongs to the expert and all forms are 1/n.
 
     Args:
         hidden_size: d, at least 1.
@@ -52,12 +57,16 @@ def capacity_bounds(hidden_size: int, num_experts: int, cosine: float) -> Capaci
         ValueError: an argument outside its range.
     """
     if hidden_size < 1 or num_experts < 1:
-        raise ValueError(f"hidden_size ({hidden_size}) and num_experts ({num_experts}) must be at least 1")
+        raise ValueError(
+            f"hidden_size ({hidden_size}) and num_experts ({num_experts}) must be at least 1"
+        )
     if not -1.0 <= cosine <= 1.0:
         raise ValueError(f"cosine ({cosine}) must be between -1 and 1")
     squared = max(cosine, 0.0) ** 2
     # On the line (d = 1) every cosine is 1 or -1.
-    probability = float(special.betaincc(0.5, (hidden_size - 1) / 2, squared)) if hidden_size > 1 else 1.0
+    probability = (
+        float(special.betaincc(0.5, (hidden_size - 1) / 2, squared)) if hidden_size > 1 else 1.0
+    )
     exponent = squared * hidden_size / (2 - squared)
     with np.errstate(over="ignore", divide="ignore"):
         return CapacityBounds(
@@ -76,20 +85,26 @@ def factor_capacity(factor: float, num_tokens: int, num_experts: int) -> int:
 
 
 def drop_floor(load_PE: np.ndarray, num_tokens: int, max_drop: float) -> int:
-    """The smallest capacity with which experts take (1 - max_drop) * num_tokens assignments of a measured load, at least 1.
+    """The smallest capacity with which experts take (1 - max_drop) * num_tokens assignments of a
+    measured load, at least 1.
 
-    The theorem's bound holds for any capacity that is enough, and is itself most often far from enough.
+    The theorem's bound holds for any capacity that is enough, and is itself most often far from
+    enough.
 
     Args:
         load_PE: assignments to each expert in each part of the step whose tokens share slots.
-        num_tokens: of all parts together. A token of most routers is one assignment; of several the experts may refuse some.
+        num_tokens: of all parts together. A token of most routers is one assignment; of several the
+            experts may refuse some.
         max_drop: the share that may be dropped.
     """
     needed = (1 - max_drop - 1e-9) * num_tokens
-    low, high = 1, max(1, math.ceil(load_PE.max(initial=0)))
+    low = 1
+    high = max(1, math.ceil(load_PE.max(initial=0)))
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if np.minimum(load_PE, middle).sum() >= needed else (middle + 1, high)
+        low, high = (
+            (low, middle) if np.minimum(load_PE, middle).sum() >= needed else (middle + 1, high)
+        )
     return low
 
 
@@ -98,15 +113,20 @@ def bound_capacity(bounds: CapacityBounds, upper: int, floor: int = 1) -> int:
     return upper if bounds.exact >= upper else min(upper, max(floor, math.ceil(bounds.exact)))
 
 
-def dynamic_capacity(bounds: CapacityBounds, upper: int, now: int, hysteresis: float, floor: int = 1) -> int:
-    """LocMoE+'s C_min = exp(d delta^2 / (2 - delta^2)) / n, rounded up to one of a few sizes and clamped to [floor, upper].
+def dynamic_capacity(
+    bounds: CapacityBounds, upper: int, now: int, hysteresis: float, floor: int = 1
+) -> int:
+    """LocMoE+'s C_min = exp(d delta^2 / (2 - delta^2)) / n, rounded up to one of a few sizes and
+    clamped to [floor, upper].
 
-    Sizes are upper / 1.25^k, rounded up, so that a run needs few compiled shapes and comes back to those it has.
+    Sizes are upper / 1.25^k, rounded up, so that a run needs few compiled shapes and comes back to
+    those it has.
 
     Args:
         bounds: with delta_max, as published, or with another statistic of the cosines.
         upper: the largest capacity.
-        now: the capacity there is, which stays unless the bound is off by more than `hysteresis` of it, or it is below the floor.
+        now: the capacity there is, which stays unless the bound is off by more than `hysteresis` of
+            it, or it is below the floor.
         floor: of `drop_floor`; where it is above `upper`, upper.
     """
     floor = min(floor, upper)
@@ -114,13 +134,19 @@ def dynamic_capacity(bounds: CapacityBounds, upper: int, now: int, hysteresis: f
     if abs(wanted - now) <= hysteresis * now and now >= floor:
         return now
     exponent = math.floor(math.log(upper / wanted) / math.log(RATIO) + 1e-9)
-    return min(size for size in (math.ceil(upper / RATIO**k - 1e-9) for k in (exponent, exponent + 1)) if size >= wanted)
+    return min(
+        size
+        for size in (math.ceil(upper / RATIO**k - 1e-9) for k in (exponent, exponent + 1))
+        if size >= wanted
+    )
 
 
 def transition_capacity(step: int, steps: int, num_tokens: int, final: int) -> int:
-    """Capacity after `step` of the `steps` in which it shrinks by halves from all tokens to `final`, at even intervals.
+    """Capacity after `step` of the `steps` in which it shrinks by halves from all tokens to
+    `final`, at even intervals.
 
-    All tokens are DROPLESS: packed, they take far fewer slots than a capacity that holds them all would give every expert.
+    All tokens are DROPLESS: packed, they take far fewer slots than a capacity that holds them all
+    would give every expert.
     """
     if step >= steps or final >= num_tokens:
         return final
@@ -129,15 +155,23 @@ def transition_capacity(step: int, steps: int, num_tokens: int, final: int) -> i
 
 
 def cosine_statistic(cosines: np.ndarray, statistic: str | float) -> float:
-    """delta from the cosines between tokens and the gates of their experts: min, median, mean, max or a quantile."""
+    """delta from the cosines between tokens and the gates of their experts: min, median, mean,
+    max or a quantile.
+    """
     if statistic == "mean":
         return float(np.mean(cosines))
-    quantile = {"min": 0.0, "median": 0.5, "max": 1.0}[statistic] if isinstance(statistic, str) else statistic
+    quantile = (
+        {"min": 0.0, "median": 0.5, "max": 1.0}[statistic]
+        if isinstance(statistic, str)
+        else statistic
+    )
     return float(np.quantile(cosines, quantile))
 
 
 def initial_capacity(config: CapacityConfig, num_tokens: int, num_experts: int) -> int:
-    """Capacity at the start of a run: DROPLESS, or the factor's, which `bound` and `dynamic` too use until they have measured."""
+    """Capacity at the start of a run: DROPLESS, or the factor's, which `bound` and `dynamic` too
+    use until they have measured.
+    """
     if config.policy == "dropless":
         return DROPLESS
     return min(num_tokens, factor_capacity(config.factor, num_tokens, num_experts))

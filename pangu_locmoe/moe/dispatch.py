@@ -1,14 +1,15 @@
 """Tokens to expert buffers and back.
 
-Every token has one slot, or none; where a router gives a token up to K experts, read "assignment" for "token" here (moe/plan.py),
-with `repeat_rows` before and `sum_choices` after. Buffers are [G, C, D]: G groups of C slots, all tokens of a group for one expert.
-With a fixed capacity there is one group for each expert, and tokens ranked C or later are dropped. Dropless, C is the
-block size and G = E + T // C blocks always suffice: an expert takes as many blocks as its tokens need, and
-`expert_of_group_G` says whose a block is. A slot has at most one token and a token at most one slot, so both directions
-are gathers, and so are both gradients.
+Every token has one slot, or none; where a router gives a token up to K experts, read "assignment"
+for "token" here (moe/plan.py), with `repeat_rows` before and `sum_choices` after. Buffers are [G,
+C, D]: G groups of C slots, all tokens of a group for one expert. With a fixed capacity there is one
+group for each expert, and tokens ranked C or later are dropped. Dropless, C is the block size and G
+= E + T // C blocks always suffice: an expert takes as many blocks as its tokens need, and
+`expert_of_group_G` says whose a block is. A slot has at most one token and a token at most one
+slot, so both directions are gathers, and so are both gradients.
 
-Two index maps say all of it. Both are one-based with 0 for "none", so that row 0 can be the zero row:
-`token_of_slot_P` int32 [P = G*C] and `slot_of_token_T` int32 [T].
+Two index maps say all of it. Both are one-based with 0 for "none", so that row 0 can be the zero
+row: `token_of_slot_P` int32 [P = G*C] and `slot_of_token_T` int32 [T].
 
 Letters: T tokens, D hidden, E experts, G groups, C slots in a group, P = G*C slots.
 """
@@ -42,12 +43,16 @@ def _position_within_expert(one_hot_TE: Tensor) -> Tensor:
 
 
 def capacity_slots(expert_T: Tensor, rank_T: Tensor, capacity: int) -> Tensor:
-    """`slot_of_token_T` with a fixed capacity: the first `capacity` tokens of each expert get one."""
+    """`slot_of_token_T` with a fixed capacity: the first `capacity` tokens of each expert get
+    one.
+    """
     return (expert_T * capacity + rank_T + 1) * ops.cast(ops.less(rank_T, capacity), ms.int32)
 
 
 def block_size(num_tokens: int, num_experts: int) -> int:
-    """Slots in a dropless block: a balanced expert fills one, and no plan needs more than about twice the tokens."""
+    """Slots in a dropless block: a balanced expert fills one, and no plan needs more than about
+    twice the tokens.
+    """
     return -(-num_tokens // num_experts)
 
 
@@ -57,23 +62,31 @@ def num_blocks(num_tokens: int, num_experts: int) -> int:
 
 
 def block_slots(expert_T: Tensor, rank_T: Tensor, load_E: Tensor) -> Tuple[Tensor, Tensor]:
-    """`slot_of_token_T` with room for every token, and the expert of each block, int32 [G] (spare ones: the last)."""
-    num_tokens, num_experts = expert_T.shape[0], load_E.shape[0]
+    """`slot_of_token_T` with room for every token, and the expert of each block, int32 [G]
+    (spare ones: the last).
+    """
+    num_tokens = expert_T.shape[0]
+    num_experts = load_E.shape[0]
     block = block_size(num_tokens, num_experts)
     blocks_E = ops.floor((load_E + float(block - 1)) / float(block))
     end_E = ops.cumsum(blocks_E, 0)
     start_E = ops.cast(end_E - blocks_E, ms.int32)
     slot_of_token_T = ops.gather(start_E, expert_T, 0) * block + rank_T + 1
     groups_G = Tensor(np.arange(num_blocks(num_tokens, num_experts), dtype=np.float32))
-    ended_GE = ops.cast(ops.less_equal(ops.expand_dims(end_E, 0), ops.expand_dims(groups_G, 1)), ms.float32)
-    expert_of_group_G = ops.minimum(ops.cast(ops.reduce_sum(ended_GE, 1), ms.int32), num_experts - 1)
+    ended_GE = ops.cast(
+        ops.less_equal(ops.expand_dims(end_E, 0), ops.expand_dims(groups_G, 1)), ms.float32
+    )
+    expert_of_group_G = ops.minimum(
+        ops.cast(ops.reduce_sum(ended_GE, 1), ms.int32), num_experts - 1
+    )
     return slot_of_token_T, expert_of_group_G
 
 
 def token_of_slot(slot_of_token_T: Tensor, num_slots: int) -> Tensor:
     """`token_of_slot_P`, the inverse of `slot_of_token_T`."""
     one_based_T = Tensor(np.arange(1, slot_of_token_T.shape[0] + 1, dtype=np.int32))
-    # ScatterNd adds: all dropped tokens land in place 0, which is cut off. Half of TensorScatterUpdate's time.
+    # ScatterNd adds: all dropped tokens land in place 0, which is cut off. Half of
+    # TensorScatterUpdate's time.
     return ops.scatter_nd(ops.expand_dims(slot_of_token_T, 1), one_based_T, (num_slots + 1,))[1:]
 
 
@@ -84,11 +97,15 @@ def repeat_rows(x_TD: Tensor, choices: int) -> Tensor:
 
 def sum_choices(y_AD: Tensor, choices: int) -> Tensor:
     """y_TD: the sum over each token's `choices` assignments."""
-    return y_AD if choices == 1 else ops.reduce_sum(ops.reshape(y_AD, (-1, choices, y_AD.shape[1])), 1)
+    return (
+        y_AD if choices == 1 else ops.reduce_sum(ops.reshape(y_AD, (-1, choices, y_AD.shape[1])), 1)
+    )
 
 
 def unrouted_share(y_TD: Tensor) -> Tensor:
-    """Share of the tokens without any expert, whose output is zero: an expert's is not. fp32 scalar."""
+    """Share of the tokens without any expert, whose output is zero: an expert's is not. fp32
+    scalar.
+    """
     largest_T = ops.reduce_max(ops.abs(ops.stop_gradient(y_TD)), 1)
     return ops.reduce_mean(ops.cast(ops.equal(largest_T, 0), ms.float32))
 
@@ -100,9 +117,18 @@ class Dispatch(nn.Cell):
         return _rows(x_TD, token_of_slot_P)
 
     def bprop(
-        self, x_TD: Tensor, token_of_slot_P: Tensor, slot_of_token_T: Tensor, out: Tensor, grad_PD: Tensor
+        self,
+        x_TD: Tensor,
+        token_of_slot_P: Tensor,
+        slot_of_token_T: Tensor,
+        out: Tensor,
+        grad_PD: Tensor,
     ) -> Tuple[Tensor, Tensor, Tensor]:
-        return _rows(grad_PD, slot_of_token_T), ops.zeros_like(token_of_slot_P), ops.zeros_like(slot_of_token_T)
+        return (
+            _rows(grad_PD, slot_of_token_T),
+            ops.zeros_like(token_of_slot_P),
+            ops.zeros_like(slot_of_token_T),
+        )
 
 
 class Combine(nn.Cell):
@@ -112,12 +138,16 @@ class Combine(nn.Cell):
         super().__init__()
         self.core = _CombineCore()
 
-    def construct(self, slots_PD: Tensor, weight_T: Tensor, token_of_slot_P: Tensor, slot_of_token_T: Tensor) -> Tensor:
+    def construct(
+        self, slots_PD: Tensor, weight_T: Tensor, token_of_slot_P: Tensor, slot_of_token_T: Tensor
+    ) -> Tensor:
         return self.core(slots_PD, weight_T, token_of_slot_P, slot_of_token_T)[0]
 
 
 class _CombineCore(nn.Cell):
-    """Also returns what its gradient needs: the rows before scaling, and the weights spread over the features."""
+    """Also returns what its gradient needs: the rows before scaling, and the weights spread over
+    the features.
+    """
 
     def construct(
         self, slots_PD: Tensor, weight_T: Tensor, token_of_slot_P: Tensor, slot_of_token_T: Tensor
@@ -128,13 +158,28 @@ class _CombineCore(nn.Cell):
         return rows_TD * weight_TD, rows_TD, weight_TD
 
     def bprop(
-        self, slots_PD: Tensor, weight_T: Tensor, token_of_slot_P: Tensor, slot_of_token_T: Tensor, out: Any, grads: Any
+        self,
+        slots_PD: Tensor,
+        weight_T: Tensor,
+        token_of_slot_P: Tensor,
+        slot_of_token_T: Tensor,
+        out: Any,
+        grads: Any,
     ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-        rows_TD, weight_TD, grad_TD = out[1], out[2], grads[0]
+        rows_TD = out[1]
+        weight_TD = out[2]
+        grad_TD = grads[0]
         slots_grad_PD = _rows(grad_TD * weight_TD, token_of_slot_P)
         # In fp32: a product may be beyond fp16 where the sum is not.
-        weight_grad_T = ops.reduce_sum(ops.cast(grad_TD, ms.float32) * ops.cast(rows_TD, ms.float32), 1)
-        return slots_grad_PD, ops.cast(weight_grad_T, weight_T.dtype), ops.zeros_like(token_of_slot_P), ops.zeros_like(slot_of_token_T)
+        weight_grad_T = ops.reduce_sum(
+            ops.cast(grad_TD, ms.float32) * ops.cast(rows_TD, ms.float32), 1
+        )
+        return (
+            slots_grad_PD,
+            ops.cast(weight_grad_T, weight_T.dtype),
+            ops.zeros_like(token_of_slot_P),
+            ops.zeros_like(slot_of_token_T),
+        )
 
 
 def _rows(x_MD: Tensor, one_based: Tensor) -> Tensor:

@@ -28,7 +28,8 @@ class Experts(nn.Cell):
         super().__init__()
         self.w_in = tensor.parameter(w_in_EDF, "w_in", Cut(2))
         self.w_out = tensor.parameter(w_out_EFD, "w_out", Cut(1))
-        self.enter, self.leave = tensor.enter, tensor.leave
+        self.enter = tensor.enter
+        self.leave = tensor.leave
         self.matmul = ops.BatchMatMul()
         self.gelu = Gelu()
 
@@ -39,9 +40,13 @@ class Experts(nn.Cell):
             x_GCD: tokens in their slots, zero in empty ones (which stay zero).
             expert_of_group_G: whose each group is, int32; None: group i is expert i's.
         """
-        w_in, w_out = ops.cast(self.w_in, x_GCD.dtype), ops.cast(self.w_out, x_GCD.dtype)
+        w_in = ops.cast(self.w_in, x_GCD.dtype)
+        w_out = ops.cast(self.w_out, x_GCD.dtype)
         if expert_of_group_G is not None:
-            w_in, w_out = ops.gather(w_in, expert_of_group_G, 0), ops.gather(w_out, expert_of_group_G, 0)
+            w_in, w_out = (
+                ops.gather(w_in, expert_of_group_G, 0),
+                ops.gather(w_out, expert_of_group_G, 0),
+            )
         return self.leave(self.matmul(self.gelu(self.matmul(self.enter(x_GCD), w_in)), w_out))
 
 
@@ -58,7 +63,8 @@ def expert_weights(
         experts: which, in order.
     """
     model = config.model
-    w_in_DF, w_out_FD = (model.hidden_size, model.ffn_size), (model.ffn_size, model.hidden_size)
+    w_in_DF = (model.hidden_size, model.ffn_size)
+    w_out_FD = (model.ffn_size, model.hidden_size)
     out_std = model.init_std / (2 * model.num_layers) ** 0.5
     seeds = [[config.train.seed, 3, layer, int(expert)] for expert in experts]
     w_in_EDF = np.stack([normal([*seed, 0], w_in_DF, model.init_std) for seed in seeds])

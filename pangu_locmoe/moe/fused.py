@@ -1,11 +1,15 @@
-"""The MoE layer's parts as Ascend's fused operators, for exchanges whose sizes follow the routing (parallel.sizes: counts).
+"""The MoE layer's parts as Ascend's fused operators, for exchanges whose sizes follow the routing
+(parallel.sizes: counts).
 
-    token permute -> exchange -> grouped products, each expert its own number of rows -> exchange back -> token unpermute
+    token permute -> exchange -> grouped products, each expert its own number of rows -> exchange
+    back -> token unpermute
 
-With constant sizes every expert has as many slots, and one batched product is the same work: nothing here is used then.
-None of it has run: what is handed to the operators is tested, what they do with it is their documentation's.
+With constant sizes every expert has as many slots, and one batched product is the same work:
+nothing here is used then. None of it has run: what is handed to the operators is tested, what they
+do with it is their documentation's.
 
-Letters: T tokens, D hidden, F inner width, G local experts, M rows received, P rows handed to the grouped products.
+Letters: T tokens, D hidden, F inner width, G local experts, M rows received, P rows handed to the
+grouped products.
 """
 
 from __future__ import annotations
@@ -31,47 +35,70 @@ class PermuteTokens(nn.Cell):
 class UnpermuteTokens(nn.Cell):
     """`dispatch.Combine` where every token has a place and every place a token."""
 
-    def construct(self, rows_TD: Tensor, weight_T: Tensor, token_of_place_T: Tensor, place_of_token_T: Tensor) -> Tensor:
+    def construct(
+        self, rows_TD: Tensor, weight_T: Tensor, token_of_place_T: Tensor, place_of_token_T: Tensor
+    ) -> Tensor:
         return ops.moe_token_unpermute(rows_TD, place_of_token_T - 1, ops.expand_dims(weight_T, 1))
 
 
-def grouped_rows(slot_of_row_M: np.ndarray, slots: int, num_experts: int) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The rows by expert, without those that are dropped and with one zero row for each expert that has none.
+def grouped_rows(
+    slot_of_row_M: np.ndarray, slots: int, num_experts: int
+) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The rows by expert, without those that are dropped and with one zero row for each expert that
+    has none.
 
     The operator does not work with an expert without rows, and its gradient would be missing.
 
     Args:
-        slot_of_row_M: as `transport.counts.assign_slots` gives them: one-based, an expert's slots after another's; 0: dropped.
+        slot_of_row_M: as `transport.counts.assign_slots` gives them: one-based, an expert's slots
+            after another's; 0: dropped.
         slots: of each expert.
         num_experts: G.
 
     Returns:
-        one-based rows int32 [P], 0 for a zero row; one-based places int32 [M], 0 for a dropped row; where each expert's rows end,
-        int64 [G].
+        one-based rows int32 [P], 0 for a zero row; one-based places int32 [M], 0 for a dropped row;
+        where each expert's rows end, int64 [G].
     """
     kept = np.flatnonzero(slot_of_row_M)
     expert_of_kept = (slot_of_row_M[kept] - 1) // slots
     empty = np.setdiff1d(np.arange(num_experts), expert_of_kept)
     expert_P = np.concatenate([expert_of_kept, empty])
     order_P = np.argsort(expert_P, kind="stable")
-    row_of_place_P = np.concatenate([kept + 1, np.zeros(len(empty), np.int64)])[order_P].astype(np.int32)
+    row_of_place_P = np.concatenate([kept + 1, np.zeros(len(empty), np.int64)])[order_P].astype(
+        np.int32
+    )
     place_of_row_M = np.zeros(len(slot_of_row_M) + 1, np.int32)
-    place_of_row_M[row_of_place_P] = np.arange(1, len(row_of_place_P) + 1)  # zero rows all write the first number, which is cut off
-    return row_of_place_P, place_of_row_M[1:], np.cumsum(np.bincount(expert_P, minlength=num_experts)).astype(np.int64)
+    place_of_row_M[row_of_place_P] = np.arange(
+        1, len(row_of_place_P) + 1
+    )  # zero rows all write the first number, which is cut off
+    return (
+        row_of_place_P,
+        place_of_row_M[1:],
+        np.cumsum(np.bincount(expert_P, minlength=num_experts)).astype(np.int64),
+    )
 
 
-def apply_grouped(experts: Experts, rows_MD: Tensor, slot_of_row_M: np.ndarray, slots: int) -> Tensor:
-    """GELU(x W_in) W_out of each row's expert, 0 for a dropped row; nothing is padded up to the fullest expert. PyNative.
+def apply_grouped(
+    experts: Experts, rows_MD: Tensor, slot_of_row_M: np.ndarray, slots: int
+) -> Tensor:
+    """GELU(x W_in) W_out of each row's expert, 0 for a dropped row; nothing is padded up to the
+    fullest expert. PyNative.
 
     Args:
         experts: G of them.
         rows_MD: as they came.
         slot_of_row_M, slots: as for `grouped_rows`.
     """
-    row_of_place_P, place_of_row_M, ends_G = grouped_rows(slot_of_row_M, slots, experts.w_in.shape[0])
-    row_of_place, place_of_row, ends = Tensor(row_of_place_P), Tensor(place_of_row_M), Tensor(ends_G)
-    move, product = Dispatch(), GroupedMatmul(split_item=3, group_type=0)  # one tensor in, one out; groups of rows
-    w_in, w_out = ops.cast(experts.w_in, rows_MD.dtype), ops.cast(experts.w_out, rows_MD.dtype)
+    row_of_place_P, place_of_row_M, ends_G = grouped_rows(
+        slot_of_row_M, slots, experts.w_in.shape[0]
+    )
+    row_of_place = Tensor(row_of_place_P)
+    place_of_row = Tensor(place_of_row_M)
+    ends = Tensor(ends_G)
+    move = Dispatch()  # one tensor in, one out; groups of rows
+    product = GroupedMatmul(split_item=3, group_type=0)
+    w_in = ops.cast(experts.w_in, rows_MD.dtype)
+    w_out = ops.cast(experts.w_out, rows_MD.dtype)
     x_PD = experts.enter(move(rows_MD, row_of_place, place_of_row))
     inner_PF = experts.gelu(product([x_PD], [w_in], None, None, None, None, None, ends)[0])
     y_PD = experts.leave(product([inner_PF], [w_out], None, None, None, None, None, ends)[0])

@@ -24,7 +24,8 @@ def dense_cosine(x_TD: Tensor, w_ED: Tensor, logits_TE: Tensor, expert_T: Tensor
 
 
 def grap_weights(hidden_size: int, num_experts: int) -> np.ndarray:
-    """The gate vectors w_i of GrAP, fp32 [E, D] (LocMoE): E/D on the i-th contiguous block of D/E features, else 0.
+    """The gate vectors w_i of GrAP, fp32 [E, D] (LocMoE): E/D on the i-th contiguous block of D/E
+    features, else 0.
 
     They are orthogonal and all of norm sqrt(E/D).
     """
@@ -35,7 +36,8 @@ def grap_weights(hidden_size: int, num_experts: int) -> np.ndarray:
 class GroupedAveragePooling(nn.Cell):
     """GrAP: the mean of each of E contiguous blocks of D/E features, x_TD -> [T, E] (LocMoE).
 
-    On a CPU the mean is as fast as a dense gate's product on a 2-D view, and several times slower on a 3-D one.
+    On a CPU the mean is as fast as a dense gate's product on a 2-D view, and several times slower
+    on a 3-D one.
     """
 
     def __init__(self, num_experts: int) -> None:
@@ -46,7 +48,9 @@ class GroupedAveragePooling(nn.Cell):
 
     def construct(self, x_TD: Tensor) -> Tensor:
         tokens, width = x_TD.shape
-        return self.mean(x_TD.reshape(-1, width // self.num_experts), -1).reshape(tokens, self.num_experts)
+        return self.mean(x_TD.reshape(-1, width // self.num_experts), -1).reshape(
+            tokens, self.num_experts
+        )
 
     def bprop(self, x_TD: Tensor, out: Tensor, dout: Tensor) -> Tuple[Tensor]:
         tokens, width = x_TD.shape
@@ -59,7 +63,8 @@ def grap_cosine(x_TD: Tensor, logits_TE: Tensor, expert_T: Tensor, factor: float
 
     Args:
         x_TD, logits_TE, expert_T: the gate's input, its logits, the chosen experts.
-        factor: what the logits are of w.x / |w|: their scale times the norm sqrt(E/D) of a gate vector.
+        factor: what the logits are of w.x / |w|: their scale times the norm sqrt(E/D) of a gate
+            vector.
     """
     return chosen(logits_TE, expert_T) / (_norms(x_TD) * factor + 1e-12)
 
@@ -70,7 +75,9 @@ def chosen(logits_TE: Tensor, expert_T: Tensor) -> Tensor:
 
 
 def scaled_to_norm(x_TD: Tensor, norm: float) -> Tensor:
-    """Each row scaled to this norm, so that logits are cosines but for a constant; a row of zeros stays."""
+    """Each row scaled to this norm, so that logits are cosines but for a constant; a row of
+    zeros stays.
+    """
     squares_T1 = ops.ReduceSum(keep_dims=True)(x_TD * x_TD, 1)
     return x_TD * (norm * ops.rsqrt(squares_T1 + 1e-12))
 

@@ -1,7 +1,8 @@
 """The MoE layer: router -> transport -> experts -> transport back.
 
-Letters: T tokens of this process, A assignments (moe/plan.py; most routers: A = T), D hidden, E experts,
-P slots (rows that travel), N source nodes of the job, M of them whose tokens this process has.
+Letters: T tokens of this process, A assignments (moe/plan.py; most routers: A = T), D hidden, E
+experts, P slots (rows that travel), N source nodes of the job, M of them whose tokens this process
+has.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ class MoELayer(nn.Cell):
 
     def __init__(self, router: Router, transport: Transport, experts: Experts) -> None:
         super().__init__()
-        self.router, self.transport, self.experts = router, transport, experts
+        self.router = router
+        self.transport = transport
+        self.experts = experts
         # While inheriting: experts that are all alike then equal the dense network.
         self.unit_weight = False
 
@@ -75,20 +78,22 @@ class MoELayer(nn.Cell):
         """Route, compute, combine.
 
         Args:
-            x_TD: LayerNormed hidden states; while training, M equal contiguous runs of tokens, one for
-                each node whose tokens are here.
+            x_TD: LayerNormed hidden states; while training, M equal contiguous runs of tokens, one
+                for each node whose tokens are here.
             tokens_T, domains_T: token and domain ids, int32.
             noise: keys of this step's randomness.
-            capacity: rows that an expert keeps, or DROPLESS; a constant of the compiled graph. Of no
-                account while training with constant sizes, where sources have slots (transport/slots.py).
+            capacity: rows that an expert keeps, or DROPLESS; a constant of the compiled graph. Of
+                no account while training with constant sizes, where sources have slots
+                (transport/slots.py).
             training: whether this is training; a constant of the compiled graph.
 
         Returns:
-            y_TD, and a dict of: balance_loss, locality_loss, z_loss, weight (of a token's experts together,
-            mean over tokens; fp32 scalars), load_NE (assignments by source node and expert before drops,
-            of the world, fp32; in one process there is one node when not training), dropped_E (of them,
-            those that this process knows of, fp32), cosine_T (fp32), and with several experts for a token
-            `unrouted`, the share of tokens without any (fp32 scalar).
+            y_TD, and a dict of: balance_loss, locality_loss, z_loss, weight (of a token's experts
+            together, mean over tokens; fp32 scalars), load_NE (assignments by source node and
+            expert before drops, of the world, fp32; in one process there is one node when not
+            training), dropped_E (of them, those that this process knows of, fp32), cosine_T (fp32),
+            and with several experts for a token `unrouted`, the share of tokens without any (fp32
+            scalar).
         """
         layout, room = self.transport.layout(x_TD.shape[0], capacity, training)
         packed, routed, own_losses = self.route(
@@ -126,12 +131,12 @@ class MoELayer(nn.Cell):
     ) -> Tuple[Packed, Dict[str, Tensor], Dict[str, Tensor]]:
         """All that comes before ranks meet, and so can be compiled in any job.
 
-        Keys come one by one: a compiled part would take a tuple of tensors for a constant. Results are
-        dicts that are made at once: MindSpore has no gradient for one that is added to.
+        Keys come one by one: a compiled part would take a tuple of tensors for a constant. Results
+        are dicts that are made at once: MindSpore has no gradient for one that is added to.
 
         Returns:
-            what the transport packs; weight_A, cosine_T, load_ME (assignments by node and expert, no
-            gradient) and probs_ME (mean probabilities), all fp32; the losses that the plan has.
+            what the transport packs; weight_A, cosine_T, load_ME (assignments by node and expert,
+            no gradient) and probs_ME (mean probabilities), all fp32; the losses that the plan has.
         """
         noise = (row_keys_T, column_keys_D)
         plan = self.router(ops.cast(x_TD, mstype.float32), tokens_T, domains_T, noise, training)

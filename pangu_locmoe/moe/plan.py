@@ -1,6 +1,7 @@
 """What every router returns, and what the ranks of a job know of a layer together.
 
-Both are plain dicts, because a compiled MindSpore graph can carry dicts of tensors and no other record type.
+Both are plain dicts, because a compiled MindSpore graph can carry dicts of tensors and no other
+record type.
 """
 
 from __future__ import annotations
@@ -32,22 +33,24 @@ class RoutingPlan(_Routing, total=False):
     Letters: T tokens, E experts, K experts a token may have (a constant of the router), A = T*K
     assignments.
 
-    An assignment is one token's way to one expert. A token's K assignments follow each other, the best
-    first; with K = 1 they are the tokens. An assignment that was not proposed has expert 0, a row of
-    zeros in one_hot_AE and weight 0: it has no slot and goes nowhere.
+    An assignment is one token's way to one expert. A token's K assignments follow each other, the
+    best first; with K = 1 they are the tokens. An assignment that was not proposed has expert 0, a
+    row of zeros in one_hot_AE and weight 0: it has no slot and goes nowhere.
 
     expert_A: the expert of each assignment, int32.
     one_hot_AE: the same as ones and zeros, fp32; no gradient.
     probs_TE: the router's probabilities, fp32; one_hot_AE for a router without any.
     weight_A: what the expert's output is multiplied by, fp32; carries the router's gradient.
-    affinity_A: how well token and expert fit, fp32, higher first when an expert is full; no gradient.
+    affinity_A: how well token and expert fit, fp32, higher first when an expert is full; no
+    gradient.
     cosine_T: cosine of the angle between a token and its (best) expert's gate, fp32; 0 for routers
         without a gate. No gradient.
 
     balance_loss, locality_loss, z_loss: the router's own, fp32 scalars, not yet multiplied by their
-        weights; each may be left out. A loss of the plan is a mean over its tokens, and with several
-        ranks it is averaged over them: so it is the same on any number of ranks. It takes the place of
-        the one that `Router.losses_of` computes.
+        weights; each may be left out. A loss of the plan is a mean over its tokens, and with
+        several
+        ranks it is averaged over them: so it is the same on any number of ranks. It takes the place
+        of the one that `Router.losses_of` computes.
     """
 
     balance_loss: Tensor
@@ -58,7 +61,8 @@ class RoutingPlan(_Routing, total=False):
 def with_losses(plan: RoutingPlan, losses: Dict[str, Tensor]) -> RoutingPlan:
     """The plan with these losses as the router's own, whether it had them or not.
 
-    `plan[name] = loss` would do without a compiler; MindSpore's has no gradient for a dict that is added to.
+    `plan[name] = loss` would do without a compiler; MindSpore's has no gradient for a dict that is
+    added to.
     """
     return {  # type: ignore[return-value]
         name: losses[name] if name in losses else plan[name]  # type: ignore[literal-required]
@@ -77,12 +81,13 @@ class Shared(_Shared, total=False):
     """What all ranks know of a layer in a step. Letters: N source nodes, E experts, P places.
 
     load_NE: assignments from each node to each expert before drops, fp32; no gradient.
-    probs_NE: mean of probs_TE over each node's tokens, fp32. Its gradient is that of this rank's tokens,
-        so large that the mean over ranks is that of all tokens: a loss computed from probs_NE has the
+    probs_NE: mean of probs_TE over each node's tokens, fp32. Its gradient is that of this rank's
+        tokens, so large that the mean over ranks is that of all tokens: a loss computed from
+        probs_NE has the
         value and, averaged over ranks, the gradient that one process has.
     log_probs_NE: logarithm of probs_NE, finite, fp32; no gradient.
-    counts_PE: where exactly the routed tokens travel, assignments of each place's tokens to each expert,
-        int64, on the host.
+    counts_PE: where exactly the routed tokens travel, assignments of each place's tokens to each
+        expert, int64, on the host.
     """
 
     counts_PE: np.ndarray

@@ -1,4 +1,5 @@
-"""How many slots a source has for each expert, from moe.capacity.local_factor and remote_factor: constants. NumPy only.
+"""How many slots a source has for each expert, from moe.capacity.local_factor and remote_factor:
+constants. NumPy only.
 
 Letters: E experts, R ranks of an expert-parallel group.
 """
@@ -52,7 +53,9 @@ def group_slots(
 
 
 def certain_drops(config: Config, topology: Topology, rank: int, num_tokens: int) -> Iterator[str]:
-    """What these capacities must drop, one line each; nothing where all tokens could find a slot, or slots follow the tokens."""
+    """What these capacities must drop, one line each; nothing where all tokens could find a
+    slot, or slots follow the tokens.
+    """
     if automatic(config.moe.capacity):
         return
     slots_E = source_slots(config.moe.capacity, topology, rank, num_tokens)
@@ -61,8 +64,14 @@ def certain_drops(config: Config, topology: Topology, rank: int, num_tokens: int
     )
     local_E = holders == topology.node_of_rank(rank)
     if slots_E.sum() < num_tokens:
-        yield f"a rank has {slots_E.sum()} slots for {num_tokens} tokens: at least {1 - slots_E.sum() / num_tokens:.0%} are dropped"
+        yield (
+            f"a rank has {slots_E.sum()} slots for {num_tokens} tokens: at least "
+            f"{1 - slots_E.sum() / num_tokens:.0%} are dropped"
+        )
     elif slots_E[local_E].sum() < num_tokens:
         lost = 1 - slots_E[local_E].sum() / num_tokens
         needed = topology.num_experts / max(1, int(local_E.sum()))
-        yield f"if all tokens stay in their node, {lost:.0%} are dropped: moe.capacity.local_factor would have to be {needed:g}"
+        yield (
+            f"if all tokens stay in their node, {lost:.0%} are dropped: "
+            f"moe.capacity.local_factor would have to be {needed:g}"
+        )

@@ -1,23 +1,27 @@
 """The forms of the usual layers that are fast on the CPU and still made of ops that Ascend has.
 
-MindSpore's own gradients of LayerNorm, softmax, bias and gather run 2-8 times slower on the CPU than they need to: they reduce
-and broadcast in single-threaded kernels. The Cells here carry a hand-made ``bprop`` whose rules of thumb, all measured on two
-cores with tensors of [1024, 256..1024] float32, are:
+MindSpore's own gradients of LayerNorm, softmax, bias and gather run 2-8 times slower on the CPU
+than they need to: they reduce and broadcast in single-threaded kernels. The Cells here carry a
+hand-made ``bprop`` whose rules of thumb, all measured on two cores with tensors of [1024,
+256..1024] float32, are:
 
-- same-shape arithmetic is cheap (0.13 ms on [1024, 256]); a broadcast operand costs 2-3 times as much, so a column or a row is
-  spread first, by Tile or by an outer product (MatMul with an inner dimension of 1), whose kernels are vectorised;
-- ReduceSum or ReduceMean over the last axis of a 2-D tensor, and ReduceSum over the first, are fast; BiasAddGrad is 6 times
-  slower than ReduceSum; reductions of 3-D and 4-D tensors are slow;
+- same-shape arithmetic is cheap (0.13 ms on [1024, 256]); a broadcast operand costs 2-3 times as
+  much, so a column or a row is spread first, by Tile or by an outer product (MatMul with an inner
+  dimension of 1), whose kernels are vectorised;
+- ReduceSum or ReduceMean over the last axis of a 2-D tensor, and ReduceSum over the first, are
+  fast; BiasAddGrad is 6 times slower than ReduceSum; reductions of 3-D and 4-D tensors are slow;
 - the gradient of a gather by a one-to-one map is a gather too, never a scatter.
 
-What a bprop needs of the forward is returned as an extra output, so that PyNative computes it once as well; the public Cells
-hide the extra outputs.
+What a bprop needs of the forward is returned as an extra output, so that PyNative computes it once
+as well; the public Cells hide the extra outputs.
 
-fp16 comes in and goes out, and everything between is float32: a square overflows fp16 from 256 on, a product of two rows sooner,
-and where the result would be finite an infinity on the way to it becomes 0 * inf. What is kept for the backward pass is fp16, but for
-GELU's sigmoid and attention's result, from which nearly equal numbers are subtracted.
+fp16 comes in and goes out, and everything between is float32: a square overflows fp16 from 256 on,
+a product of two rows sooner, and where the result would be finite an infinity on the way to it
+becomes 0 * inf. What is kept for the backward pass is fp16, but for GELU's sigmoid and attention's
+result, from which nearly equal numbers are subtracted.
 
-Shapes: T tokens, D hidden, F ffn, E experts, C capacity, V vocabulary, B batch, H heads, S queries, K keys, d head width.
+Shapes: T tokens, D hidden, F ffn, E experts, C capacity, V vocabulary, B batch, H heads, S queries,
+K keys, d head width.
 """
 
 from __future__ import annotations
@@ -48,14 +52,19 @@ class _LayerNormCore(nn.Cell):
         self.square = ops.Square()
         self.bias_add = ops.BiasAdd()
 
-    def construct(self, x_TD: Tensor, gamma_D: Tensor, beta_D: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+    def construct(
+        self, x_TD: Tensor, gamma_D: Tensor, beta_D: Tensor
+    ) -> Tuple[Tensor, Tensor, Tensor]:
         centred_TD = x_TD - self.tile(self.mean(x_TD, -1), (1, self.width))
         inverse_T1 = self.rsqrt(self.mean(self.square(centred_TD), -1) + self.epsilon)
         scale_TD = self.matmul(inverse_T1, gamma_D.reshape(1, -1))
         return self.bias_add(centred_TD * scale_TD, beta_D), centred_TD, inverse_T1
 
-    def bprop(self, x_TD: Tensor, gamma_D: Tensor, beta_D: Tensor, out: Any, dout: Any) -> Tuple[Tensor, Tensor, Tensor]:
-        centred_TD, inverse_T1 = out[1], out[2]
+    def bprop(
+        self, x_TD: Tensor, gamma_D: Tensor, beta_D: Tensor, out: Any, dout: Any
+    ) -> Tuple[Tensor, Tensor, Tensor]:
+        centred_TD = out[1]
+        inverse_T1 = out[2]
         dy_TD = dout[0]
         scaled_TD = dy_TD * self.matmul(inverse_T1, gamma_D.reshape(1, -1))
         dgamma_D = self.matmul(inverse_T1.reshape(1, -1), dy_TD * centred_TD).reshape(-1)
@@ -69,7 +78,8 @@ class _LayerNormCore(nn.Cell):
 class LayerNorm(nn.Cell):
     """Normalise the last axis: y = gamma * (x - mean) / sqrt(variance + epsilon) + beta.
 
-    Forward with gradients takes 0.65 ms on [1024, 256] where nn.LayerNorm takes 4.3. Computes in float32 and returns x's dtype.
+    Forward with gradients takes 0.65 ms on [1024, 256] where nn.LayerNorm takes 4.3. Computes in
+    float32 and returns x's dtype.
 
     Args:
         width: size D of the last axis.
@@ -92,8 +102,8 @@ class LayerNorm(nn.Cell):
 class _AttentionCore(nn.Cell):
     """(q_BHSd, k_BHKd, v_BHKd, mask) -> (o_BHSd, p_BHSK in v's dtype); q is scaled already.
 
-    A CPU's products are in float32, and so is o. Ascend's matrix unit takes half precision and adds up in float32; what it writes
-    is half again, so that scores beyond fp16 are infinite there.
+    A CPU's products are in float32, and so is o. Ascend's matrix unit takes half precision and adds
+    up in float32; what it writes is half again, so that scores beyond fp16 are infinite there.
     """
 
     def __init__(self) -> None:
@@ -114,15 +124,30 @@ class _AttentionCore(nn.Cell):
         kept = p.astype(v.dtype)
         return self.matmul(p if self.wide else kept, self._enter(v)), kept
 
-    def bprop(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, out: Any, dout: Any) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-        v_in, o, p, do = self._enter(v), out[0], self._enter(out[1]), dout[0]
-        # Softmax's gradient is p * (dp - sum_K(p * dp)). The row sum equals sum_d(o * do), which is K/d times smaller, and its
-        # subtraction rides in the matrix product as one more column: two passes over [B, H, S, K] less.
+    def bprop(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, out: Any, dout: Any
+    ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+        v_in = self._enter(v)
+        o = out[0]
+        p = self._enter(out[1])
+        do = dout[0]
+        # Softmax's gradient is p * (dp - sum_K(p * dp)). The row sum equals sum_d(o * do), which is
+        # K/d times smaller, and its
+        # subtraction rides in the matrix product as one more column: two passes over [B, H, S, K]
+        # less.
         rows = (*do.shape[:-1], 1)
-        correction = self.sum((_wide(do) * _wide(o)).reshape(-1, o.shape[-1]), -1).reshape(rows).astype(do.dtype)
-        dp = self.matmul_bt(self.concat((do, -correction)), self.concat((v_in, self.ones_like(v_in[..., :1]))))
+        correction = (
+            self.sum((_wide(do) * _wide(o)).reshape(-1, o.shape[-1]), -1)
+            .reshape(rows)
+            .astype(do.dtype)
+        )
+        dp = self.matmul_bt(
+            self.concat((do, -correction)), self.concat((v_in, self.ones_like(v_in[..., :1])))
+        )
         ds = p * dp
-        dq, dk, dv = self.matmul(ds, self._enter(k)), self.matmul_at(ds, self._enter(q)), self.matmul_at(p, do)
+        dq = self.matmul(ds, self._enter(k))
+        dk = self.matmul_at(ds, self._enter(q))
+        dv = self.matmul_at(p, do)
         return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), self.zeros_like(mask)
 
     def _enter(self, x: Tensor) -> Tensor:
@@ -134,9 +159,11 @@ def _wide(x: Tensor) -> Tensor:
 
 
 class Attention(nn.Cell):
-    """softmax(q k^T + mask) v for several heads, with the gradient of FlashAttention's paper written as plain matrix products.
+    """softmax(q k^T + mask) v for several heads, with the gradient of FlashAttention's paper
+    written as plain matrix products.
 
-    Scale q by 1/sqrt(d) before the call: it is K/d times smaller than the scores. On a CPU everything inside runs in float32.
+    Scale q by 1/sqrt(d) before the call: it is K/d times smaller than the scores. On a CPU
+    everything inside runs in float32.
     """
 
     def __init__(self) -> None:
@@ -150,8 +177,9 @@ class Attention(nn.Cell):
             q_BHSd: scaled queries.
             k_BHKd: keys.
             v_BHKd: values.
-            mask: float32, added to the scores: 0 where attending is allowed and very negative where not. [B, H, S, K] is
-                fastest (a smaller one is broadcast, 2 times slower); it gets no gradient.
+            mask: float32, added to the scores: 0 where attending is allowed and very negative where
+                not. [B, H, S, K] is fastest (a smaller one is broadcast, 2 times slower); it gets
+                no gradient.
 
         Returns:
             [B, H, S, d], in v's dtype.
@@ -160,7 +188,9 @@ class Attention(nn.Cell):
 
 
 class _GeluCore(nn.Cell):
-    """x -> (gelu(x), sigmoid): the tanh form, as x * sigmoid(2u) with u = sqrt(2/pi) (x + 0.044715 x^3)."""
+    """x -> (gelu(x), sigmoid): the tanh form, as x * sigmoid(2u) with u = sqrt(2/pi) (x +
+    0.044715 x^3).
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -173,13 +203,18 @@ class _GeluCore(nn.Cell):
         return (wide * s).astype(x.dtype), s
 
     def bprop(self, x: Tensor, out: Any, dout: Any) -> Tuple[Tensor]:
-        y, s = _wide(out[0]), out[1]
+        y = _wide(out[0])
+        s = out[1]
         slope = self.square(_wide(x)) * (3.0 * _GELU_SLOPE * _GELU_CUBE) + _GELU_SLOPE
         return ((_wide(dout[0]) * (s + (y - y * s) * slope)).astype(x.dtype),)
 
 
 class Gelu(nn.Cell):
-    """GELU, tanh form. 6 to 13 times faster than ops.GeLU; by Sigmoid because the CPU's Tanh kernel is only good to 2e-4."""
+    """GELU, tanh form.
+
+    6 to 13 times faster than ops.GeLU; by Sigmoid because the CPU's Tanh kernel is only good to
+    2e-4.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -191,19 +226,25 @@ class Gelu(nn.Cell):
 
 
 class _CrossEntropy(nn.Cell):
-    """Mean loss as (log sum exp - peak) + (peak - target): the kernel alone says inf where a target's probability underflows."""
+    """Mean loss as (log sum exp - peak) + (peak - target): the kernel alone says inf where a
+    target's probability underflows.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.argmax, self.mean = ops.ArgMaxWithValue(-1), ops.ReduceMean()
-        self.kernel, self.kernel_gradient = ops.SparseSoftmaxCrossEntropyWithLogits(), ops.SparseSoftmaxCrossEntropyWithLogits(is_grad=True)
+        self.argmax = ops.ArgMaxWithValue(-1)
+        self.mean = ops.ReduceMean()
+        self.kernel = ops.SparseSoftmaxCrossEntropyWithLogits()
+        self.kernel_gradient = ops.SparseSoftmaxCrossEntropyWithLogits(is_grad=True)
 
     def construct(self, logits_TV: Tensor, targets_T: Tensor) -> Tensor:
         likeliest_T, peak_T = self.argmax(logits_TV)
         target_T = ops.gather_elements(logits_TV, 1, targets_T.reshape(-1, 1)).reshape(-1)
         return self.kernel(logits_TV, likeliest_T.astype(ms.int32)) + self.mean(peak_T - target_T)
 
-    def bprop(self, logits_TV: Tensor, targets_T: Tensor, out: Tensor, dout: Tensor) -> Tuple[Tensor, Tensor]:
+    def bprop(
+        self, logits_TV: Tensor, targets_T: Tensor, out: Tensor, dout: Tensor
+    ) -> Tuple[Tensor, Tensor]:
         return self.kernel_gradient(logits_TV, targets_T) * dout, ops.zeros_like(targets_T)
 
 
@@ -224,4 +265,6 @@ def token_losses(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
         logits_TV: float32.
         targets_T: int32.
     """
-    return -ops.gather_elements(ops.log_softmax(logits_TV, -1), 1, targets_T.reshape(-1, 1)).reshape(-1)
+    return -ops.gather_elements(
+        ops.log_softmax(logits_TV, -1), 1, targets_T.reshape(-1, 1)
+    ).reshape(-1)

@@ -16,8 +16,11 @@ _BYTES = 1024
 
 
 @contextmanager
-def together(communicator: Communicator, kind: Type[LocMoEError] = CheckpointError) -> Iterator[None]:
-    """Around what a rank does alone and may fail at: where one does, all ranks raise what the first of them says.
+def together(
+    communicator: Communicator, kind: Type[LocMoEError] = CheckpointError
+) -> Iterator[None]:
+    """Around what a rank does alone and may fail at: where one does, all ranks raise what the first
+    of them says.
 
     Every rank of the world enters it, and no collective may be inside.
 
@@ -36,7 +39,9 @@ def together(communicator: Communicator, kind: Type[LocMoEError] = CheckpointErr
 
 
 def first_failure(communicator: Communicator, failure: Optional[str]) -> Optional[str]:
-    """What failed on the first rank that has a failure, on every rank the same; None where all is well."""
+    """What failed on the first rank that has a failure, on every rank the same; None where all
+    is well.
+    """
     if communicator.size == 1:
         return failure
     content = (failure or "").encode("utf-8", errors="replace")[:_BYTES].ljust(_BYTES, b"\0")

@@ -1,4 +1,5 @@
-"""The five operations that training needs from other processes, and the single process, where they are trivial.
+"""The five operations that training needs from other processes, and the single process, where they
+are trivial.
 
 Letters: R ranks, M rows sent, D features.
 """
@@ -13,7 +14,10 @@ from mindspore import Tensor, nn, ops
 
 
 class Communicator(ABC):
-    """What a rank can ask of the others. Every rank of a group must make the same calls in the same order."""
+    """What a rank can ask of the others.
+
+    Every rank of a group must make the same calls in the same order.
+    """
 
     rank: int
     size: int
@@ -23,11 +27,14 @@ class Communicator(ABC):
         """The sum of `x` over `ranks`, which must contain this one. No gradient."""
 
     def summing(self, ranks: Sequence[int]) -> Callable[[Tensor], Tensor]:
-        """`all_reduce` over a group as a function of the tensor alone; where graphs are compiled, an operator."""
+        """`all_reduce` over a group as a function of the tensor alone; where graphs are
+        compiled, an operator.
+        """
         return partial(self.all_reduce, ranks=ranks)
 
     def gathering(self, ranks: Sequence[int]) -> Callable[[Tensor], Tensor]:
-        """The rows of all ranks of a group from each one's, as `summing`: an operator where graphs are compiled. No gradient.
+        """The rows of all ranks of a group from each one's, as `summing`: an operator where graphs
+        are compiled. No gradient.
 
         Unless there is an operator for it: the sum of arrays that are zero but for one rank's rows.
         """
@@ -45,7 +52,9 @@ class Communicator(ABC):
         """`x` of every rank of the world, [R, ...]. No gradient."""
 
     @abstractmethod
-    def all_to_all(self, rows_MD: Tensor, sent: Sequence[int], received: Sequence[int], ranks: Sequence[int]) -> Tensor:
+    def all_to_all(
+        self, rows_MD: Tensor, sent: Sequence[int], received: Sequence[int], ranks: Sequence[int]
+    ) -> Tensor:
         """Exchange rows inside a group. No gradient: parallel/exchange.py has it.
 
         Args:
@@ -59,11 +68,13 @@ class Communicator(ABC):
         """
 
     def reduce_scatter(self, rows_MX: Tensor, ranks: Sequence[int]) -> Tensor:
-        """This rank's equal share of the rows of `all_reduce`; M must be divisible by the number of ranks. No gradient.
+        """This rank's equal share of the rows of `all_reduce`; M must be divisible by the number of
+        ranks. No gradient.
 
         Unless there is an operator for it: the whole sum, of which a share is taken.
         """
-        share, place = rows_MX.shape[0] // len(ranks), list(ranks).index(self.rank)
+        share = rows_MX.shape[0] // len(ranks)
+        place = list(ranks).index(self.rank)
         return self.all_reduce(rows_MX, ranks)[place * share : (place + 1) * share]
 
     def gather_rows(self, rows_MX: Tensor, ranks: Sequence[int]) -> Tensor:
@@ -82,8 +93,11 @@ class Communicator(ABC):
 class _GatherBySum(nn.Cell):
     def __init__(self, total: Callable[[Tensor], Tensor], place: int, count: int) -> None:
         super().__init__()
-        self.sum, self.place, self.count = total, place, count
-        self.zeros, self.concat = ops.ZerosLike(), ops.Concat(0)
+        self.sum = total
+        self.place = place
+        self.count = count
+        self.zeros = ops.ZerosLike()
+        self.concat = ops.Concat(0)
 
     def construct(self, rows_MX: Tensor) -> Tensor:
         zeros_MX = self.zeros(rows_MX)
@@ -96,7 +110,9 @@ class _GatherBySum(nn.Cell):
 class _ScatterBySum(nn.Cell):
     def __init__(self, total: Callable[[Tensor], Tensor], place: int, count: int) -> None:
         super().__init__()
-        self.sum, self.place, self.count = total, place, count
+        self.sum = total
+        self.place = place
+        self.count = count
         self.split = ops.Split(0, count)
 
     def construct(self, rows_MX: Tensor) -> Tensor:
@@ -106,7 +122,8 @@ class _ScatterBySum(nn.Cell):
 class SingleProcess(Communicator):
     """A world of one."""
 
-    rank, size = 0, 1
+    rank = 0
+    size = 1
 
     def all_reduce(self, x: Tensor, ranks: Sequence[int]) -> Tensor:
         return x
@@ -114,7 +131,9 @@ class SingleProcess(Communicator):
     def all_gather(self, x: Tensor) -> Tensor:
         return ops.expand_dims(x, 0)
 
-    def all_to_all(self, rows_MD: Tensor, sent: Sequence[int], received: Sequence[int], ranks: Sequence[int]) -> Tensor:
+    def all_to_all(
+        self, rows_MD: Tensor, sent: Sequence[int], received: Sequence[int], ranks: Sequence[int]
+    ) -> Tensor:
         return rows_MD
 
     def barrier(self) -> None:

@@ -1,13 +1,15 @@
-"""The All-to-All between experts and tokens: who sends how many rows to whom, on which way, and what it cost.
+"""The All-to-All between experts and tokens: who sends how many rows to whom, on which way, and
+what it cost.
 
-`flat` sends one message for each pair of ranks. `hierarchical` gathers inside the node what goes to another node, sends
-one message for each pair of nodes, and scatters inside the node: the same rows in the same order with fewer messages on
-the slow links. Both are a list of hops: a block of rows (from one rank, for one rank) is held by its source at first, and
-each hop moves every block to its next holder.
+`flat` sends one message for each pair of ranks. `hierarchical` gathers inside the node what goes to
+another node, sends one message for each pair of nodes, and scatters inside the node: the same rows
+in the same order with fewer messages on the slow links. Both are a list of hops: a block of rows
+(from one rank, for one rank) is held by its source at first, and each hop moves every block to its
+next holder.
 
-`groupwise` is for tensor parallelism, where all ranks of a place have the same rows to send: each carries its share of every
-block to its own peers, and the place gathers the shares over its fast links. Between the nodes a row travels once instead of
-once for each rank of the place.
+`groupwise` is for tensor parallelism, where all ranks of a place have the same rows to send: each
+carries its share of every block to its own peers, and the place gathers the shares over its fast
+links. Between the nodes a row travels once instead of once for each rank of the place.
 
 Letters: R ranks of the group, M rows, D features.
 """
@@ -32,10 +34,11 @@ NextHolder = Callable[[Block], int]
 
 @dataclass
 class Ledger:
-    """What this rank sent since the last `take`: payload bytes and messages inside the node and between nodes, and seconds.
+    """What this rank sent since the last `take`: payload bytes and messages inside the node and
+    between nodes, and seconds.
 
-    Seconds are those spent in the exchange, waiting for slower ranks included; `reduce_seconds` those in the reduction of the
-    gradients, whose bytes are not counted.
+    Seconds are those spent in the exchange, waiting for slower ranks included; `reduce_seconds`
+    those in the reduction of the gradients, whose bytes are not counted.
     """
 
     intra_node_bytes: int = 0
@@ -69,17 +72,28 @@ class Exchange:
         ranks: the group.
         nodes: the node of each of `ranks`.
         hierarchical: by way of the nodes' gateways.
-        sharers: the ranks of this rank's place, which have the same rows, if each shall carry a share (groupwise).
+        sharers: the ranks of this rank's place, which have the same rows, if each shall carry a
+            share (groupwise).
     """
 
     def __init__(
-        self, communicator: Communicator, ranks: Sequence[int], nodes: Sequence[int], hierarchical: bool = False, sharers: Sequence[int] = ()
+        self,
+        communicator: Communicator,
+        ranks: Sequence[int],
+        nodes: Sequence[int],
+        hierarchical: bool = False,
+        sharers: Sequence[int] = (),
     ) -> None:
-        self.communicator, self.ranks, self.nodes, self.sharers = communicator, list(ranks), list(nodes), list(sharers)
+        self.communicator = communicator
+        self.ranks = list(ranks)
+        self.nodes = list(nodes)
+        self.sharers = list(sharers)
         self.place = self.ranks.index(communicator.rank)
         self.ledger = Ledger()
         self.timeline: Optional[Timeline] = None  # set for the step that is watched
-        self._hops: List[NextHolder] = [self._gateway_out, self._gateway_in, _destination] if hierarchical else [_destination]
+        self._hops: List[NextHolder] = (
+            [self._gateway_out, self._gateway_in, _destination] if hierarchical else [_destination]
+        )
 
     def move(self, rows_MD: Tensor, matrix_RR: np.ndarray) -> Tensor:
         """Rows sorted by destination -> rows sorted by source.
@@ -89,7 +103,11 @@ class Exchange:
             matrix_RR: how many rows each rank sends to each, int; the same on all ranks.
         """
         with self._timed():
-            return self._move_share(rows_MD, matrix_RR) if self.sharers else self._move_all(rows_MD, matrix_RR)
+            return (
+                self._move_share(rows_MD, matrix_RR)
+                if self.sharers
+                else self._move_all(rows_MD, matrix_RR)
+            )
 
     def move_own(self, rows_MD: Tensor, matrix_RR: np.ndarray) -> Tensor:
         """`move` for rows that the other ranks of the place do not have."""
@@ -98,16 +116,24 @@ class Exchange:
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
-        """What happens inside is an exchange, for the ledger and for the time line, if there is one."""
-        ledger, began, started = self.ledger, time.time(), time.perf_counter()
+        """What happens inside is an exchange, for the ledger and for the time line, if there is
+        one.
+        """
+        ledger = self.ledger
+        began = time.time()
+        started = time.perf_counter()
         sent = ledger.intra_node_bytes + ledger.inter_node_bytes
         yield
         ledger.seconds += time.perf_counter() - started
         if self.timeline is not None:
-            self.timeline.add("exchange", began, ledger.intra_node_bytes + ledger.inter_node_bytes - sent)
+            self.timeline.add(
+                "exchange", began, ledger.intra_node_bytes + ledger.inter_node_bytes - sent
+            )
 
     def _move_share(self, rows_MD: Tensor, matrix_RR: np.ndarray) -> Tensor:
-        """Groupwise: this rank's share of each block to its peers, then the place's shares together."""
+        """Groupwise: this rank's share of each block to its peers, then the place's shares
+        together.
+        """
         own = self.sharers.index(self.communicator.rank)
         carried, shares_XRR, order = shares(matrix_RR, self.place, own, len(self.sharers))
         arrived = self._move_all(_rows(rows_MD, carried), shares_XRR[own])
@@ -116,24 +142,34 @@ class Exchange:
 
     def _gather_shares(self, rows_MD: Tensor, counts_X: np.ndarray) -> Tensor:
         """The rows of every sharer, in order."""
-        own, sharers = int(counts_X[self.sharers.index(self.communicator.rank)]), self.sharers
+        own = int(counts_X[self.sharers.index(self.communicator.rank)])
+        sharers = self.sharers
         if own:
             row_bytes = int(np.prod(rows_MD.shape[1:])) * rows_MD.itemsize
             for _ in range(len(sharers) - 1):
                 self.ledger.record(own * row_bytes, crosses_nodes=False)
             rows_MD = ops.tile(rows_MD, (len(sharers), *[1] * (rows_MD.ndim - 1)))
-        return self.communicator.all_to_all(rows_MD, [own] * len(sharers), counts_X.tolist(), sharers)
+        return self.communicator.all_to_all(
+            rows_MD, [own] * len(sharers), counts_X.tolist(), sharers
+        )
 
     def _move_all(self, rows_MD: Tensor, matrix_RR: np.ndarray) -> Tensor:
         size = len(self.ranks)
         blocks: List[Block] = [(self.place, destination) for destination in range(size)]
-        holder = {(source, destination): source for source in range(size) for destination in range(size)}
+        holder = {
+            (source, destination): source for source in range(size) for destination in range(size)
+        }
         for next_holder in self._hops:
             rows_MD, blocks = self._hop(rows_MD, blocks, holder, next_holder, matrix_RR)
         return _reorder(rows_MD, blocks, sorted(blocks), matrix_RR)
 
     def _hop(
-        self, rows: Tensor, blocks: List[Block], holder: dict[Block, int], next_holder: NextHolder, matrix_RR: np.ndarray
+        self,
+        rows: Tensor,
+        blocks: List[Block],
+        holder: dict[Block, int],
+        next_holder: NextHolder,
+        matrix_RR: np.ndarray,
     ) -> Tuple[Tensor, List[Block]]:
         """Send every block to its next holder; `holder` is updated for all ranks alike."""
         after = {block: next_holder(block) for block in holder}
@@ -147,7 +183,9 @@ class Exchange:
         for target, count in enumerate(traffic_RR[self.place].tolist()):
             if count and target != self.place:
                 self.ledger.record(count * row_bytes, self.nodes[target] != self.nodes[self.place])
-        rows = self.communicator.all_to_all(rows, traffic_RR[self.place].tolist(), traffic_RR[:, self.place].tolist(), self.ranks)
+        rows = self.communicator.all_to_all(
+            rows, traffic_RR[self.place].tolist(), traffic_RR[:, self.place].tolist(), self.ranks
+        )
         arrived = [block for block in holder if after[block] == self.place]
         arrived.sort(key=lambda block: (holder[block], block))
         holder.update(after)
@@ -173,11 +211,15 @@ class Exchange:
 
 
 class ExchangeRows(nn.Cell):
-    """`Exchange.move` with its gradient: the same way back, with the matrix transposed. PyNative."""
+    """`Exchange.move` with its gradient: the same way back, with the matrix transposed.
+
+    PyNative.
+    """
 
     def __init__(self, exchange: Exchange, matrix_RR: np.ndarray) -> None:
         super().__init__()
-        self.exchange, self.matrix_RR = exchange, matrix_RR
+        self.exchange = exchange
+        self.matrix_RR = matrix_RR
 
     def construct(self, rows_MD: Tensor) -> Tensor:
         return self.exchange.move(rows_MD, self.matrix_RR)
@@ -186,12 +228,15 @@ class ExchangeRows(nn.Cell):
         return (self.exchange.move(grad_MD, self.matrix_RR.T),)
 
 
-def shares(matrix_RR: np.ndarray, place: int, own: int, count: int) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
+def shares(
+    matrix_RR: np.ndarray, place: int, own: int, count: int
+) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
     """How `count` ranks of a place, this one the `own`th, share out a move.
 
     Returns:
-        the rows that this rank carries, as indices; how many rows each of the `count` carries from each rank to each, [count, R, R];
-        the order in which the rows that arrived, sharer by sharer and by source in each, are sorted by source.
+        the rows that this rank carries, as indices; how many rows each of the `count` carries from
+        each rank to each, [count, R, R]; the order in which the rows that arrived, sharer by sharer
+        and by source in each, are sorted by source.
     """
     bounds_XRR = np.arange(count + 1)[:, None, None] * matrix_RR // count
     shares_XRR = np.diff(bounds_XRR, axis=0)
@@ -206,19 +251,29 @@ def _destination(block: Block) -> int:
     return block[1]
 
 
-def _reorder(rows: Tensor, blocks: List[Block], wanted: List[Block], matrix_RR: np.ndarray) -> Tensor:
+def _reorder(
+    rows: Tensor, blocks: List[Block], wanted: List[Block], matrix_RR: np.ndarray
+) -> Tensor:
     """Rows of `blocks` in the order of `wanted`."""
     if blocks == wanted or rows.shape[0] == 0:
         return rows
     sizes = [int(matrix_RR[block]) for block in blocks]
     starts = dict(zip(blocks, np.cumsum([0, *sizes]).tolist()))
-    index = _ranges(np.asarray([starts[block] for block in wanted]), np.asarray([matrix_RR[block] for block in wanted]))
+    index = _ranges(
+        np.asarray([starts[block] for block in wanted]),
+        np.asarray([matrix_RR[block] for block in wanted]),
+    )
     return _rows(rows, index)
 
 
 def _ranges(starts_X: np.ndarray, counts_X: np.ndarray) -> np.ndarray:
     """start, start + 1, ... for each range, one after the other."""
-    return np.concatenate([np.arange(start, start + count) for start, count in zip(starts_X.tolist(), counts_X.tolist())])
+    return np.concatenate(
+        [
+            np.arange(start, start + count)
+            for start, count in zip(starts_X.tolist(), counts_X.tolist())
+        ]
+    )
 
 
 def _rows(rows: Tensor, index_M: np.ndarray) -> Tensor:

@@ -1,11 +1,14 @@
-"""Gradients across ranks: whole parameters averaged over the world, a slice or an expert over the ranks that hold the same.
+"""Gradients across ranks: whole parameters averaged over the world, a slice or an expert over the
+ranks that hold the same.
 
-Every rank's loss is the mean over its place's tokens, and the loss of the job the mean over places. An expert's gradient on
-one rank already sums what the tokens of its whole expert-parallel group contribute.
+Every rank's loss is the mean over its place's tokens, and the loss of the job the mean over places.
+An expert's gradient on one rank already sums what the tokens of its whole expert-parallel group
+contribute.
 
-With parallel.shard_optimizer the ranks that hold the same of a parameter divide the work on it (ZeRO stage 1, Rajbhandari et al.
-2020): each gets a piece of the averaged gradient, keeps the moments of that piece, updates it, and the pieces are gathered. A piece
-is a block of the first axis that can be divided, and a parameter with none stays whole: nothing is padded or flattened.
+With parallel.shard_optimizer the ranks that hold the same of a parameter divide the work on it
+(ZeRO stage 1, Rajbhandari et al. 2020): each gets a piece of the averaged gradient, keeps the
+moments of that piece, updates it, and the pieces are gathered. A piece is a block of the first axis
+that can be divided, and a parameter with none stays whole: nothing is padded or flattened.
 """
 
 from __future__ import annotations
@@ -20,7 +23,9 @@ from pangu_locmoe.parallel.topology import Topology
 
 
 def is_expert(parameter: Parameter) -> bool:
-    """Whether a parameter belongs to experts, of which each rank of an expert-parallel group holds its own."""
+    """Whether a parameter belongs to experts, of which each rank of an expert-parallel group
+    holds its own.
+    """
     return ".moe.experts." in parameter.name
 
 
@@ -37,7 +42,9 @@ def kind(parameter: Parameter) -> str:
 
 def kinds(parameters: Sequence[Parameter], pieces: Sequence[Optional[Piece]]) -> List[str]:
     """One of KINDS for each parameter's reduced gradient."""
-    return [kind(parameter) if own is None else "piece" for parameter, own in zip(parameters, pieces)]
+    return [
+        kind(parameter) if own is None else "piece" for parameter, own in zip(parameters, pieces)
+    ]
 
 
 def holders(parameter: Parameter, topology: Topology, rank: int) -> Tuple[int, ...]:
@@ -48,8 +55,8 @@ def holders(parameter: Parameter, topology: Topology, rank: int) -> Tuple[int, .
 def holders_of(kind: str, topology: Topology, rank: int) -> Tuple[int, ...]:
     """The ranks that hold the same of a parameter of this kind.
 
-    The ranks of a place have the same gradient of a parameter that is whole on all of them; it is averaged over them as well, so
-    that they stay the same to the last bit.
+    The ranks of a place have the same gradient of a parameter that is whole on all of them; it is
+    averaged over them as well, so that they stay the same to the last bit.
     """
     if kind == "expert":
         return topology.expert_replicas(rank)
@@ -57,13 +64,16 @@ def holders_of(kind: str, topology: Topology, rank: int) -> Tuple[int, ...]:
 
 
 def share(parameter: Parameter, topology: Topology) -> float:
-    """What the sum over `holders` is multiplied by: one over the places, or over the ranks where all of them add the same."""
+    """What the sum over `holders` is multiplied by: one over the places, or over the ranks where
+    all of them add the same.
+    """
     alike = kind(parameter) == "whole" and not has_partial_gradient(parameter)
     return 1.0 / (topology.num_ranks if alike else topology.num_places)
 
 
 def piece(shape: Sequence[int], kind: str, topology: Topology, rank: int) -> Optional[Piece]:
-    """What this rank keeps the moments of, where the holders of a parameter divide it; None: of all of it.
+    """What this rank keeps the moments of, where the holders of a parameter divide it; None: of all
+    of it.
 
     Experts are never divided between ranks, each of them is: they may move to other ranks.
     """
@@ -86,7 +96,11 @@ def with_axis_first(x: Tensor, axis: int) -> Tensor:
 
 
 def reduce_gradients(
-    gradients: Sequence[Tensor], parameters: Sequence[Parameter], pieces: Sequence[Optional[Piece]], topology: Topology, communicator: Communicator
+    gradients: Sequence[Tensor],
+    parameters: Sequence[Parameter],
+    pieces: Sequence[Optional[Piece]],
+    topology: Topology,
+    communicator: Communicator,
 ) -> List[Tensor]:
     """The gradients of the job's loss, for this rank's parameters or its pieces of them."""
     reduced = []
@@ -96,24 +110,37 @@ def reduce_gradients(
             total = communicator.all_reduce(gradient, ranks)
         else:
             axis = own.cut.axis
-            total = with_axis_first(communicator.reduce_scatter(with_axis_first(gradient, axis), ranks), axis)
+            total = with_axis_first(
+                communicator.reduce_scatter(with_axis_first(gradient, axis), ranks), axis
+            )
         reduced.append(total * share(parameter, topology))
     return reduced
 
 
 def gather_pieces(
-    updated: Sequence[Tensor], parameters: Sequence[Parameter], pieces: Sequence[Optional[Piece]], topology: Topology, communicator: Communicator
+    updated: Sequence[Tensor],
+    parameters: Sequence[Parameter],
+    pieces: Sequence[Optional[Piece]],
+    topology: Topology,
+    communicator: Communicator,
 ) -> None:
     """Put parameters together again, in place, from the pieces that the ranks have updated."""
     for part, parameter, own in zip(updated, parameters, pieces):
         if own is not None:
             axis = own.cut.axis
-            rows = communicator.gather_rows(with_axis_first(part, axis), holders(parameter, topology, communicator.rank))
+            rows = communicator.gather_rows(
+                with_axis_first(part, axis), holders(parameter, topology, communicator.rank)
+            )
             ops.assign(parameter, with_axis_first(rows, axis))
 
 
 def squared_norm(
-    whole: Tensor, slices: Tensor, experts: Tensor, pieces: Optional[Tensor], topology: Topology, communicator: Communicator
+    whole: Tensor,
+    slices: Tensor,
+    experts: Tensor,
+    pieces: Optional[Tensor],
+    topology: Topology,
+    communicator: Communicator,
 ) -> Tensor:
     """Squared norm of the whole gradient.
 
@@ -121,10 +148,18 @@ def squared_norm(
         whole: of the parameters that are whole on all ranks, fp32 scalar, equal on them.
         slices: of this rank's slices of dense parameters.
         experts: of this rank's experts, or its slices of them.
-        pieces: of this rank's pieces of what several ranks hold, which the others do not count; None: there are none.
+        pieces: of this rank's pieces of what several ranks hold, which the others do not count;
+            None: there are none.
     """
-    experts = communicator.all_reduce(ops.reshape(experts, (1,)), topology.expert_group(communicator.rank))
-    total = whole + communicator.all_reduce(ops.reshape(slices, (1,)) + experts, topology.tensor_group(communicator.rank))[0]
+    experts = communicator.all_reduce(
+        ops.reshape(experts, (1,)), topology.expert_group(communicator.rank)
+    )
+    total = (
+        whole
+        + communicator.all_reduce(
+            ops.reshape(slices, (1,)) + experts, topology.tensor_group(communicator.rank)
+        )[0]
+    )
     if pieces is None:
         return total
     return total + communicator.all_reduce(ops.reshape(pieces, (1,)), range(topology.num_ranks))[0]

@@ -1,11 +1,13 @@
 """Several processes on Ascend devices, over HCCL. Started by msrun.
 
-The communicator's methods run in PyNative, with sizes that follow the routing. The cells below are the same operators for
-a compiled graph, with sizes that are constants. A group costs twice HCCL_BUFFSIZE of device memory on each member, so a
-rank makes at most five: the world, its expert-parallel group, the replicas of its experts, and with tensor parallelism its
-tensor-parallel group and the ranks with the same part of the matrices.
+The communicator's methods run in PyNative, with sizes that follow the routing. The cells below are
+the same operators for a compiled graph, with sizes that are constants. A group costs twice
+HCCL_BUFFSIZE of device memory on each member, so a rank makes at most five: the world, its
+expert-parallel group, the replicas of its experts, and with tensor parallelism its tensor-parallel
+group and the ranks with the same part of the matrices.
 
-None of this has run on a device: what is handed to the operators is tested, what they do with it is their documentation's.
+None of this has run on a device: what is handed to the operators is tested, what they do with it is
+their documentation's.
 
 Letters: R ranks, M rows, D features.
 """
@@ -20,7 +22,13 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.common.initializer import Zero
-from mindspore.communication import HCCL_WORLD_COMM_GROUP, create_group, get_group_size, get_rank, init
+from mindspore.communication import (
+    HCCL_WORLD_COMM_GROUP,
+    create_group,
+    get_group_size,
+    get_rank,
+    init,
+)
 
 from pangu_locmoe.parallel.communicator import Communicator
 from pangu_locmoe.parallel.exchange import shares
@@ -29,16 +37,19 @@ CreateGroup = Callable[[str, List[int]], Any]
 
 
 class HcclOperators(Communicator):
-    """The operators of one rank, apart from joining a job, so that a configuration can be checked without one.
+    """The operators of one rank, apart from joining a job, so that a configuration can be checked
+    without one.
 
     Args:
         rank: this process.
         size: processes of the job.
-        create: makes a group of a name and its ranks; called once for each group, by its members only.
+        create: makes a group of a name and its ranks; called once for each group, by its members
+            only.
     """
 
     def __init__(self, rank: int, size: int, create: CreateGroup) -> None:
-        self.rank, self.size = rank, size
+        self.rank = rank
+        self.size = size
         self.groups: Dict[str, Tuple[int, ...]] = {}
         self._create = create
         self._operators: Dict[Tuple[Any, ...], Any] = {}
@@ -62,17 +73,23 @@ class HcclOperators(Communicator):
 
     def summing(self, ranks: Sequence[int]) -> Callable[[Tensor], Tensor]:
         group = self.group(ranks)
-        operator: Callable[[Tensor], Tensor] = self._operator(("sum", group), lambda: ops.AllReduce(ops.ReduceOp.SUM, group))
+        operator: Callable[[Tensor], Tensor] = self._operator(
+            ("sum", group), lambda: ops.AllReduce(ops.ReduceOp.SUM, group)
+        )
         return operator
 
     def gathering(self, ranks: Sequence[int]) -> Callable[[Tensor], Tensor]:
         group = self.group(ranks)
-        operator: Callable[[Tensor], Tensor] = self._operator(("gather", group), lambda: ops.AllGather(group))
+        operator: Callable[[Tensor], Tensor] = self._operator(
+            ("gather", group), lambda: ops.AllGather(group)
+        )
         return operator
 
     def scattering(self, ranks: Sequence[int]) -> Callable[[Tensor], Tensor]:
         group = self.group(ranks)
-        operator: Callable[[Tensor], Tensor] = self._operator(("scatter", group), lambda: ops.ReduceScatter(ops.ReduceOp.SUM, group))
+        operator: Callable[[Tensor], Tensor] = self._operator(
+            ("scatter", group), lambda: ops.ReduceScatter(ops.ReduceOp.SUM, group)
+        )
         return operator
 
     def reduce_scatter(self, rows_MX: Tensor, ranks: Sequence[int]) -> Tensor:
@@ -83,17 +100,23 @@ class HcclOperators(Communicator):
 
     def all_gather(self, x: Tensor) -> Tensor:
         group = self.group(range(self.size))
-        gathered = self._operator(("gather", group), lambda: ops.AllGather(group))(ops.reshape(x, (1, -1)))
+        gathered = self._operator(("gather", group), lambda: ops.AllGather(group))(
+            ops.reshape(x, (1, -1))
+        )
         return ops.reshape(gathered, (self.size, *x.shape))
 
-    def all_to_all(self, rows_MD: Tensor, sent: Sequence[int], received: Sequence[int], ranks: Sequence[int]) -> Tensor:
+    def all_to_all(
+        self, rows_MD: Tensor, sent: Sequence[int], received: Sequence[int], ranks: Sequence[int]
+    ) -> Tensor:
         if len(ranks) == 1:
             return rows_MD
         features = rows_MD.shape[1:]
         if sum(sent) == 0:
-            # A rank with nothing to send must still take part; one row that no count covers stands for an empty tensor.
+            # A rank with nothing to send must still take part; one row that no count covers stands
+            # for an empty tensor.
             rows_MD = ops.zeros((1, *features), rows_MD.dtype)
-        group, block = self.group(ranks), int(np.prod(features))
+        group = self.group(ranks)
+        block = int(np.prod(features))
         exchange = self._operator(("rows", group, block), lambda: ops.AlltoAllV(group, block))
         arrived = exchange(ops.reshape(rows_MD, (-1,)), list(sent), list(received))
         if sum(received) == 0:  # the operator's result has no meaning then
@@ -110,7 +133,9 @@ class HcclOperators(Communicator):
 
 
 class HCCL(HcclOperators):
-    """Joins the job that msrun started; HCCL_DETERMINISTIC=true asks for the same numbers in every run, more slowly."""
+    """Joins the job that msrun started; HCCL_DETERMINISTIC=true asks for the same numbers in
+    every run, more slowly.
+    """
 
     def __init__(self) -> None:
         ms.set_device("Ascend")
@@ -121,7 +146,9 @@ class HCCL(HcclOperators):
 
 
 def group_name(ranks: Sequence[int], size: int) -> str:
-    """The same on all members, different for different ranks, and short: HCCL takes names of up to 127 characters."""
+    """The same on all members, different for different ranks, and short: HCCL takes names of up
+    to 127 characters.
+    """
     if tuple(ranks) == tuple(range(size)):
         return HCCL_WORLD_COMM_GROUP
     steps = set(np.diff(ranks).tolist())
@@ -131,7 +158,8 @@ def group_name(ranks: Sequence[int], size: int) -> str:
 
 
 class AllToAllRows(nn.Cell):
-    """Rows sorted by destination -> rows sorted by source, with constant counts; the operator has its own gradient.
+    """Rows sorted by destination -> rows sorted by source, with constant counts; the operator has
+    its own gradient.
 
     Args:
         group: name of the group.
@@ -139,11 +167,15 @@ class AllToAllRows(nn.Cell):
         sent, received: rows to and from each rank of the group.
     """
 
-    def __init__(self, group: str, features: int, sent: Sequence[int], received: Sequence[int]) -> None:
+    def __init__(
+        self, group: str, features: int, sent: Sequence[int], received: Sequence[int]
+    ) -> None:
         super().__init__()
         self.exchange = ops.AlltoAllV(group, features)
-        self.features, self.total = features, int(sum(received))
-        self.sent, self.received = tuple(map(int, sent)), tuple(map(int, received))
+        self.features = features
+        self.total = int(sum(received))
+        self.sent = tuple(map(int, sent))
+        self.received = tuple(map(int, received))
 
     def construct(self, rows_MD: Tensor) -> Tensor:
         flat = self.exchange(ops.reshape(rows_MD, (-1,)), self.sent, self.received)
@@ -151,7 +183,8 @@ class AllToAllRows(nn.Cell):
 
 
 class SharedRows(nn.Cell):
-    """`AllToAllRows` shared out over the ranks of a place, which have the same rows (groupwise): each carries an equal share.
+    """`AllToAllRows` shared out over the ranks of a place, which have the same rows (groupwise):
+    each carries an equal share.
 
     Args:
         group: name of the expert-parallel group.
@@ -159,10 +192,20 @@ class SharedRows(nn.Cell):
         features: D.
         matrix_RR: rows from each rank of the group to each.
         place: this rank's in the group.
-        own, count: this rank's place among the sharers, and how many they are; must divide every entry of `matrix_RR`.
+        own, count: this rank's place among the sharers, and how many they are; must divide every
+            entry of `matrix_RR`.
     """
 
-    def __init__(self, group: str, sharers: str, features: int, matrix_RR: np.ndarray, place: int, own: int, count: int) -> None:
+    def __init__(
+        self,
+        group: str,
+        sharers: str,
+        features: int,
+        matrix_RR: np.ndarray,
+        place: int,
+        own: int,
+        count: int,
+    ) -> None:
         super().__init__()
         self.there = _SharedWay(group, sharers, features, matrix_RR, place, own, count)
         self.back = _SharedWay(group, sharers, features, matrix_RR.T, place, own, count)
@@ -175,12 +218,25 @@ class SharedRows(nn.Cell):
 
 
 class _SharedWay(nn.Cell):
-    def __init__(self, group: str, sharers: str, features: int, matrix_RR: np.ndarray, place: int, own: int, count: int) -> None:
+    def __init__(
+        self,
+        group: str,
+        sharers: str,
+        features: int,
+        matrix_RR: np.ndarray,
+        place: int,
+        own: int,
+        count: int,
+    ) -> None:
         super().__init__()
         carried, shares_XRR, order = shares(matrix_RR, place, own, count)
-        self.exchange = AllToAllRows(group, features, shares_XRR[own, place].tolist(), shares_XRR[own, :, place].tolist())
-        self.all_gather, self.gather = ops.AllGather(sharers), ops.Gather()
-        self.carried, self.order = Tensor(carried.astype(np.int32)), Tensor(order.astype(np.int32))
+        self.exchange = AllToAllRows(
+            group, features, shares_XRR[own, place].tolist(), shares_XRR[own, :, place].tolist()
+        )
+        self.all_gather = ops.AllGather(sharers)
+        self.gather = ops.Gather()
+        self.carried = Tensor(carried.astype(np.int32))
+        self.order = Tensor(order.astype(np.int32))
 
     def construct(self, rows_MD: Tensor) -> Tensor:
         arrived = self.exchange(self.gather(rows_MD, self.carried, 0))
@@ -196,4 +252,3 @@ class GatherRows(nn.Cell):
 
     def construct(self, x_M: Tensor) -> Tensor:
         return self.gather(ops.expand_dims(x_M, 0))
-

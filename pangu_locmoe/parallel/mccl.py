@@ -1,8 +1,10 @@
-"""Several processes on CPUs, over MindSpore's own collectives (MCCL). Started by msrun; PyNative only.
+"""Several processes on CPUs, over MindSpore's own collectives (MCCL).
 
-MCCL has no All-to-All. It is made of point-to-point messages here: all sends first, to rank+1, +2, ..., then all
-receives. Receivers buffer, so that it cannot deadlock. Messages and collectives share one untagged queue per source, so
-no collective may come between a send and its receive.
+Started by msrun; PyNative only.
+
+MCCL has no All-to-All. It is made of point-to-point messages here: all sends first, to rank+1, +2,
+..., then all receives. Receivers buffer, so that it cannot deadlock. Messages and collectives share
+one untagged queue per source, so no collective may come between a send and its receive.
 """
 
 from __future__ import annotations
@@ -30,9 +32,11 @@ class MCCL(Communicator):
             init()
         except RuntimeError:
             raise TopologyError(_cannot_join()) from None
-        # Errors of asynchronous operators would surface at a later one; small exchanges are also five times faster.
+        # Errors of asynchronous operators would surface at a later one; small exchanges are also
+        # five times faster.
         ms.runtime.launch_blocking()
-        self.rank, self.size = get_rank(), get_group_size()
+        self.rank = get_rank()
+        self.size = get_group_size()
         self._world = GlobalComm.WORLD_COMM_GROUP
         self._reducers: Dict[Tuple[int, ...], ops.AllReduce] = {}
         self._gather = ops.AllGather()
@@ -55,14 +59,22 @@ class MCCL(Communicator):
     def all_gather(self, x: Tensor) -> Tensor:
         return ops.reshape(self._gather(ops.reshape(x, (1, -1))), (self.size, *x.shape))
 
-    def all_to_all(self, rows_MD: Tensor, sent: Sequence[int], received: Sequence[int], ranks: Sequence[int]) -> Tensor:
-        place, count = list(ranks).index(self.rank), len(ranks)
+    def all_to_all(
+        self, rows_MD: Tensor, sent: Sequence[int], received: Sequence[int], ranks: Sequence[int]
+    ) -> Tensor:
+        place = list(ranks).index(self.rank)
+        count = len(ranks)
         ends = np.cumsum(sent).tolist()
         # Messages without rows are skipped on both sides; empty tensors have no kernels.
         for distance in range(1, count):
             target = (place + distance) % count
             if sent[target]:
-                dist_comm_isend_op(rows_MD[ends[target] - sent[target] : ends[target]], ranks[target], self._world, 0)
+                dist_comm_isend_op(
+                    rows_MD[ends[target] - sent[target] : ends[target]],
+                    ranks[target],
+                    self._world,
+                    0,
+                )
         arrived: Dict[int, Tensor] = {}
         if received[place]:
             arrived[place] = rows_MD[ends[place] - sent[place] : ends[place]]
@@ -83,8 +95,13 @@ def _cannot_join() -> str:
     """One line on why a job did not come together; msrun's variables say which job."""
     if os.environ.get("MS_ROLE") == "MS_SCHED":
         return "msrun's scheduler: a rank did not start, or ended with an error"
-    job = {name: os.environ.get(f"MS_{name}", "?") for name in ("WORKER_NUM", "SCHED_HOST", "SCHED_PORT", "TOPO_TIMEOUT")}
+    job = {
+        name: os.environ.get(f"MS_{name}", "?")
+        for name in ("WORKER_NUM", "SCHED_HOST", "SCHED_PORT", "TOPO_TIMEOUT")
+    }
     return (
-        f"rank {os.environ.get('RANK_ID', '?')} cannot join the job of {job['WORKER_NUM']} processes at {job['SCHED_HOST']}:{job['SCHED_PORT']}: "
-        f"another rank did not start within {job['TOPO_TIMEOUT']} s, or another program uses the port"
+        f"rank {os.environ.get('RANK_ID', '?')} cannot join the job of {job['WORKER_NUM']} "
+        f"processes at {job['SCHED_HOST']}:{job['SCHED_PORT']}: "
+        f"another rank did not start within {job['TOPO_TIMEOUT']} s, or another program "
+        "uses the port"
     )

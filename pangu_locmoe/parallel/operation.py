@@ -39,7 +39,9 @@ class Operation:
         return math.prod(self.shape) * (4 if self.dtype == "Float32" else 2)
 
     def describe(self) -> str:
-        return f"{self.kind} on {self.group}, {self.dtype} {list(self.shape)} -> {list(self.result)}"
+        return (
+            f"{self.kind} on {self.group}, {self.dtype} {list(self.shape)} -> {list(self.result)}"
+        )
 
     def to_dict(self) -> Dict[str, Any]:
         return {**dataclasses.asdict(self), "bytes": self.bytes}
@@ -47,11 +49,17 @@ class Operation:
 
 def topology_groups(topology: Topology, rank: int) -> Dict[str, Tuple[int, ...]]:
     """All groups that a rank can be in, by HCCL's name."""
-    return {group_name(ranks, topology.num_ranks): ranks for ranks in topology.groups(rank).values()}
+    return {
+        group_name(ranks, topology.num_ranks): ranks for ranks in topology.groups(rank).values()
+    }
 
 
-def node_bytes(operation: Operation, ranks: Sequence[int], topology: Topology, rank: int) -> Tuple[int, int]:
-    """Bytes of an AlltoAllV, or an AllGather, to other ranks in this rank's node, and to other nodes."""
+def node_bytes(
+    operation: Operation, ranks: Sequence[int], topology: Topology, rank: int
+) -> Tuple[int, int]:
+    """Bytes of an AlltoAllV, or an AllGather, to other ranks in this rank's node, and to other
+    nodes.
+    """
     row_bytes = operation.bytes // max(1, sum(operation.sent))
     inside = between = 0
     for target, rows in zip(ranks, operation.sent or [1] * len(ranks)):

@@ -1,12 +1,15 @@
-"""Tensor parallelism: the ranks of a place hold slices of its matrices and compute slices of its activations.
+"""Tensor parallelism: the ranks of a place hold slices of its matrices and compute slices of its
+activations.
 
-A matrix product is cut in pairs (Megatron-LM): the first matrix by columns, the second by rows. What goes in is whole on every
-rank and its gradient is the sum over the ranks (`enter`); what comes out is a partial sum, added up over the ranks
-(`leave`). In between every rank works alone.
+A matrix product is cut in pairs (Megatron-LM): the first matrix by columns, the second by rows.
+What goes in is whole on every rank and its gradient is the sum over the ranks (`enter`); what comes
+out is a partial sum, added up over the ranks (`leave`). In between every rank works alone.
 
-With sequence parallelism (Korthikanti et al. 2022) a rank keeps only its share of the rows outside of these pairs: in the residual stream,
-the norms and dropout. Rows then enter by a gather, whose gradient is a reduce-scatter, and leave by a reduce-scatter, whose gradient is a
-gather: as many bytes as the sums they replace. Rows are tokens, in equal contiguous shares, because everything outside is per token.
+With sequence parallelism (Korthikanti et al. 2022) a rank keeps only its share of the rows outside
+of these pairs: in the residual stream, the norms and dropout. Rows then enter by a gather, whose
+gradient is a reduce-scatter, and leave by a reduce-scatter, whose gradient is a
+gather: as many bytes as the sums they replace. Rows are tokens, in equal contiguous shares, because
+everything outside is per token.
 
 The slices of the vocabulary are in model/vocabulary.py.
 """
@@ -25,9 +28,11 @@ from pangu_locmoe.parallel.communicator import Communicator, SingleProcess
 
 @dataclass(frozen=True)
 class Cut:
-    """How an array is divided: `axis` is a row of `blocks` equal blocks, and a rank has an equal slice of each.
+    """How an array is divided: `axis` is a row of `blocks` equal blocks, and a rank has an equal
+    slice of each.
 
-    With more than one block, what belongs together (keys and values of a head, a token's embeddings in all domains) stays together.
+    With more than one block, what belongs together (keys and values of a head, a token's embeddings
+    in all domains) stays together.
     """
 
     axis: int
@@ -37,13 +42,20 @@ class Cut:
         """The slice of the rank at `place` of `size`."""
         shape = whole.shape
         apart = whole.reshape(*shape[: self.axis], self.blocks, size, -1, *shape[self.axis + 1 :])
-        return apart[(slice(None),) * (self.axis + 1) + (place,)].reshape(*shape[: self.axis], -1, *shape[self.axis + 1 :])
+        return apart[(slice(None),) * (self.axis + 1) + (place,)].reshape(
+            *shape[: self.axis], -1, *shape[self.axis + 1 :]
+        )
 
     def whole(self, parts: Sequence[np.ndarray]) -> np.ndarray:
         """The array from the slices of all ranks, in order."""
         shape = parts[0].shape
-        apart = [part.reshape(*shape[: self.axis], self.blocks, 1, -1, *shape[self.axis + 1 :]) for part in parts]
-        return np.concatenate(apart, axis=self.axis + 1).reshape(*shape[: self.axis], -1, *shape[self.axis + 1 :])
+        apart = [
+            part.reshape(*shape[: self.axis], self.blocks, 1, -1, *shape[self.axis + 1 :])
+            for part in parts
+        ]
+        return np.concatenate(apart, axis=self.axis + 1).reshape(
+            *shape[: self.axis], -1, *shape[self.axis + 1 :]
+        )
 
 
 @dataclass(frozen=True)
@@ -69,19 +81,25 @@ class TensorGroup:
     Attributes:
         enter, leave: into and out of a pair of matrices, for what is whole on all ranks outside.
         enter_rows, leave_rows: the same for the residual stream's rows.
-        whole_rows, own_rows: to all rows, for what every rank computes alike and without sums over the group (routing), and back.
+        whole_rows, own_rows: to all rows, for what every rank computes alike and without sums over
+            the group (routing), and back.
         share: this rank's rows of what has no gradient.
     """
 
-    def __init__(self, communicator: Communicator, ranks: Sequence[int], sequence_parallel: bool = False) -> None:
-        self.size, self.place = len(ranks), list(ranks).index(communicator.rank)
+    def __init__(
+        self, communicator: Communicator, ranks: Sequence[int], sequence_parallel: bool = False
+    ) -> None:
+        self.size = len(ranks)
+        self.place = list(ranks).index(communicator.rank)
         self.divides_rows = sequence_parallel
         self.share: nn.Cell = _Share(self.place, self.size) if sequence_parallel else _AsItIs()
-        self._gather, self._scatter = partial(communicator.gathering, ranks), partial(communicator.scattering, ranks)
+        self._gather = partial(communicator.gathering, ranks)
+        self._scatter = partial(communicator.scattering, ranks)
         if self.size > 1:
             self.sum = communicator.summing(ranks)
 
-    # A cell of its own for every place: the gradient of a compiled part that uses one of these twice is wrong in MindSpore 2.10.
+    # A cell of its own for every place: the gradient of a compiled part that uses one of these
+    # twice is wrong in MindSpore 2.10.
 
     @property
     def enter(self) -> nn.Cell:
@@ -101,11 +119,15 @@ class TensorGroup:
 
     @property
     def whole_rows(self) -> nn.Cell:
-        return _Way(self._gather(), _Share(self.place, self.size)) if self.divides_rows else _AsItIs()
+        return (
+            _Way(self._gather(), _Share(self.place, self.size)) if self.divides_rows else _AsItIs()
+        )
 
     @property
     def own_rows(self) -> nn.Cell:
-        return _Way(_Share(self.place, self.size), self._gather()) if self.divides_rows else _AsItIs()
+        return (
+            _Way(_Share(self.place, self.size), self._gather()) if self.divides_rows else _AsItIs()
+        )
 
     @classmethod
     def alone(cls) -> TensorGroup:
@@ -113,33 +135,43 @@ class TensorGroup:
         return cls(SingleProcess(), [0])
 
     def parameter(self, whole: np.ndarray, name: str, cut: Cut) -> Parameter:
-        """This rank's slice of an array, fp32. It remembers its cut, for checkpoints and for the reduction of gradients."""
+        """This rank's slice of an array, fp32.
+
+        It remembers its cut, for checkpoints and for the reduction of gradients.
+        """
         if self.size == 1:
             return Parameter(Tensor(whole), name=name)
         parameter = Parameter(Tensor(cut.part(whole, self.place, self.size)), name=name)
         parameter.cut = cut
         return parameter
 
-
     def for_own_rows(self, cell: nn.Cell) -> nn.Cell:
-        """A cell that is applied to the rank's rows only: its parameters' gradients are partial sums where rows are divided."""
+        """A cell that is applied to the rank's rows only: its parameters' gradients are partial
+        sums where rows are divided.
+        """
         for parameter in cell.trainable_params() if self.divides_rows else ():
             parameter.has_partial_gradient = True
         return cell
 
 
 def has_partial_gradient(parameter: Parameter) -> bool:
-    """Whether the ranks of a place each have a part of the gradient of a parameter that is whole on all of them."""
+    """Whether the ranks of a place each have a part of the gradient of a parameter that is whole
+    on all of them.
+    """
     return getattr(parameter, "has_partial_gradient", False)
 
 
 def cut_of(parameter: Parameter) -> Cut | None:
-    """How a parameter is divided over its tensor-parallel group; None: it is whole on every rank."""
+    """How a parameter is divided over its tensor-parallel group; None: it is whole on every
+    rank.
+    """
     return getattr(parameter, "cut", None)
 
 
 def piece_of(parameter: Parameter) -> Piece | None:
-    """Which piece of a parameter's moments this is; None: they are not divided over the ranks that hold the same parameter."""
+    """Which piece of a parameter's moments this is; None: they are not divided over the ranks
+    that hold the same parameter.
+    """
     return getattr(parameter, "piece", None)
 
 
@@ -153,7 +185,8 @@ class _Way(nn.Cell):
 
     def __init__(self, there: Any, back: Any) -> None:
         super().__init__()
-        self.there, self.back = there, back
+        self.there = there
+        self.back = back
 
     def construct(self, x: Tensor) -> Tensor:
         return self.there(x)
@@ -167,7 +200,8 @@ class _Share(nn.Cell):
 
     def __init__(self, place: int, count: int) -> None:
         super().__init__()
-        self.place, self.split = place, ops.Split(0, count)
+        self.place = place
+        self.split = ops.Split(0, count)
 
     def construct(self, rows_MX: Tensor) -> Tensor:
         return self.split(rows_MX)[self.place]

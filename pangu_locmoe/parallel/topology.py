@@ -1,9 +1,12 @@
-"""Which rank is in which node, holds which experts and works with whom: pure data, no communication.
+"""Which rank is in which node, holds which experts and works with whom: pure data, no
+communication.
 
-Ranks are numbered node by node. `tensor_parallel` consecutive ranks of one node, a tensor-parallel group, share the matrices
-of what would be one rank without: a *place*. They read the same tokens. The experts of a layer are dealt to `expert_parallel`
-consecutive places, which hold all experts once; places at the same position of different such blocks hold the same ones. A
-rank exchanges tokens with the ranks of its block that hold the same part of their matrices, its expert-parallel group.
+Ranks are numbered node by node. `tensor_parallel` consecutive ranks of one node, a tensor-parallel
+group, share the matrices of what would be one rank without: a *place*. They read the same tokens.
+The experts of a layer are dealt to `expert_parallel` consecutive places, which hold all experts
+once; places at the same position of different such blocks hold the same ones. A rank exchanges
+tokens with the ranks of its block that hold the same part of their matrices, its expert-parallel
+group.
 
 Letters: N nodes, R ranks, P places, E experts, K domains.
 """
@@ -44,12 +47,19 @@ class Topology:
         places = "ranks" if self.tensor_parallel == 1 else "ranks / parallel.tensor_parallel"
         for name, value, divisor_name, divisor in (
             ("ranks", self.num_ranks, "ranks of a node", self.ranks_per_node),
-            ("ranks of a node", self.ranks_per_node, "parallel.tensor_parallel", self.tensor_parallel),
+            (
+                "ranks of a node",
+                self.ranks_per_node,
+                "parallel.tensor_parallel",
+                self.tensor_parallel,
+            ),
             (places, self.num_places, "parallel.expert_parallel", self.expert_parallel),
             ("moe.num_experts", self.num_experts, "parallel.expert_parallel", self.expert_parallel),
         ):
             if value % divisor:
-                raise TopologyError(f"{name} ({value}) must be divisible by {divisor_name} ({divisor})")
+                raise TopologyError(
+                    f"{name} ({value}) must be divisible by {divisor_name} ({divisor})"
+                )
 
     @classmethod
     def emulated(cls, num_nodes: int, num_experts: int) -> Topology:
@@ -58,36 +68,59 @@ class Topology:
 
     @classmethod
     def from_config(cls, config: Config, num_ranks: int = 1) -> Topology:
-        """The topology of a job of `num_ranks` processes, as many in each of parallel.nodes; one process emulates the nodes.
+        """The topology of a job of `num_ranks` processes, as many in each of parallel.nodes; one
+        process emulates the nodes.
 
-        A dense model has it too: its nodes then read the same domains as those of the sparse models it is compared with.
+        A dense model has it too: its nodes then read the same domains as those of the sparse models
+        it is compared with.
         """
-        parallel, num_experts = config.parallel, config.moe.num_experts
+        parallel = config.parallel
+        num_experts = config.moe.num_experts
         if num_ranks == 1:
             for key in ("expert_parallel", "tensor_parallel"):
                 if getattr(parallel, key) > 1:
                     raise TopologyError(
-                        f"parallel.{key} = {getattr(parallel, key)}: there is 1 process, for which it must be 1 (parallel.nodes may be more: it emulates them); "
+                        f"parallel.{key} = {getattr(parallel, key)}: there is 1 process, "
+                        "for which it must be 1 (parallel.nodes may be more: it emulates "
+                        "them); "
                         "or start more with scripts/train_cpu_cluster.sh"
                     )
             if parallel.shard_optimizer:
-                raise TopologyError("parallel.shard_optimizer = True: there is 1 process, which has nobody to divide the moments with; must be false")
+                raise TopologyError(
+                    "parallel.shard_optimizer = True: there is 1 process, which has nobody "
+                    "to divide the moments with; must be false"
+                )
             return cls.emulated(parallel.nodes, num_experts)
         if num_ranks % parallel.nodes:
             raise TopologyError(
-                f"ranks ({num_ranks}) must be divisible by parallel.nodes ({parallel.nodes}): every node has as many; "
-                f"start {-(-num_ranks // parallel.nodes) * parallel.nodes}, or set parallel.nodes to {math.gcd(num_ranks, parallel.nodes)}"
+                f"ranks ({num_ranks}) must be divisible by parallel.nodes "
+                f"({parallel.nodes}): every node has as many; "
+                f"start {-(-num_ranks // parallel.nodes) * parallel.nodes}, or set "
+                f"parallel.nodes to {math.gcd(num_ranks, parallel.nodes)}"
             )
         if num_ranks // parallel.nodes % parallel.tensor_parallel:
             raise TopologyError(
-                f"ranks of a node ({num_ranks} / parallel.nodes {parallel.nodes} = {num_ranks // parallel.nodes}) must be divisible by "
-                f"parallel.tensor_parallel ({parallel.tensor_parallel}), whose ranks are in one node: start more, or set fewer nodes"
+                f"ranks of a node ({num_ranks} / parallel.nodes {parallel.nodes} = "
+                f"{num_ranks // parallel.nodes}) must be divisible by "
+                f"parallel.tensor_parallel ({parallel.tensor_parallel}), whose ranks are "
+                "in one node: start more, or set fewer nodes"
             )
-        topology = cls(num_ranks, num_ranks // parallel.nodes, parallel.expert_parallel, num_experts, parallel.tensor_parallel)
-        batch_size, micro_batches, places = config.train.batch_size, config.train.accumulation_steps, topology.num_places
+        topology = cls(
+            num_ranks,
+            num_ranks // parallel.nodes,
+            parallel.expert_parallel,
+            num_experts,
+            parallel.tensor_parallel,
+        )
+        batch_size = config.train.batch_size
+        micro_batches = config.train.accumulation_steps
+        places = topology.num_places
         if batch_size % (places * micro_batches):
             what = "ranks" if topology.tensor_parallel == 1 else "ranks / parallel.tensor_parallel"
-            raise TopologyError(f"train.batch_size ({batch_size}) must be divisible by {what} ({places}) times train.accumulation_steps ({micro_batches})")
+            raise TopologyError(
+                f"train.batch_size ({batch_size}) must be divisible by {what} ({places}) "
+                f"times train.accumulation_steps ({micro_batches})"
+            )
         return topology
 
     @property
@@ -120,7 +153,9 @@ class Topology:
         return tuple(range(first, first + self.tensor_parallel))
 
     def same_part(self, rank: int) -> tuple[int, ...]:
-        """The ranks of all places that hold the same part of their matrices as this one, itself among them."""
+        """The ranks of all places that hold the same part of their matrices as this one, itself
+        among them.
+        """
         return tuple(range(rank % self.tensor_parallel, self.num_ranks, self.tensor_parallel))
 
     def expert_group(self, rank: int) -> tuple[int, ...]:
@@ -160,8 +195,8 @@ class Topology:
     def home_nodes(self, allowed_KE: np.ndarray) -> tuple[int, ...]:
         """For each domain the node that should read it.
 
-        The node with most of the domain's experts; where several hold as many (single-level routing: all do), the
-        domains are dealt to those in order, in equal contiguous runs.
+        The node with most of the domain's experts; where several hold as many (single-level
+        routing: all do), the domains are dealt to those in order, in equal contiguous runs.
 
         Args:
             allowed_KE: bool [K, E], which experts a domain may use.
@@ -174,7 +209,9 @@ class Topology:
             homes.append(int(candidates[domain * len(candidates) // num_domains]))
         return tuple(homes)
 
-    def local_fraction(self, load_LNE: np.ndarray, slot_to_expert_LE: np.ndarray | None = None) -> float:
+    def local_fraction(
+        self, load_LNE: np.ndarray, slot_to_expert_LE: np.ndarray | None = None
+    ) -> float:
         """Share of tokens whose expert is in the node they come from.
 
         Args:

@@ -59,12 +59,16 @@ def build_report(run_dirs: list[Path], output: Path) -> Path:
 def render(runs: list[Run]) -> str:
     """The page as text. Every word that comes from a run is escaped where it is put in."""
     several = len(runs) > 1
-    title = "Comparison of " + ", ".join(run.name for run in runs) if several else f"Run {runs[0].name}"
+    title = (
+        "Comparison of " + ", ".join(run.name for run in runs) if several else f"Run {runs[0].name}"
+    )
     names = tuple((run.name, colour) for colour, run in enumerate(runs))
     legend = legend_html(names) if several else ""
     sections = [
         _section("Loss", legend + _figures(loss_figures(runs)) + domains_html(runs)),
-        _section("Routing", legend + _figures(routing_figures(runs)) + _bound(runs) + _placement(runs)),
+        _section(
+            "Routing", legend + _figures(routing_figures(runs)) + _bound(runs) + _placement(runs)
+        ),
         _section("Expert load", _load(runs)),
         _section("Locality", _under(legend, _figures(locality_figures(runs)))),
         _section("Speed and optimisation", legend + _figures(speed_figures(runs))),
@@ -73,8 +77,10 @@ def render(runs: list[Run]) -> str:
     ]
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><meta name="viewport" content="width=device-width,initial-scale=1">'
-        f'<link rel="icon" href="data:,"><title>{html.escape(title)}</title><style>{STYLE}</style></head><body>\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><meta '
+        'name="viewport" content="width=device-width,initial-scale=1">'
+        '<link rel="icon" '
+        f'href="data:,"><title>{html.escape(title)}</title><style>{STYLE}</style></head><body>\n'
         f"<header><h1>{html.escape(title if not several else 'Comparison of ' + str(len(runs)) + ' runs')}</h1>"
         f"<p>{html.escape(_subtitle(runs))}</p></header>\n{_notes(runs)}\n{_top(runs, legend)}\n<main>"
         + "\n".join(sections)
@@ -83,7 +89,9 @@ def render(runs: list[Run]) -> str:
 
 
 def _distinct(runs: list[Run]) -> list[Run]:
-    """Names that tell the runs apart: the directory's, with its parent's where two are alike, numbered where even these are."""
+    """Names that tell the runs apart: the directory's, with its parent's where two are alike,
+    numbered where even these are.
+    """
     named: list[Run] = []
     for run in runs:
         alike = [other for other in runs if other.name == run.name]
@@ -96,36 +104,62 @@ def _distinct(runs: list[Run]) -> list[Run]:
 def _subtitle(runs: list[Run]) -> str:
     if len(runs) > 1:
         return "pangu_locmoe, one colour per run throughout the page"
-    moe, model = table(runs[0].config, "moe"), table(runs[0].config, "model")
-    layers = f"{model.get('num_layers', '?')} layers, {model.get('num_moe_layers', '?')} of them sparse"
-    router = f", router {moe.get('router', '?')}, {moe.get('num_experts', '?')} experts" if model.get("num_moe_layers") else ""
+    moe = table(runs[0].config, "moe")
+    model = table(runs[0].config, "model")
+    layers = (
+        f"{model.get('num_layers', '?')} layers, {model.get('num_moe_layers', '?')} of them sparse"
+    )
+    router = (
+        f", router {moe.get('router', '?')}, {moe.get('num_experts', '?')} experts"
+        if model.get("num_moe_layers")
+        else ""
+    )
     return f"pangu_locmoe, {layers}{router}"
 
 
 def _notes(runs: list[Run]) -> str:
-    lines = [(f"{run.name}: " if len(runs) > 1 else "") + note for run in runs for note in run.notes]
+    lines = [
+        (f"{run.name}: " if len(runs) > 1 else "") + note for run in runs for note in run.notes
+    ]
     lines += [f"{run.name}: no training rows yet" for run in runs if not run.training]
     lines += _other_data(runs)
-    return '<div class="notes">' + "".join(f"<p>{html.escape(line)}</p>" for line in lines) + "</div>" if lines else ""
+    return (
+        '<div class="notes">' + "".join(f"<p>{html.escape(line)}</p>" for line in lines) + "</div>"
+        if lines
+        else ""
+    )
 
 
 def _other_data(runs: list[Run]) -> list[str]:
-    """What keeps the runs' losses from being compared: data that is not the same, or not known to be."""
+    """What keeps the runs' losses from being compared: data that is not the same, or not known
+    to be.
+    """
     if len(runs) == 1:
         return []
-    lines = [f"{run.name}: does not say what data it was trained on, so that it may not be comparable" for run in runs if run.identity is None]
+    lines = [
+        f"{run.name}: does not say what data it was trained on, so that it may not be comparable"
+        for run in runs
+        if run.identity is None
+    ]
     known = [(run.name, run.identity) for run in runs if run.identity is not None]
     for name, identity in known[1:]:
         changed = differences(known[0][1], identity)
         if changed:
-            lines.append(f"{name}: other data than {known[0][0]}, so that their losses cannot be compared: {', '.join(changed)} differ")
+            lines.append(
+                f"{name}: other data than {known[0][0]}, so that their losses cannot be "
+                f"compared: {', '.join(changed)} differ"
+            )
     return lines
 
 
 def _top(runs: list[Run], legend: str) -> str:
     if len(runs) == 1:
         return tiles_html(runs[0])
-    return f"{legend}{comparison_html(runs)}<section><h2>What differs</h2><p>Keys of the resolved configurations that are not the same in all runs.</p>{differences_html(runs)}</section>"
+    return (
+        f"{legend}{comparison_html(runs)}<section><h2>What differs</h2><p>Keys of the resolved "
+        "configurations that are not the same in all "
+        f"runs.</p>{differences_html(runs)}</section>"
+    )
 
 
 def _section(title: str, body: str) -> str:
@@ -147,7 +181,10 @@ def _figures(figures: list[Figure]) -> str:
 def _bound(runs: list[Run]) -> str:
     return _headed(
         "Capacity bound",
-        "The latest measurement of LocMoE’s lower bound; δ is the statistic of the cosines between tokens and their gate.",
+        (
+            "The latest measurement of LocMoE’s lower bound; δ is the statistic of the cosines "
+            "between tokens and their gate."
+        ),
         capacity_html(runs),
     )
 
@@ -155,7 +192,10 @@ def _bound(runs: list[Run]) -> str:
 def _placement(runs: list[Run]) -> str:
     return _headed(
         "Placement",
-        "Plans made while training, for the load that was forecast; where nothing was worth moving, experts stayed.",
+        (
+            "Plans made while training, for the load that was forecast; where nothing was "
+            "worth moving, experts stayed."
+        ),
         placement_html(runs),
     )
 
@@ -172,29 +212,50 @@ def _load(runs: list[Run]) -> str:
         figures = figures_of(run)
         if len(runs) > 1:
             parts.append(f"<h3>{html.escape(run.name)}</h3>")
-        parts.append(_figures(figures) if figures else "<p>No expert load was traced: no sparse layers, or no load.npz.</p>")
+        parts.append(
+            _figures(figures)
+            if figures
+            else "<p>No expert load was traced: no sparse layers, or no load.npz.</p>"
+        )
     ends = experts_html(runs)
     intro = f"<p>Share of a layer’s tokens that each expert gets. {UNIFORM}</p>" if ends else ""
-    return intro + "".join(parts) + (f"<h3>At the end of the run{'s' if len(runs) > 1 else ''}</h3>{ends}" if ends else "")
+    return (
+        intro
+        + "".join(parts)
+        + (f"<h3>At the end of the run{'s' if len(runs) > 1 else ''}</h3>{ends}" if ends else "")
+    )
 
 
 def _samples(run: Run, several: bool) -> str:
     samples = run.summary.get("samples")
-    parts = [_sample(sample) for sample in samples if isinstance(sample, dict)] if isinstance(samples, list) else []
+    parts = (
+        [_sample(sample) for sample in samples if isinstance(sample, dict)]
+        if isinstance(samples, list)
+        else []
+    )
     return (f"<h3>{html.escape(run.name)}</h3>" if several and parts else "") + "".join(parts)
 
 
 def _sample(sample: dict[str, Any]) -> str:
     domain, prompt, text = (str(sample.get(key) or "") for key in ("domain", "prompt", "text"))
     text = text[len(prompt) :] if prompt and text.startswith(prompt) else text
-    return f'<div class="sample"><h3>{html.escape(domain)}</h3><blockquote dir="auto"><mark>{html.escape(prompt)}</mark>{html.escape(text)}</blockquote></div>'
+    return (
+        f'<div class="sample"><h3>{html.escape(domain)}</h3><blockquote '
+        f'dir="auto"><mark>{html.escape(prompt)}</mark>{html.escape(text)}</blockquote></div>'
+    )
 
 
 def _configuration(run: Run, several: bool) -> str:
     label = f"Resolved configuration of {run.name}" if several else "Resolved configuration"
     facts = facts_html(run)
-    return f"<details><summary>{html.escape(label)}</summary><pre>{html.escape(run.config_text)}</pre></details>" + (
-        f"<details{'' if several else ' open'}><summary>Corpus and machine{html.escape(' of ' + run.name) if several else ''}</summary>{facts}</details>"
-        if facts
-        else ""
+    return (
+        f"<details><summary>{html.escape(label)}</summary><pre>{html.escape(run.config_text)}</pre></details>"
+        + (
+            (
+                f"<details{'' if several else ' open'}><summary>Corpus and "
+                f"machine{html.escape(' of ' + run.name) if several else ''}</summary>{facts}</details>"
+            )
+            if facts
+            else ""
+        )
     )

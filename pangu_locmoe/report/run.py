@@ -1,4 +1,7 @@
-"""A run directory, read once into plain arrays. Knows nothing of MindSpore, so a report can be made anywhere."""
+"""A run directory, read once into plain arrays.
+
+Knows nothing of MindSpore, so a report can be made anywhere.
+"""
 
 from __future__ import annotations
 
@@ -34,19 +37,28 @@ class Run:
     summary: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     identity: dict[str, Any] | None = None
-    """Of the data it was trained and measured on (data/identity.py); None where an older version did not record it."""
+    """Of the data it was trained and measured on (data/identity.py); None where an older version
+    did not record it.
+    """
     _columns: dict[str, Floats] = field(default_factory=dict, repr=False, compare=False)
 
     def column(self, key: str) -> Floats:
         """One value per training row; NaN where it is missing, null or not a number."""
-        if key not in self._columns:  # a long run has 100,000 rows, and several charts want the same column
-            self._columns[key] = np.array([number(row.get(key)) for row in self.training], dtype=np.float64)
+        if (
+            key not in self._columns
+        ):  # a long run has 100,000 rows, and several charts want the same column
+            self._columns[key] = np.array(
+                [number(row.get(key)) for row in self.training], dtype=np.float64
+            )
         return self._columns[key]
 
     @property
     def seconds(self) -> Floats:
-        """Training time at each training row: step_seconds summed, each row standing for the steps since the row before."""
-        step_K, seconds_K = self.column("step"), np.nan_to_num(self.column("step_seconds"))
+        """Training time at each training row: step_seconds summed, each row standing for the
+        steps since the row before.
+        """
+        step_K = self.column("step")
+        seconds_K = np.nan_to_num(self.column("step_seconds"))
         if len(step_K) == 0:
             return step_K
         gap_K = np.diff(step_K, prepend=np.nan)
@@ -64,12 +76,16 @@ class Run:
 
     @property
     def final(self) -> dict[str, Any]:
-        """The validation row at the end of the run, the latest one if the run is unfinished, or nothing."""
+        """The validation row at the end of the run, the latest one if the run is unfinished, or
+        nothing.
+        """
         return table(self.summary, "final") or (self.validation[-1] if self.validation else {})
 
 
 def number(value: Any) -> float:
-    """A finite or infinite float, or NaN for anything that is not a number. "Infinity" counts as one."""
+    """A finite or infinite float, or NaN for anything that is not a number. "Infinity" counts as
+    one.
+    """
     if value is None or isinstance(value, (bool, dict, list)):
         return math.nan
     try:
@@ -88,15 +104,21 @@ def read_run(path: str | Path) -> Run:
     """Read a run directory.
 
     A cut-off last line of metrics.jsonl is ignored, other damage becomes a note on the report.
-    Raises DataError with one line if there is no config.yaml or metrics.jsonl, or they cannot be read.
+    Raises DataError with one line if there is no config.yaml or metrics.jsonl, or they cannot be
+    read.
     """
     path = Path(path)
     texts: dict[str, str] = {}
     if not path.is_dir():
-        raise DataError(f"{path}: not a run directory: " + ("it is a file" if path.exists() else "it does not exist"))
+        raise DataError(
+            f"{path}: not a run directory: "
+            + ("it is a file" if path.exists() else "it does not exist")
+        )
     for name in ("config.yaml", "metrics.jsonl"):
         try:
-            texts[name] = (path / name).read_text(encoding="utf-8", errors="strict" if name == "config.yaml" else "replace")
+            texts[name] = (path / name).read_text(
+                encoding="utf-8", errors="strict" if name == "config.yaml" else "replace"
+            )
         except FileNotFoundError:
             raise DataError(f"{path}: not a run directory: it has no {name}") from None
         except (OSError, UnicodeDecodeError) as error:
@@ -104,20 +126,31 @@ def read_run(path: str | Path) -> Run:
     try:
         config = yaml.safe_load(texts["config.yaml"])
     except yaml.YAMLError as error:
-        raise DataError(f"{path / 'config.yaml'}: not YAML: {' '.join(str(error).split())}") from None
+        raise DataError(
+            f"{path / 'config.yaml'}: not YAML: {' '.join(str(error).split())}"
+        ) from None
     if not isinstance(config, dict):
         raise DataError(f"{path / 'config.yaml'}: must hold sections such as `model:` and `moe:`")
     notes: list[str] = []
     training, validation, events = _split(_rows(texts["metrics.jsonl"], notes))
     return Run(
-        path=path, name=path.resolve().name, config=config, config_text=texts["config.yaml"],
-        training=training, validation=validation, events=events,
-        load=_read_load(path / "load.npz", notes), summary=_read_summary(path / "summary.json", notes), notes=tuple(notes), identity=_read_identity(path / "data.json"),
-    )  # fmt: skip
+        path=path,
+        name=path.resolve().name,
+        config=config,
+        config_text=texts["config.yaml"],
+        training=training,
+        validation=validation,
+        events=events,
+        load=_read_load(path / "load.npz", notes),
+        summary=_read_summary(path / "summary.json", notes),
+        notes=tuple(notes),
+        identity=_read_identity(path / "data.json"),
+    )
 
 
 def _rows(text: str, notes: list[str]) -> list[dict[str, Any]]:
-    rows, unreadable = [], []
+    rows = []
+    unreadable = []
     lines = text.split("\n")
     for index, line in enumerate(lines, start=1):
         if not line.strip():
@@ -128,14 +161,21 @@ def _rows(text: str, notes: list[str]) -> list[dict[str, Any]]:
             row = None
         if isinstance(row, dict):
             rows.append(row)
-        elif index != len(lines):  # the last line has no newline yet if the run was killed while it was written
+        elif index != len(
+            lines
+        ):  # the last line has no newline yet if the run was killed while it was written
             unreadable.append(index)
     if unreadable:
-        notes.append(f"metrics.jsonl: {len(unreadable)} unreadable line(s) left out, the first is line {unreadable[0]}")
+        notes.append(
+            f"metrics.jsonl: {len(unreadable)} unreadable line(s) left out, the first is "
+            f"line {unreadable[0]}"
+        )
     return rows
 
 
-def _split(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+def _split(
+    rows: list[dict[str, Any]],
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
     """Training rows, validation rows and events; of two rows for the same step the later wins."""
     training: dict[float, dict[str, Any]] = {}
     validation: dict[float, dict[str, Any]] = {}
@@ -146,7 +186,9 @@ def _split(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[
             events[str(row["event"]), 0.0 if math.isnan(step) else step] = row
         elif not math.isfinite(step):
             continue
-        elif any(key in row for key in ("validation_loss", "bits_per_byte", "validation_loss_by_domain")):
+        elif any(
+            key in row for key in ("validation_loss", "bits_per_byte", "validation_loss_by_domain")
+        ):
             validation[step] = row
         elif "loss" in row or "cross_entropy" in row:
             training[step] = row

@@ -12,23 +12,30 @@ Floats = NDArray[np.float64]
 
 
 def window_of(count: int) -> int:
-    """Rows in the moving mean of a series of `count` rows: a 40th of them, 1 for short series, always odd."""
+    """Rows in the moving mean of a series of `count` rows: a 40th of them, 1 for short series,
+    always odd.
+    """
     return 2 * (count // 80) + 1
 
 
 def moving_mean(values: Floats, window: int) -> Floats:
-    """Centred mean over `window` values, over fewer at the ends; values that are not finite are left out of it."""
+    """Centred mean over `window` values, over fewer at the ends; values that are not finite are
+    left out of it.
+    """
     finite = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(finite)])
     index = np.arange(len(values))
-    low, high = np.maximum(index - window // 2, 0), np.minimum(index + window // 2 + 1, len(values))
+    low = np.maximum(index - window // 2, 0)
+    high = np.minimum(index + window // 2 + 1, len(values))
     count = counts[high] - counts[low]
     return np.where(finite & (count > 0), (sums[high] - sums[low]) / np.maximum(count, 1), np.nan)
 
 
 def thin(x: Floats, y: Floats, most: int) -> tuple[Floats, Floats]:
-    """At most `most` points: the lowest and the highest of each of most/2 bins, so that no spike is lost."""
+    """At most `most` points: the lowest and the highest of each of most/2 bins, so that no spike
+    is lost.
+    """
     if len(x) <= most:
         return x, y
     edges = np.linspace(0, len(x), most // 2 + 1).astype(int)
@@ -43,7 +50,10 @@ def thin(x: Floats, y: Floats, most: int) -> tuple[Floats, Floats]:
 
 
 def pick(x: Floats, y: Floats, most: int) -> tuple[Floats, Floats]:
-    """At most `most` points, evenly spaced, first and last among them. For series that are smooth already."""
+    """At most `most` points, evenly spaced, first and last among them.
+
+    For series that are smooth already.
+    """
     if len(x) <= most:
         return x, y
     keep = np.unique(np.linspace(0, len(x) - 1, most).round().astype(int))
@@ -95,7 +105,13 @@ def text(value: float, digits: int = 4) -> str:
 
 def percent(value: float) -> str:
     """0.1234 as 12.3 %."""
-    return "–" if math.isnan(value) else f"{100 * value:.3g} %" if abs(value) < 0.9995 else f"{100 * value:.0f} %"
+    return (
+        "–"
+        if math.isnan(value)
+        else f"{100 * value:.3g} %"
+        if abs(value) < 0.9995
+        else f"{100 * value:.0f} %"
+    )
 
 
 def compact(value: float) -> str:

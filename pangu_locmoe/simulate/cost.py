@@ -1,4 +1,5 @@
-"""How long one training step takes on a cluster, from sizes, links and who sends how many rows to whom. NumPy only.
+"""How long one training step takes on a cluster, from sizes, links and who sends how many rows to
+whom. NumPy only.
 
     step      = dense + experts + straggler + tensor + exchange + reduction - hidden
     dense     = tokens * dense_flops / t / speed                    of one place; speed = peak_flops * efficiency
@@ -12,13 +13,15 @@
     reduction = 2 (P-1)/P * dense_bytes / node_link  +  2 (g-1)/g * q * expert_bytes / node_link      rings; + their latency
     hidden    = min(overlap * exchange, experts + straggler) + min(overlap * reduction, 2/3 of all computation)
 
-A place is one tensor-parallel group of t ranks (t = 1: a rank); it holds one copy of the dense weights and its share of the
-experts. flat: a message for each pair of ranks, q * q for a pair of nodes; hierarchical: one for a pair of nodes, and rows
-that cross also move inside both nodes, to and from the rank that speaks for them. With t > 1 all ranks of a place hold
-the same rows: flat and hierarchical send all of them from each rank, groupwise a share of 1/t, which is gathered again inside the node.
+A place is one tensor-parallel group of t ranks (t = 1: a rank); it holds one copy of the dense
+weights and its share of the experts. flat: a message for each pair of ranks, q * q for a pair of
+nodes; hierarchical: one for a pair of nodes, and rows that cross also move inside both nodes, to
+and from the rank that speaks for them. With t > 1 all ranks of a place hold the same rows: flat and
+hierarchical send all of them from each rank, groupwise a share of 1/t, which is gathered again
+inside the node.
 
-Letters: N nodes, P places, E experts, M sparse layers, A micro-batches, g expert-parallel groups, q places of a node that
-work in one group, X samples of routing (layout.py).
+Letters: N nodes, P places, E experts, M sparse layers, A micro-batches, g expert-parallel groups, q
+places of a node that work in one group, X samples of routing (layout.py).
 """
 
 from __future__ import annotations
@@ -41,7 +44,8 @@ class Work:
         expert_flops: of one row in one sparse layer, likewise.
         row_bytes: one token's row on a link.
         layers, sparse_layers: all of them, and M.
-        dense_bytes, expert_bytes: gradients of all but experts, and of one expert in all sparse layers.
+        dense_bytes, expert_bytes: gradients of all but experts, and of one expert in all sparse
+            layers.
         recompute: whether the forward pass runs twice.
         micro_batches: A.
         sequence_parallel: whether a place divides its tokens outside of the matrices.
@@ -61,7 +65,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Step:
-    """Seconds of one step by part; see the equations above. `straggler` is what padding and uneven loads add."""
+    """Seconds of one step by part; see the equations above.
+
+    `straggler` is what padding and uneven loads add.
+    """
 
     dense: float
     experts: float
@@ -82,7 +89,13 @@ class Step:
     @property
     def seconds(self) -> float:
         computing = self.dense + self.experts + self.straggler + self.tensor
-        return computing + self.exchange + self.reduction - self.hidden_exchange - self.hidden_reduction
+        return (
+            computing
+            + self.exchange
+            + self.reduction
+            - self.hidden_exchange
+            - self.hidden_reduction
+        )
 
     @property
     def exchange_share(self) -> float:
@@ -107,24 +120,36 @@ def step_time(
         work, layout, device: what is computed, where, on what.
         tokens: of one place in one step.
         rows_XNE: rows that travel in one layer from each node to each expert, samples first.
-        computed: rows of the place that computes most of them in one layer, padding included, mean over the samples.
+        computed: rows of the place that computes most of them in one layer, padding included, mean
+            over the samples.
         exchange: flat, hierarchical or groupwise.
-        exchange_overlap: share of the exchange that runs under experts, where they last long enough.
-        reduction_overlap: share of the reduction that runs under the backward pass, where it lasts long enough.
+        exchange_overlap: share of the exchange that runs under experts, where they last long
+            enough.
+        reduction_overlap: share of the reduction that runs under the backward pass, where it lasts
+            long enough.
     """
-    t, layers = layout.tensor_parallel, work.sparse_layers
+    t = layout.tensor_parallel
+    layers = work.sparse_layers
     speed = device.flops_per_second * t
     dense = tokens * work.dense_flops / speed
     even, slowest = (layers * rows * work.expert_flops / speed for rows in (tokens, computed))
-    inter, intra, latency = _exchange(work, layout, device, traffic(layout, rows_XNE, exchange), exchange)
+    inter, intra, latency = _exchange(
+        work, layout, device, traffic(layout, rows_XNE, exchange), exchange
+    )
     tensor = 0.0
     if t > 1:
         rank_link = device.intra_bandwidth * device.link_efficiency
         passes = 6 if work.recompute else 4
         one = 2 * (t - 1) / t * tokens * work.row_bytes / rank_link
-        tensor = passes * work.layers * (one + work.micro_batches * 2 * (t - 1) * device.intra_latency)
-        if work.sequence_parallel:  # the rows to be routed are gathered, and so is the gradient of what comes back: half a sum each
-            tensor += work.sparse_layers * (one + work.micro_batches * 2 * (t - 1) * device.intra_latency)
+        tensor = (
+            passes * work.layers * (one + work.micro_batches * 2 * (t - 1) * device.intra_latency)
+        )
+        # the rows to be routed are gathered, and so is the gradient of what comes back: half a sum
+        # each
+        if work.sequence_parallel:
+            tensor += work.sparse_layers * (
+                one + work.micro_batches * 2 * (t - 1) * device.intra_latency
+            )
     reduction = _reduction(work, layout, device)
     computing = dense + slowest
     return Step(
@@ -141,12 +166,17 @@ def step_time(
     )
 
 
-def _exchange(work: Work, layout: Layout, device: Device, moved: Traffic, exchange: str) -> Tuple[float, float, float]:
+def _exchange(
+    work: Work, layout: Layout, device: Device, moved: Traffic, exchange: str
+) -> Tuple[float, float, float]:
     """Seconds between nodes, inside nodes, and for messages whatever their size."""
     if layout.group == 1:
         return 0.0, 0.0, 0.0
     t = layout.tensor_parallel
-    node_link, rank_link = (bandwidth * device.link_efficiency for bandwidth in (device.node_bandwidth, device.intra_bandwidth))
+    node_link, rank_link = (
+        bandwidth * device.link_efficiency
+        for bandwidth in (device.node_bandwidth, device.intra_bandwidth)
+    )
     repeated = 1 if exchange == "groupwise" else t
     row_bytes = work.row_bytes * repeated
     inter = row_bytes * moved.busiest_link / (node_link * device.all_to_all_efficiency)
@@ -154,24 +184,43 @@ def _exchange(work: Work, layout: Layout, device: Device, moved: Traffic, exchan
     if exchange == "groupwise":
         intra += (t - 1) / t * moved.gathered * work.row_bytes / rank_link
     if device.copy_bandwidth is not None:
-        intra += row_bytes * (moved.inter_rows + moved.intra_rows) / (layout.nodes * layout.ranks_per_node * device.copy_bandwidth)
-    messages = device.exchange_overhead + moved.inter_messages * device.inter_latency + moved.intra_messages * device.intra_latency
+        intra += (
+            row_bytes
+            * (moved.inter_rows + moved.intra_rows)
+            / (layout.nodes * layout.ranks_per_node * device.copy_bandwidth)
+        )
+    messages = (
+        device.exchange_overhead
+        + moved.inter_messages * device.inter_latency
+        + moved.intra_messages * device.intra_latency
+    )
     crossings = CROSSINGS * work.sparse_layers
     return crossings * inter, crossings * intra, crossings * work.micro_batches * messages
 
 
 def _reduction(work: Work, layout: Layout, device: Device) -> float:
-    """Rings: over all places for dense gradients, over the copies for each expert's. A ring leaves each node once."""
+    """Rings: over all places for dense gradients, over the copies for each expert's.
+
+    A ring leaves each node once.
+    """
     if layout.places == 1:
         return 0.0
-    t, places, groups, nodes = layout.tensor_parallel, layout.places, layout.groups, layout.nodes
+    t = layout.tensor_parallel
+    places = layout.places
+    groups = layout.groups
+    nodes = layout.nodes
     held_bytes = work.expert_bytes * layout.experts / layout.group
-    dense, experts = 2 * (places - 1) / places * work.dense_bytes, 2 * (groups - 1) / groups * held_bytes
+    dense = 2 * (places - 1) / places * work.dense_bytes
+    experts = 2 * (groups - 1) / groups * held_bytes
     if nodes == 1:
         seconds = (dense + experts) / t / (device.intra_bandwidth * device.link_efficiency)
     else:
-        seconds = (dense + layout.neighbours * experts) / (device.node_bandwidth * device.link_efficiency)
+        seconds = (dense + layout.neighbours * experts) / (
+            device.node_bandwidth * device.link_efficiency
+        )
     rings = 1 + (groups > 1)
     if device.copy_bandwidth is not None:
         seconds += (dense + experts) / t / device.copy_bandwidth
-    return seconds + rings * 2 * ((nodes - 1) * device.inter_latency + (layout.places_per_node - 1) * device.intra_latency)
+    return seconds + rings * 2 * (
+        (nodes - 1) * device.inter_latency + (layout.places_per_node - 1) * device.intra_latency
+    )

@@ -1,4 +1,6 @@
-"""Devices and links: the figures that the time model multiplies with, from a YAML that names their sources."""
+"""Devices and links: the figures that the time model multiplies with, from a YAML that names
+their sources.
+"""
 
 from __future__ import annotations
 
@@ -27,15 +29,16 @@ class Device:
         intra_bandwidth: bytes/s of one rank to the others of its node, each direction.
         node_bandwidth: bytes/s of one node to the others over all of its cards, each direction.
         link_efficiency: share of both bandwidths that large messages get, at most 1.
-        all_to_all_efficiency: share of that which the exchange gets between nodes, at most 1: its messages are many, and all
-            links carry them at once.
+        all_to_all_efficiency: share of that which the exchange gets between nodes, at most 1: its
+            messages are many, and all links carry them at once.
         intra_latency, inter_latency: seconds that one message costs the rank that sends it.
         exchange_overhead: seconds of one exchange, whatever it moves.
-        copy_bandwidth: bytes/s that a rank's processor can send on any link, in exchange and reduction; None: links do it alone.
+        copy_bandwidth: bytes/s that a rank's processor can send on any link, in exchange and
+            reduction; None: links do it alone.
         memory_bytes: of one rank's device; None: `check` cannot compare with it.
         fused_operators: whether it has the operators of train.fused.
-        shared_processor: all ranks share one processor, as on an emulated cluster: what one leaves idle the others use, so
-            the mean of their work counts and not the slowest.
+        shared_processor: all ranks share one processor, as on an emulated cluster: what one leaves
+            idle the others use, so the mean of their work counts and not the slowest.
 
     Raises:
         ConfigError: a figure is out of its range.
@@ -61,7 +64,11 @@ class Device:
         for field in dataclasses.fields(self):
             rule = _RULES.get(field.name)
             value = getattr(self, field.name)
-            if rule is not None and not (value is None and field.default is None) and not _is_in(value, rule):
+            if (
+                rule is not None
+                and not (value is None and field.default is None)
+                and not _is_in(value, rule)
+            ):
                 raise ConfigError(f"{self.name}.{field.name} = {value!r}: must be {rule}")
             if isinstance(field.default, bool) and not isinstance(value, bool):
                 raise ConfigError(f"{self.name}.{field.name} = {value!r}: must be true or false")
@@ -72,7 +79,10 @@ class Device:
         devices = load_devices(path)
         if name not in devices:
             nearest = difflib.get_close_matches(name, devices, n=1)
-            raise ConfigError(f"device {name!r}: must be one of {', '.join(devices)}" + (f"; did you mean {nearest[0]}?" if nearest else ""))
+            raise ConfigError(
+                f"device {name!r}: must be one of {', '.join(devices)}"
+                + (f"; did you mean {nearest[0]}?" if nearest else "")
+            )
         return devices[name]
 
     @property
@@ -84,10 +94,16 @@ class Device:
         return dataclasses.asdict(self)
 
 
-_WHOLE, _POSITIVE, _NOT_NEGATIVE, _SHARE = "a whole number of at least 1", "a number above 0", "a number of at least 0", "a number above 0 and at most 1"
+_WHOLE = "a whole number of at least 1"
+_POSITIVE = "a number above 0"
+_NOT_NEGATIVE = "a number of at least 0"
+_SHARE = "a number above 0 and at most 1"
 _RULES = {
     "ranks_per_node": _WHOLE,
-    **dict.fromkeys(("peak_flops", "intra_bandwidth", "node_bandwidth", "copy_bandwidth", "memory_bytes"), _POSITIVE),
+    **dict.fromkeys(
+        ("peak_flops", "intra_bandwidth", "node_bandwidth", "copy_bandwidth", "memory_bytes"),
+        _POSITIVE,
+    ),
     **dict.fromkeys(("efficiency", "link_efficiency", "all_to_all_efficiency"), _SHARE),
     **dict.fromkeys(("intra_latency", "inter_latency", "exchange_overhead"), _NOT_NEGATIVE),
 }
@@ -105,12 +121,16 @@ def load_devices(path: Union[str, Path] = DEVICES) -> Dict[str, Device]:
     """Every device of a YAML file, by name.
 
     Raises:
-        ConfigError: the file cannot be read, a key is unknown or missing, or a figure is out of its range; one line.
+        ConfigError: the file cannot be read, a key is unknown or missing, or a figure is out of its
+            range; one line.
     """
     devices = {}
     for name, values in read(Path(path), ()).items():
         if not isinstance(values, dict):
-            raise ConfigError(f"{path}: {name}: must hold figures such as peak_flops, holds a {type(values).__name__}")
+            raise ConfigError(
+                f"{path}: {name}: must hold figures such as peak_flops, holds a "
+                f"{type(values).__name__}"
+            )
         try:
             devices[str(name)] = _device(str(name), values)
         except ConfigError as error:
@@ -125,8 +145,19 @@ def _device(name: str, values: Dict[Any, Any]) -> Device:
     for key in values:
         if key not in known:
             nearest = difflib.get_close_matches(str(key), known, n=1)
-            raise ConfigError(f"{name}.{key}: unknown key" + (f"; did you mean {nearest[0]}?" if nearest else f"; must be one of {', '.join(known)}"))
-    missing = [field.name for field in dataclasses.fields(Device) if field.default is dataclasses.MISSING and field.name not in ("name", *values)]
+            raise ConfigError(
+                f"{name}.{key}: unknown key"
+                + (
+                    f"; did you mean {nearest[0]}?"
+                    if nearest
+                    else f"; must be one of {', '.join(known)}"
+                )
+            )
+    missing = [
+        field.name
+        for field in dataclasses.fields(Device)
+        if field.default is dataclasses.MISSING and field.name not in ("name", *values)
+    ]
     if missing:
         raise ConfigError(f"{name}.{missing[0]}: missing; every device needs it")
     return Device(name, **values)

@@ -1,9 +1,10 @@
 """Where places and experts are, and what one crossing of one layer moves between them. NumPy only.
 
-A place is one tensor-parallel group of ranks; its ranks are in one node. Places are numbered node by node.
+A place is one tensor-parallel group of ranks; its ranks are in one node. Places are numbered node
+by node.
 
-Letters: N nodes, P places, E experts, q places of a node that work in one group, X samples of routing, G copies of the experts
-that differ in what they get.
+Letters: N nodes, P places, E experts, q places of a node that work in one group, X samples of
+routing, G copies of the experts that differ in what they get.
 """
 
 from __future__ import annotations
@@ -22,15 +23,17 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Layout:
-    """Where places and experts are. Places are numbered node by node; experts are dealt to them in contiguous blocks.
+    """Where places and experts are.
+
+    Places are numbered node by node; experts are dealt to them in contiguous blocks.
 
     Args:
         nodes, ranks_per_node: of the cluster.
         experts: E.
         expert_parallel: places that share the experts of a layer; more than there are: all.
         tensor_parallel: t, ranks of a place; they are in one node.
-        copies: the groups of places that hold the experts repeat over the cluster; False: there is one, and the nodes
-            beyond it hold no expert.
+        copies: the groups of places that hold the experts repeat over the cluster; False: there is
+            one, and the nodes beyond it hold no expert.
 
     Raises:
         TopologyError: the numbers do not divide each other.
@@ -47,16 +50,27 @@ class Layout:
         for name, value in vars(self).items():
             if name != "copies" and value < 1:
                 raise TopologyError(f"{name} ({value}) must be at least 1")
-        pairs = [("ranks_per_node", self.ranks_per_node, "tensor_parallel", self.tensor_parallel), ("experts", self.experts, "expert_parallel", self.group)]
+        pairs = [
+            ("ranks_per_node", self.ranks_per_node, "tensor_parallel", self.tensor_parallel),
+            ("experts", self.experts, "expert_parallel", self.group),
+        ]
         if self.copies:
             pairs.append(("places", self.places, "expert_parallel", self.group))
-        larger, smaller = max(self.group, self.places_per_node), min(self.group, self.places_per_node)
-        pairs.append(("the larger of expert_parallel and places of a node", larger, "the other", smaller))
+        larger = max(self.group, self.places_per_node)
+        smaller = min(self.group, self.places_per_node)
+        pairs.append(
+            ("the larger of expert_parallel and places of a node", larger, "the other", smaller)
+        )
         for name, value, divisor_name, divisor in pairs:
             if value % divisor:
-                raise TopologyError(f"{name} ({value}) must be divisible by {divisor_name} ({divisor})")
+                raise TopologyError(
+                    f"{name} ({value}) must be divisible by {divisor_name} ({divisor})"
+                )
         if not self.copies and self.group < self.places_per_node:
-            raise TopologyError(f"one copy of the experts on {self.group} places: must fill a node ({self.places_per_node} places)")
+            raise TopologyError(
+                f"one copy of the experts on {self.group} places: must fill a node "
+                f"({self.places_per_node} places)"
+            )
 
     @property
     def places_per_node(self) -> int:
@@ -96,20 +110,27 @@ class Layout:
         return self.home_NE == np.arange(self.nodes)[:, None]
 
     def load_XGE(self, rows_XNE: Floats) -> Floats:
-        """Rows that each copy of each expert gets, [X, copies that differ, E]; groups inside one node share its rows evenly."""
+        """Rows that each copy of each expert gets, [X, copies that differ, E]; groups inside one
+        node share its rows evenly.
+        """
         if not self.copies:
             return rows_XNE.sum(axis=1, keepdims=True)
         span = max(1, self.group // self.places_per_node)
-        by_group = rows_XNE.reshape(len(rows_XNE), self.nodes // span, span, self.experts).sum(axis=2)
+        by_group = rows_XNE.reshape(len(rows_XNE), self.nodes // span, span, self.experts).sum(
+            axis=2
+        )
         return by_group / max(1, self.places_per_node // self.group)
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one crossing of one layer moves, means over the samples. Rows of the whole cluster, or of the busiest node.
+    """What one crossing of one layer moves, means over the samples.
+
+    Rows of the whole cluster, or of the busiest node.
 
     Attributes:
-        inter_rows, intra_rows: rows that change the node, and that change the rank only; of the cluster.
+        inter_rows, intra_rows: rows that change the node, and that change the rank only; of the
+            cluster.
         busiest_link: rows through the busiest end of a node's link.
         busiest_inside: rows between the ranks of the node that has most of them.
         gathered: rows that a place receives, mean over places: what groupwise gathers.
@@ -135,11 +156,18 @@ def traffic(layout: Layout, rows_XNE: Floats, exchange: str = "flat") -> Traffic
         rows_XNE: rows that travel from each node to each expert, empty slots included.
         exchange: flat, hierarchical or groupwise.
     """
-    home_NE, local_NE, q = layout.home_NE, layout.local_NE, layout.neighbours
+    home_NE = layout.home_NE
+    local_NE = layout.local_NE
+    q = layout.neighbours
     remote_XNE = np.where(local_NE, 0.0, rows_XNE)
     local_XN = rows_XNE.sum(axis=2) - remote_XNE.sum(axis=2)
     out_XN = remote_XNE.sum(axis=2)
-    in_XN = np.stack([np.bincount(home_NE.ravel(), weights=remote_NE.ravel(), minlength=layout.nodes) for remote_NE in remote_XNE])
+    in_XN = np.stack(
+        [
+            np.bincount(home_NE.ravel(), weights=remote_NE.ravel(), minlength=layout.nodes)
+            for remote_NE in remote_XNE
+        ]
+    )
     inside_XN = local_XN * (1 - 1 / q)
     if exchange == "hierarchical":
         inside_XN = inside_XN + (out_XN + in_XN) * (1 - 1 / q)
@@ -157,9 +185,13 @@ def traffic(layout: Layout, rows_XNE: Floats, exchange: str = "flat") -> Traffic
 
 
 def _messages(layout: Layout, exchange: str) -> Tuple[int, int, int]:
-    """One rank's messages to other nodes and inside its node, and those of its node to the others; the busiest ones."""
+    """One rank's messages to other nodes and inside its node, and those of its node to the
+    others; the busiest ones.
+    """
     q = layout.neighbours
-    others = (layout.group if layout.copies else layout.places) // q - 1  # nodes that one node talks to
+    others = (
+        layout.group if layout.copies else layout.places
+    ) // q - 1  # nodes that one node talks to
     if exchange == "hierarchical":
         return -(-others // q), 3 * (q - 1), others
     return others * q, q - 1, others * q * q

@@ -1,4 +1,7 @@
-"""`pangu-locmoe simulate`: step times of a configuration on clusters that are not there. The equations are in cost.py."""
+"""`pangu-locmoe simulate`: step times of a configuration on clusters that are not there.
+
+The equations are in cost.py.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from pangu_locmoe.simulate.rows import rows_of
 ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 __all__ = ["Assumptions", "Row", "Simulation", "layout_of", "simulate", "work_of"]
+
 
 def simulate(
     config: Config,
@@ -41,7 +45,8 @@ def simulate(
         assumptions: None: the defaults.
 
     Raises:
-        ConfigError: no nodes, no routers, a router without a routing or with several experts for a token, or one that the trace cannot be given to.
+        ConfigError: no nodes, no routers, a router without a routing or with several experts for a
+            token, or one that the trace cannot be given to.
         TopologyError: ranks, experts and groups do not divide each other.
         DataError: the trace cannot be used.
     """
@@ -54,12 +59,20 @@ def simulate(
             if load is not None and router == traced:
                 share_XNE, routed = trace_shares(load, layout)
             else:
-                share_XNE, routed = assumed_shares(layout, assumed.routing[router]), "assumed"
+                share_XNE = assumed_shares(layout, assumed.routing[router])
+                routed = "assumed"
             rows.append(_row(config, layout, device, assumed, router, share_XNE, routed))
     return Simulation(rows, device, assumed, _notes(config, rows, device, assumed))
 
 
-def _traced(config: Config, nodes: Sequence[int], routers: Sequence[str], load: Optional[Trace], load_router: Optional[str], assumed: Assumptions) -> Optional[str]:
+def _traced(
+    config: Config,
+    nodes: Sequence[int],
+    routers: Sequence[str],
+    load: Optional[Trace],
+    load_router: Optional[str],
+    assumed: Assumptions,
+) -> Optional[str]:
     """Whose routing the trace is."""
     if not nodes or not routers:
         raise ConfigError("nodes and routers: name at least one of each")
@@ -70,28 +83,47 @@ def _traced(config: Config, nodes: Sequence[int], routers: Sequence[str], load: 
     if load is not None:
         traced = load_router or (routers[0] if len(routers) == 1 else config.moe.router)
         if traced not in routers:
-            raise ConfigError(f"the load trace is of router {traced!r} (moe.router), which is not among {', '.join(routers)}: name it")
+            raise ConfigError(
+                f"the load trace is of router {traced!r} (moe.router), which is not among "
+                f"{', '.join(routers)}: name it"
+            )
     for router in routers:
         if router == "locmoe_plus":  # by name: routers need MindSpore, and this does not
-            raise ConfigError(f"router = {router!r}: a token may have several of its experts, and the model of a step has one for each")
+            raise ConfigError(
+                f"router = {router!r}: a token may have several of its experts, and the "
+                "model of a step has one for each"
+            )
         if router != traced and router not in assumed.routing:
             nearest = difflib.get_close_matches(router, assumed.routing, n=1)
-            raise ConfigError(f"router = {router!r}: must be one of {', '.join(assumed.routing)}" + (f"; did you mean {nearest[0]}?" if nearest else ""))
+            raise ConfigError(
+                f"router = {router!r}: must be one of {', '.join(assumed.routing)}"
+                + (f"; did you mean {nearest[0]}?" if nearest else "")
+            )
     return traced
 
 
 def work_of(config: Config, router: str, gradient_bytes: int = 4) -> Work:
-    """What one token costs. A weight takes 2 FLOPs forward and 4 backward; attention reads all S places of its sequence, masked or not."""
-    model, moe = config.model, config.moe
+    """What one token costs.
+
+    A weight takes 2 FLOPs forward and 4 backward; attention reads all S places of its sequence,
+    masked or not.
+    """
+    model = config.model
+    moe = config.moe
     ffn = 2 * model.hidden_size * model.ffn_size
     attention = 4 * model.hidden_size**2
     dense_ffns = model.num_layers - model.num_moe_layers
     gates = model.num_moe_layers * moe.num_experts * model.hidden_size if router == "switch" else 0
-    blocks = 2 * (model.num_layers * attention + dense_ffns * ffn + gates) + 4 * model.num_layers * model.seq_length * model.hidden_size
+    blocks = (
+        2 * (model.num_layers * attention + dense_ffns * ffn + gates)
+        + 4 * model.num_layers * model.seq_length * model.hidden_size
+    )
     passes = 4 if config.train.recompute else 3
     slots = max(1, len(config.domains)) if model.domain_embeddings else 1
     tables = (slots * model.vocab_size + 2 * model.seq_length) * model.hidden_size
-    dense = model.num_layers * (attention + 4 * model.hidden_size) + dense_ffns * ffn + gates + tables
+    dense = (
+        model.num_layers * (attention + 4 * model.hidden_size) + dense_ffns * ffn + gates + tables
+    )
     return Work(
         dense_flops=passes * blocks + 6 * model.hidden_size * model.vocab_size,
         expert_flops=passes * 2 * ffn,
@@ -119,7 +151,15 @@ def layout_of(config: Config, nodes: int, device: Device, assumed: Assumptions) 
     )
 
 
-def _row(config: Config, layout: Layout, device: Device, assumed: Assumptions, router: str, share_XNE: Floats, routed: str) -> Row:
+def _row(
+    config: Config,
+    layout: Layout,
+    device: Device,
+    assumed: Assumptions,
+    router: str,
+    share_XNE: Floats,
+    routed: str,
+) -> Row:
     exchange = assumed.exchange or config.parallel.exchange
     sequences = assumed.sequences or config.train.batch_size / layout.places
     tokens = sequences * config.model.seq_length
@@ -127,7 +167,15 @@ def _row(config: Config, layout: Layout, device: Device, assumed: Assumptions, r
     load_XNE = share_XNE * tokens * layout.places
     rows = rows_of(config, layout, load_XNE, device.shared_processor)
     step = step_time(
-        work, layout, device, tokens, rows.moved_XNE, rows.computed, exchange, assumed.exchange_overlap, assumed.reduction_overlap
+        work,
+        layout,
+        device,
+        tokens,
+        rows.moved_XNE,
+        rows.computed,
+        exchange,
+        assumed.exchange_overlap,
+        assumed.reduction_overlap,
     )
     repeated = 1 if exchange == "groupwise" else layout.tensor_parallel
     load_XE = share_XNE.sum(axis=1)
@@ -149,39 +197,99 @@ def _row(config: Config, layout: Layout, device: Device, assumed: Assumptions, r
 
 
 def _notes(config: Config, rows: Sequence[Row], device: Device, assumed: Assumptions) -> List[str]:
-    notes = [f"{device.name}: {device.flops_per_second / 1e12:.4g} TFLOP/s a rank, {device.node_bandwidth * device.link_efficiency / 1e9:.4g} GB/s a node's link"]
+    notes = [
+        (
+            f"{device.name}: {device.flops_per_second / 1e12:.4g} TFLOP/s a rank, "
+            f"{device.node_bandwidth * device.link_efficiency / 1e9:.4g} GB/s a node's link"
+        )
+    ]
     if assumed.sequences is None:
-        notes.append(f"train.batch_size ({config.train.batch_size} sequences) is shared by all places, so a larger cluster has less to do on each")
+        notes.append(
+            f"train.batch_size ({config.train.batch_size} sequences) is shared by all "
+            "places, so a larger cluster has less to do on each"
+        )
     else:
-        notes.append(f"{assumed.sequences:g} sequences on every place, so the batch grows with the cluster")
+        notes.append(
+            f"{assumed.sequences:g} sequences on every place, so the batch grows with the cluster"
+        )
     for router in dict.fromkeys(row.router for row in rows if row.routed == "assumed"):
         routing = assumed.routing[router]
-        local = "as chance has it" if routing.local_fraction is None else f"{routing.local_fraction:.0%}"
-        notes.append(f"assumed of {router}: tokens in their node {local}, fullest expert {routing.imbalance:.3g} times the mean")
+        local = (
+            "as chance has it"
+            if routing.local_fraction is None
+            else f"{routing.local_fraction:.0%}"
+        )
+        notes.append(
+            f"assumed of {router}: tokens in their node {local}, fullest expert "
+            f"{routing.imbalance:.3g} times the mean"
+        )
     if config.parallel.sizes == "static":
-        notes.append("parallel.sizes is static: all slots travel and are computed, so routers differ in what they drop only")
+        notes.append(
+            "parallel.sizes is static: all slots travel and are computed, so routers "
+            "differ in what they drop only"
+        )
     if any(row.routed == "trace statistics" for row in rows):
-        notes.append("the trace has another number of nodes or experts: its local fraction beyond chance and its max/mean load are used")
-    if config.data.sharding == "iid" and any(row.routed == "assumed" and (assumed.routing[row.router].local_fraction or 0) > 0 for row in rows):
-        notes.append("data.sharding is iid, with which no routing is local; the assumed local fraction needs nodes that read different text")
+        notes.append(
+            "the trace has another number of nodes or experts: its local fraction beyond "
+            "chance and its max/mean load are used"
+        )
+    if config.data.sharding == "iid" and any(
+        row.routed == "assumed" and (assumed.routing[row.router].local_fraction or 0) > 0
+        for row in rows
+    ):
+        notes.append(
+            "data.sharding is iid, with which no routing is local; the assumed local "
+            "fraction needs nodes that read different text"
+        )
     if (assumed.tensor_parallel or 1) > 1:
-        notes.append(f"tensor parallelism over {assumed.tensor_parallel} ranks is modelled only; this version does not train with it")
-    wanted, sizes = assumed.expert_parallel or config.parallel.expert_parallel, _places(config, rows, device, assumed)
+        notes.append(
+            f"tensor parallelism over {assumed.tensor_parallel} ranks is modelled only; "
+            "this version does not train with it"
+        )
+    wanted = assumed.expert_parallel or config.parallel.expert_parallel
+    sizes = _places(config, rows, device, assumed)
     if config.model.num_moe_layers and wanted == 1:
-        notes.append(f"parallel.expert_parallel is 1: every place holds all experts, and nothing is exchanged, whatever the router; {_sharing(config, sizes)}")
-    notes += [f"{count} nodes have {places} places, fewer than expert_parallel ({wanted}): experts are spread over {places}" for count, places in sizes if places < wanted]
+        notes.append(
+            "parallel.expert_parallel is 1: every place holds all experts, and nothing is "
+            f"exchanged, whatever the router; {_sharing(config, sizes)}"
+        )
+    notes += [
+        (
+            f"{count} nodes have {places} places, fewer than expert_parallel ({wanted}): "
+            f"experts are spread over {places}"
+        )
+        for count, places in sizes
+        if places < wanted
+    ]
     return notes
 
 
 def _sharing(config: Config, sizes: Sequence[Tuple[int, int]]) -> str:
-    """What to set so that places share the experts: the most that can at every size of the cluster."""
+    """What to set so that places share the experts: the most that can at every size of the
+    cluster.
+    """
     most = math.gcd(config.moe.num_experts, *(places for _, places in sizes))
     if most == 1:
         places = ", ".join(str(places) for _, places in sizes)
-        return f"set moe.num_experts ({config.moe.num_experts}) and the number of places ({places}) so that a parallel.expert_parallel above 1 divides them"
-    further = " --set train.recompute=false" if config.train.recompute and config.parallel.sizes == "counts" else ""
-    return f"set how many places share them, for example --set parallel.expert_parallel={most}{further}"
+        return (
+            f"set moe.num_experts ({config.moe.num_experts}) and the number of places "
+            f"({places}) so that a parallel.expert_parallel above 1 divides them"
+        )
+    further = (
+        " --set train.recompute=false"
+        if config.train.recompute and config.parallel.sizes == "counts"
+        else ""
+    )
+    return (
+        "set how many places share them, for example --set "
+        f"parallel.expert_parallel={most}{further}"
+    )
 
 
-def _places(config: Config, rows: Sequence[Row], device: Device, assumed: Assumptions) -> List[Tuple[int, int]]:
-    return [(count, layout_of(config, count, device, assumed).places) for count in dict.fromkeys(row.nodes for row in rows)]
+def _places(
+    config: Config, rows: Sequence[Row], device: Device, assumed: Assumptions
+) -> List[Tuple[int, int]]:
+    return [
+        (count, layout_of(config, count, device, assumed).places)
+        for count in dict.fromkeys(row.nodes for row in rows)
+    ]

@@ -21,12 +21,15 @@ class Assumptions:
     """What the configuration does not say, or says differently.
 
     Attributes:
-        tensor_parallel, expert_parallel, exchange: None: the configuration's. More than one rank for a matrix is modelled only:
-            the trainer does not have it.
+        tensor_parallel, expert_parallel, exchange: None: the configuration's. More than one rank
+            for a matrix is modelled only: the trainer does not have it.
         ranks_per_node: None: the device's.
-        sequences: of one place in one step, at any size of the cluster; None: train.batch_size, shared by all places.
-        copies: expert-parallel groups repeat over the cluster; False: there is one, and nodes beyond it hold no expert.
-        exchange_overlap, reduction_overlap: shares that run under computation. The trainer overlaps nothing.
+        sequences: of one place in one step, at any size of the cluster; None: train.batch_size,
+            shared by all places.
+        copies: expert-parallel groups repeat over the cluster; False: there is one, and nodes
+            beyond it hold no expert.
+        exchange_overlap, reduction_overlap: shares that run under computation. The trainer overlaps
+            nothing.
         gradient_bytes: of one value in the reduction.
         routing: of each router.
 
@@ -49,12 +52,20 @@ class Assumptions:
         for key in ("exchange_overlap", "reduction_overlap"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ConfigError(f"{key} = {getattr(self, key)}: must be between 0 and 1")
-        for key in ("tensor_parallel", "expert_parallel", "ranks_per_node", "sequences", "gradient_bytes"):
+        for key in (
+            "tensor_parallel",
+            "expert_parallel",
+            "ranks_per_node",
+            "sequences",
+            "gradient_bytes",
+        ):
             value = getattr(self, key)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"{key} = {value}: must be above 0")
         if self.exchange not in (None, *EXCHANGES):
-            raise ConfigError(f"exchange = {self.exchange!r}: must be one of {', '.join(EXCHANGES)}")
+            raise ConfigError(
+                f"exchange = {self.exchange!r}: must be one of {', '.join(EXCHANGES)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -119,19 +130,64 @@ class Simulation:
 
     def format(self) -> str:
         """A table for people."""
-        names = ("nodes", "ranks", "router", "step, s", "tokens/s", "exchange", "dense", "experts", "straggler", "tensor", "between", "inside", "messages")
-        table: List[Tuple[str, ...]] = [(*names, "reduction", "hidden", "local", "max/mean", "dropped", "MB between")]
+        names = (
+            "nodes",
+            "ranks",
+            "router",
+            "step, s",
+            "tokens/s",
+            "exchange",
+            "dense",
+            "experts",
+            "straggler",
+            "tensor",
+            "between",
+            "inside",
+            "messages",
+        )
+        table: List[Tuple[str, ...]] = [
+            (*names, "reduction", "hidden", "local", "max/mean", "dropped", "MB between")
+        ]
         for row in self.rows:
-            step, values = row.step, row.to_dict()
-            parts = (step.dense, step.experts, step.straggler, step.tensor, step.exchange_inter, step.exchange_intra, step.exchange_latency)
-            shares = (*parts, step.reduction, -(step.hidden_exchange + step.hidden_reduction) or 0.0)
+            step = row.step
+            values = row.to_dict()
+            parts = (
+                step.dense,
+                step.experts,
+                step.straggler,
+                step.tensor,
+                step.exchange_inter,
+                step.exchange_intra,
+                step.exchange_latency,
+            )
+            shares = (
+                *parts,
+                step.reduction,
+                -(step.hidden_exchange + step.hidden_reduction) or 0.0,
+            )
             table.append(
                 (
-                    *(f"{row.nodes:,}", f"{row.ranks:,}", row.router, f"{step.seconds:.4g}", f"{values['tokens_per_second']:,.0f}"),
-                    *(f"{step.exchange_share:.1%}", *(f"{part / step.seconds:.1%}" for part in shares)),
-                    *(f"{row.local_fraction:.1%}", f"{row.max_over_mean_load:.2f}", f"{row.dropped_fraction:.1%}", f"{values['inter_node_bytes'] / 1e6:,.1f}"),
+                    *(
+                        f"{row.nodes:,}",
+                        f"{row.ranks:,}",
+                        row.router,
+                        f"{step.seconds:.4g}",
+                        f"{values['tokens_per_second']:,.0f}",
+                    ),
+                    *(
+                        f"{step.exchange_share:.1%}",
+                        *(f"{part / step.seconds:.1%}" for part in shares),
+                    ),
+                    *(
+                        f"{row.local_fraction:.1%}",
+                        f"{row.max_over_mean_load:.2f}",
+                        f"{row.dropped_fraction:.1%}",
+                        f"{values['inter_node_bytes'] / 1e6:,.1f}",
+                    ),
                 )
             )
         widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
-        lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in table]
+        lines = [
+            "  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in table
+        ]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])

@@ -1,7 +1,10 @@
-"""From routed tokens to rows that travel and rows that are computed, as the trainer has them. NumPy only.
+"""From routed tokens to rows that travel and rows that are computed, as the trainer has them.
 
-counts: the routed tokens travel. An expert keeps at most ceil(factor * tokens / E) of its group's, and the experts of a place are
-padded to the fullest of them. static: every slot travels and is computed, filled or not.
+NumPy only.
+
+counts: the routed tokens travel. An expert keeps at most ceil(factor * tokens / E) of its group's,
+and the experts of a place are padded to the fullest of them. static: every slot travels and is
+computed, filled or not.
 
 Letters: N nodes, E experts, P places of a group, X samples, G copies that differ.
 """
@@ -27,7 +30,8 @@ class Rows:
 
     Attributes:
         moved_XNE: from each node to each expert.
-        computed: of the place that computes most, mean over the samples; where all places share a processor the mean place's.
+        computed: of the place that computes most, mean over the samples; where all places share a
+            processor the mean place's.
         dropped: share of the tokens that no expert takes.
     """
 
@@ -36,8 +40,13 @@ class Rows:
     dropped: float
 
 
-def rows_of(config: Config, layout: Layout, load_XNE: Floats, shared_processor: bool = False) -> Rows:
-    """What `load_XNE` tokens become. Micro-batches are alike, so each has its share of the step's tokens and of its capacity."""
+def rows_of(
+    config: Config, layout: Layout, load_XNE: Floats, shared_processor: bool = False
+) -> Rows:
+    """What `load_XNE` tokens become.
+
+    Micro-batches are alike, so each has its share of the step's tokens and of its capacity.
+    """
     batches = config.train.accumulation_steps
     if config.parallel.sizes == "static":
         moved_XNE, dropped = _slots(config, layout, load_XNE / batches)
@@ -46,7 +55,11 @@ def rows_of(config: Config, layout: Layout, load_XNE: Floats, shared_processor: 
         moved_XNE = load_XNE / batches
         load_XGE = layout.load_XGE(moved_XNE)
         group_tokens = float(moved_XNE.sum() / len(moved_XNE) / layout.groups)
-        limit = np.inf if config.moe.capacity.policy == "dropless" else factor_capacity(config.moe.capacity.factor, group_tokens, layout.experts)  # type: ignore[arg-type]
+        limit = (
+            np.inf
+            if config.moe.capacity.policy == "dropless"
+            else factor_capacity(config.moe.capacity.factor, group_tokens, layout.experts)
+        )  # type: ignore[arg-type]
         dropped = float(np.maximum(load_XGE - limit, 0).sum() / max(load_XGE.sum(), 1e-300))
         load_XGPE = _by_place(layout, load_XGE)
         computed_XGP = np.minimum(load_XGPE.max(axis=3), limit) * load_XGPE.shape[3]
@@ -62,15 +75,23 @@ def _by_place(layout: Layout, load_XGE: Floats) -> Floats:
 
 
 def _slots(config: Config, layout: Layout, load_XNE: Floats) -> Tuple[Floats, float]:
-    """Slots of each node for each expert, the same in all samples, and the share of tokens without one."""
+    """Slots of each node for each expert, the same in all samples, and the share of tokens
+    without one.
+    """
     tokens = float(load_XNE.sum() / len(load_XNE) / layout.places)
     capacity = starting_factors(config.moe.capacity)
     if automatic(config.moe.capacity):
         if not layout.copies:
-            raise ConfigError("moe.capacity: factors must be numbers where one copy of the experts serves all nodes, not auto")
+            raise ConfigError(
+                "moe.capacity: factors must be numbers where one copy of the experts "
+                "serves all nodes, not auto"
+            )
         topology = Topology(layout.places, layout.places_per_node, layout.group, layout.experts)
         capacity = next_factors(config.moe.capacity, capacity, load_XNE, topology)
-    local, remote = (min(tokens, factor_capacity(float(factor or 0), tokens, layout.experts)) for factor in (capacity.local_factor, capacity.remote_factor))  # type: ignore[arg-type]
+    local, remote = (
+        min(tokens, factor_capacity(float(factor or 0), tokens, layout.experts))
+        for factor in (capacity.local_factor, capacity.remote_factor)
+    )  # type: ignore[arg-type]
     slots_NE = np.where(layout.local_NE, local, remote) * layout.places_per_node
     dropped = np.maximum(load_XNE - slots_NE, 0).sum() / max(load_XNE.sum(), 1e-300)
     return np.tile(slots_NE, (len(load_XNE), 1, 1)).astype(np.float64), float(dropped)

@@ -40,7 +40,8 @@ class WriteMetrics(Callback):
     """metrics.jsonl."""
 
     def __init__(self, path: Path, every: int, last_step: int) -> None:
-        self._file, self._every = MetricsFile(path, last_step), every
+        self._file = MetricsFile(path, last_step)
+        self._every = every
 
     def on_step(self, step: int, result: StepResult, row: Row) -> None:
         if step % self._every == 0 or step == 1:
@@ -57,11 +58,19 @@ class WriteTensorBoard(Callback):
     """TensorBoard event files with every number of every row."""
 
     def __init__(self, folder: Path, every: int, last_step: int) -> None:
-        # Not tensorboardX's SummaryWriter: its thread dies when the disk is full, and the run would wait for it for ever.
+        # Not tensorboardX's SummaryWriter: its thread dies when the disk is full, and the run would
+        # wait for it for ever.
         folder.mkdir(parents=True, exist_ok=True)
-        self._writer, self._every = EventsWriter(str(folder / "events")), every
+        self._writer = EventsWriter(str(folder / "events"))
+        self._every = every
         # Readers then leave out what a run wrote after the checkpoint it is resumed from.
-        self._writer.write_event(Event(wall_time=time.time(), step=last_step + 1, session_log=SessionLog(status=SessionLog.START)))
+        self._writer.write_event(
+            Event(
+                wall_time=time.time(),
+                step=last_step + 1,
+                session_log=SessionLog(status=SessionLog.START),
+            )
+        )
 
     def on_step(self, step: int, result: StepResult, row: Row) -> None:
         if step % self._every == 0 or step == 1:
@@ -85,11 +94,17 @@ class WriteTensorBoard(Callback):
                 if isinstance(number, (int, float)) and name != "step":
                     tag = f"{group}/{name}" + (f"/{domain}" if domain else "")
                     scalars.append(Summary.Value(tag=tag, simple_value=number))
-        self._writer.write_event(Event(wall_time=time.time(), step=row["step"], summary=Summary(value=scalars)))
+        self._writer.write_event(
+            Event(wall_time=time.time(), step=row["step"], summary=Summary(value=scalars))
+        )
 
 
 class WriteTrace(Callback):
-    """load.npz. Written at checkpoints, which a resumed run goes on from, and by time, for a run that is killed and not resumed."""
+    """load.npz.
+
+    Written at checkpoints, which a resumed run goes on from, and by time, for a run that is killed
+    and not resumed.
+    """
 
     def __init__(self, path: Path, config: Config, last_step: int) -> None:
         self._trace = TraceWriter(path, config.trace.every, config.trace.max_rows, last_step)
@@ -114,7 +129,8 @@ class WriteTimeline(Callback):
     """timeline.json, after the step of trace.timeline."""
 
     def __init__(self, path: Path, topology: Topology) -> None:
-        self._path, self._topology = path, topology
+        self._path = path
+        self._topology = topology
 
     def on_step(self, step: int, result: StepResult, row: Row) -> None:
         if result.spans is not None:
@@ -126,24 +142,39 @@ class ShowProgress(Callback):
 
     def __init__(self, config: Config, last_step: int) -> None:
         # Nothing but the validation lines where standard error is not a terminal.
-        self._bar = tqdm(total=config.train.steps, initial=last_step, unit="step", dynamic_ncols=True, mininterval=0.5, disable=None)
+        self._bar = tqdm(
+            total=config.train.steps,
+            initial=last_step,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.5,
+            disable=None,
+        )
         self._loss = math.nan
         self._bound = "exact" if config.moe.capacity.policy == "bound" else "exponential"
 
     def on_step(self, step: int, result: StepResult, row: Row) -> None:
         self._loss = row["loss"] if math.isnan(self._loss) else 0.9 * self._loss + 0.1 * row["loss"]
-        self._bar.set_postfix_str(f"loss {self._loss:.3f}, {row['tokens_per_second']:.0f} tokens/s", refresh=False)
+        self._bar.set_postfix_str(
+            f"loss {self._loss:.3f}, {row['tokens_per_second']:.0f} tokens/s", refresh=False
+        )
         self._bar.update()
 
     def on_row(self, row: Row) -> None:
         if "validation_loss" in row:
-            text = ", ".join(f"{domain} {value:.3f}" for domain, value in row["bits_per_byte_by_domain"].items())
-            self._bar.write(f"step {row['step']}: validation loss {row['validation_loss']:.4f}, bits per byte {row['bits_per_byte']:.4f} ({text})")
+            text = ", ".join(
+                f"{domain} {value:.3f}" for domain, value in row["bits_per_byte_by_domain"].items()
+            )
+            self._bar.write(
+                f"step {row['step']}: validation loss {row['validation_loss']:.4f}, bits "
+                f"per byte {row['bits_per_byte']:.4f} ({text})"
+            )
 
         for layer in row.get("layers", []) if row.get("event") == "capacity" else []:
             if layer["set_by"] == "max_drop":
                 self._bar.write(
-                    f"note: step {row['step']}, layer {layer['layer']}: the bound is {layer[self._bound]:.3g}; capacity {layer['capacity']}, "
+                    f"note: step {row['step']}, layer {layer['layer']}: the bound is "
+                    f"{layer[self._bound]:.3g}; capacity {layer['capacity']}, "
                     "of which moe.capacity.max_drop is the reason"
                 )
 

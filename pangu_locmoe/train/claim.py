@@ -1,4 +1,6 @@
-"""A run directory belongs to one process at a time: a lock that a dead process does not hold, on a file in it."""
+"""A run directory belongs to one process at a time: a lock that a dead process does not hold, on
+a file in it.
+"""
 
 from __future__ import annotations
 
@@ -47,8 +49,13 @@ def claimed(run_dir: Path) -> Iterator[None]:
 
 
 @contextmanager
-def default_run_dir(name: str, router: str, resume: bool, communicator: Communicator) -> Iterator[Path]:
-    """runs/NAME-ROUTER, with a number where that is taken; to resume, the newest of them. Rank 0 makes it, so that no other run takes it."""
+def default_run_dir(
+    name: str, router: str, resume: bool, communicator: Communicator
+) -> Iterator[Path]:
+    """runs/NAME-ROUTER, with a number where that is taken; to resume, the newest of them.
+
+    Rank 0 makes it, so that no other run takes it.
+    """
     stem = f"{name}-{router.rpartition(':')[2]}"
     made: List[Path] = []
     number = 0
@@ -56,7 +63,9 @@ def default_run_dir(name: str, router: str, resume: bool, communicator: Communic
         with together(communicator):
             if communicator.rank == 0:
                 number = _take(stem, resume, made)
-        yield _numbered(stem, int(communicator.all_gather(Tensor(np.array([number], np.int32))).asnumpy()[0, 0]))
+        yield _numbered(
+            stem, int(communicator.all_gather(Tensor(np.array([number], np.int32))).asnumpy()[0, 0])
+        )
     finally:
         _remove_empty(made)
 
@@ -92,9 +101,15 @@ def _lock(run_dir: Path, made: List[Path]) -> int:
                 raise
             continue  # another start has just given up and removed the directory
         if not _try_lock(descriptor):
-            holder = os.pread(descriptor, 500, 0).decode("utf-8", errors="replace").strip() or "another process"
+            holder = (
+                os.pread(descriptor, 500, 0).decode("utf-8", errors="replace").strip()
+                or "another process"
+            )
             os.close(descriptor)
-            raise ConfigError(f"--run-dir {run_dir}: {holder} is training there; wait for it or stop it, or give another directory")
+            raise ConfigError(
+                f"--run-dir {run_dir}: {holder} is training there; wait for it or stop it, "
+                "or give another directory"
+            )
         # Whoever had it may have removed the file before he let go of it.
         if _inode(file) == os.fstat(descriptor).st_ino:
             os.truncate(descriptor, 0)

@@ -38,9 +38,18 @@ class TokenLosses(nn.Cell):
         self.row_keys = Tensor(np.zeros(1, np.int32))
         self.column_keys = Tensor(np.zeros(1, np.int32))
 
-    def construct(self, tokens_BS: Tensor, targets_BS: Tensor, positions_BS: Tensor, segments_BS: Tensor, domains_B: Tensor) -> Tensor:
+    def construct(
+        self,
+        tokens_BS: Tensor,
+        targets_BS: Tensor,
+        positions_BS: Tensor,
+        segments_BS: Tensor,
+        domains_B: Tensor,
+    ) -> Tensor:
         noise = (self.row_keys, self.column_keys)
-        logits_TV, _ = self.model(tokens_BS, positions_BS, segments_BS, domains_B, noise, self.capacities, False)
+        logits_TV, _ = self.model(
+            tokens_BS, positions_BS, segments_BS, domains_B, noise, self.capacities, False
+        )
         return self.model.vocabulary.token_losses(logits_TV, ops.reshape(targets_BS, (-1,)))
 
 
@@ -53,58 +62,105 @@ class Evaluator:
         blocks: what the latest figures' interval is made of.
     """
 
-    def __init__(self, model: PanguSigma, config: Config, prepared: Prepared, world: Optional[World] = None) -> None:
+    def __init__(
+        self, model: PanguSigma, config: Config, prepared: Prepared, world: Optional[World] = None
+    ) -> None:
         self.world = world or World.of(config)
-        self.config, self.prepared = config, prepared
+        self.config = config
+        self.prepared = prepared
         self.blocks: Blocks = {}
         losses = TokenLosses(model, config)
-        self._losses = ms.jit(losses) if config.train.mode == "graph" and self.world.exchange is None else losses
+        self._losses = (
+            ms.jit(losses)
+            if config.train.mode == "graph" and self.world.exchange is None
+            else losses
+        )
         self._token_bytes_V = np.zeros(config.model.vocab_size, np.int64)
         self._token_bytes_V[: len(prepared.tokenizer.token_bytes)] = prepared.tokenizer.token_bytes
 
     def __call__(self, sequences: int | None = None) -> Dict[str, Any]:
-        """Returns validation_loss (nats per token), bits_per_byte, both by domain, and what they were measured on.
+        """Returns validation_loss (nats per token), bits_per_byte, both by domain, and what they
+        were measured on.
 
-        Losses are of targets that are text, none of what fills up a short side or a batch. The figures for all text
-        weigh the domains by their validation tokens and bytes, as the bigram's do. validation_loss_interval: where 95%
-        of other documents of this kind would have it (intervals.py); None where a domain has one document.
+        Losses are of targets that are text, none of what fills up a short side or a batch. The
+        figures for all text weigh the domains by their validation tokens and bytes, as the bigram's
+        do. validation_loss_interval: where 95% of other documents of this kind would have it
+        (intervals.py); None where a domain has one document.
 
         Args:
             sequences: of each domain; None: what the configuration says.
         """
-        sums = {domain: np.zeros((len(starts), 3)) for domain, starts in zip(self.prepared.domains, self.prepared.document_starts)}
+        sums = {
+            domain: np.zeros((len(starts), 3))
+            for domain, starts in zip(self.prepared.domains, self.prepared.document_starts)
+        }
         read = dict.fromkeys(sums, 0)
-        topology, communicator = self.world.topology, self.world.communicator
+        topology = self.world.topology
+        communicator = self.world.communicator
         places = topology.num_places if self.world.exchange is not None else 1
         place = topology.place_of_rank(communicator.rank)
         evaluation = self.config.evaluation
         # Every place takes an equal share of a batch.
         size = -(-(evaluation.batch_size or self.config.micro_batch) // places) * places
-        for domain, batch in validation_batches(self.prepared, sequences or evaluation.sequences, size, self.config.data.reset_at_document_end):
-            arrays = (batch.tokens_BS, batch.targets_BS, batch.positions_BS, batch.segments_BS, batch.domains_B)
+        for domain, batch in validation_batches(
+            self.prepared,
+            sequences or evaluation.sequences,
+            size,
+            self.config.data.reset_at_document_end,
+        ):
+            arrays = (
+                batch.tokens_BS,
+                batch.targets_BS,
+                batch.positions_BS,
+                batch.segments_BS,
+                batch.domains_B,
+            )
             share = slice(place * size // places, (place + 1) * size // places)
-            losses = communicator.all_gather(self._losses(*(Tensor(array[share]) for array in arrays)))
+            losses = communicator.all_gather(
+                self._losses(*(Tensor(array[share]) for array in arrays))
+            )
             losses_BS = losses.asnumpy()[:: topology.tensor_parallel].reshape(batch.tokens_BS.shape)
             text_BS = batch.documents_BS >= 0
             targets = batch.targets_BS[text_BS]
             name = self.prepared.domains[domain]
-            np.add.at(sums[name], batch.documents_BS[text_BS], np.stack([losses_BS[text_BS], np.ones(len(targets)), self._token_bytes_V[targets]], axis=1))
+            np.add.at(
+                sums[name],
+                batch.documents_BS[text_BS],
+                np.stack(
+                    [losses_BS[text_BS], np.ones(len(targets)), self._token_bytes_V[targets]],
+                    axis=1,
+                ),
+            )
             read[name] += int(batch.valid_B.sum())
         return self._row(sums, read)
 
     def _row(self, sums: Dict[str, np.ndarray], read: Dict[str, int]) -> Dict[str, Any]:
-        """`sums`: nats, tokens and bytes of each document of a domain, [D, 3]; `read`: sequences."""
+        """`sums`: nats, tokens and bytes of each document of a domain, [D, 3]; `read`:
+        sequences.
+        """
         counts = self.prepared.counts["validation"]
-        self.blocks = {name: {"weight": counts[name]["tokens"], "sums": in_blocks(sums_D3[:, :2])} for name, sums_D3 in sums.items()}
+        self.blocks = {
+            name: {"weight": counts[name]["tokens"], "sums": in_blocks(sums_D3[:, :2])}
+            for name, sums_D3 in sums.items()
+        }
         totals = {name: sums_D3.sum(axis=0).tolist() for name, sums_D3 in sums.items()}
         nats = {name: loss / tokens for name, (loss, tokens, _) in totals.items()}
-        bits = {name: loss / (math.log(2) * size) if size else math.nan for name, (loss, _, size) in totals.items()}
+        bits = {
+            name: loss / (math.log(2) * size) if size else math.nan
+            for name, (loss, _, size) in totals.items()
+        }
         measured_on = {
-            name: {"documents": int((sums_D3[:, 1] > 0).sum()), "sequences": read[name], "tokens": int(totals[name][1])}
+            name: {
+                "documents": int((sums_D3[:, 1] > 0).sum()),
+                "sequences": read[name],
+                "tokens": int(totals[name][1]),
+            }
             for name, sums_D3 in sums.items()
         }
         return {
-            "validation_loss": _weighted(nats, {domain: counts[domain]["tokens"] for domain in nats}),
+            "validation_loss": _weighted(
+                nats, {domain: counts[domain]["tokens"] for domain in nats}
+            ),
             "validation_loss_interval": interval(self.blocks),
             "bits_per_byte": _weighted(bits, {domain: counts[domain]["bytes"] for domain in bits}),
             "validation_loss_by_domain": nats,
@@ -114,12 +170,27 @@ class Evaluator:
 
 
 def format_evaluation(row: Dict[str, Any], bigram: Dict[str, float]) -> str:
-    """The figures of one evaluation as a table, the byte bigram's bits per byte and what they were measured on beside them."""
+    """The figures of one evaluation as a table, the byte bigram's bits per byte and what they
+    were measured on beside them.
+    """
     measured_on = row["measured_on"]
-    total = {unit: sum(counts[unit] for counts in measured_on.values()) for unit in ("documents", "sequences", "tokens")}
-    lines = [f"{'':12}{'loss':>8}{'perplexity':>12}{'bits/byte':>11}{'bigram':>8}{'documents':>11}{'sequences':>11}{'tokens':>9}"]
+    total = {
+        unit: sum(counts[unit] for counts in measured_on.values())
+        for unit in ("documents", "sequences", "tokens")
+    }
+    lines = [
+        f"{'':12}{'loss':>8}{'perplexity':>12}{'bits/byte':>11}{'bigram':>8}{'documents':>11}{'sequences':>11}{'tokens':>9}"
+    ]
     for domain, loss in row["validation_loss_by_domain"].items():
-        lines.append(_line(domain, loss, row["bits_per_byte_by_domain"][domain], bigram[domain], measured_on[domain]))
+        lines.append(
+            _line(
+                domain,
+                loss,
+                row["bits_per_byte_by_domain"][domain],
+                bigram[domain],
+                measured_on[domain],
+            )
+        )
     lines.append(_line("all", row["validation_loss"], row["bits_per_byte"], bigram["all"], total))
     return "\n".join(lines)
 
@@ -142,10 +213,12 @@ def _weighted(values: Dict[str, float], weights: Dict[str, int]) -> float:
 
 
 def evaluate_checkpoint(path: Path, sequences: Optional[int] = None) -> Dict[str, Any]:
-    """Evaluate a run directory's newest checkpoint, or a checkpoint, on the validation text of its sources.
+    """Evaluate a run directory's newest checkpoint, or a checkpoint, on the validation text of its
+    sources.
 
-    The row also has what `used_checkpoint` says, and `other_data`: what of the text is not what the weights were
-    trained on, an empty list where it is the same; None for a checkpoint of an older version, which does not tell.
+    The row also has what `used_checkpoint` says, and `other_data`: what of the text is not what the
+    weights were trained on, an empty list where it is the same; None for a checkpoint of an older
+    version, which does not tell.
 
     Args:
         path: run directory or checkpoint.
@@ -159,18 +232,25 @@ def evaluate_checkpoint(path: Path, sequences: Optional[int] = None) -> Dict[str
     model, config = restore_model(folder)
     prepared = prepare(config)
     if not same_tokenizer(tokenizer_file, prepared.path / "tokenizer.json"):
-        # Other text, or only a part of what a sub-model was trained on, would give another tokenizer.
+        # Other text, or only a part of what a sub-model was trained on, would give another
+        # tokenizer.
         data = config.data.model_copy(update={"tokenizer": str(tokenizer_file)})
         prepared = prepare(config.model_copy(update={"data": data}))
     trained_on = read_identity(folder)
     other_data = None if trained_on is None else differences(trained_on, prepared.identity)
     if other_data is None:
-        used["notes"].append("the checkpoint does not say what text it was trained on (an older version wrote it)")
+        used["notes"].append(
+            "the checkpoint does not say what text it was trained on (an older version wrote it)"
+        )
     elif other_data:
-        used["notes"].append(f"not the data the checkpoint was trained on: {', '.join(other_data)} changed")
+        used["notes"].append(
+            f"not the data the checkpoint was trained on: {', '.join(other_data)} changed"
+        )
     evaluator = Evaluator(model, config, prepared)
     row = {**used, "other_data": other_data, **evaluator(sequences), "blocks": evaluator.blocks}
     row["perplexity"] = math.exp(row["validation_loss"])
-    row["perplexity_by_domain"] = {domain: math.exp(loss) for domain, loss in row["validation_loss_by_domain"].items()}
+    row["perplexity_by_domain"] = {
+        domain: math.exp(loss) for domain, loss in row["validation_loss_by_domain"].items()
+    }
     row["bigram_bits_per_byte"] = prepared.bigram_bits_per_byte
     return row

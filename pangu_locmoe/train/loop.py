@@ -1,4 +1,7 @@
-"""The training loop: read a batch, make a step, tell the callbacks, evaluate, save. Resumes where a checkpoint left off."""
+"""The training loop: read a batch, make a step, tell the callbacks, evaluate, save.
+
+Resumes where a checkpoint left off.
+"""
 
 from __future__ import annotations
 
@@ -59,19 +62,29 @@ class Trainer:
         config: the run.
         prepared: its data.
         run_dir: where everything is written.
-        init_from: a checkpoint whose weights the run starts from (an inherited model, for example); None: random weights.
+        init_from: a checkpoint whose weights the run starts from (an inherited model, for example);
+            None: random weights.
         world: this process's place in the job; None: a single process.
         callbacks: of the caller, told last of every step and row.
     """
 
     def __init__(
-        self, config: Config, prepared: Prepared, run_dir: Path, init_from: Optional[Path] = None, world: Optional[World] = None,
+        self,
+        config: Config,
+        prepared: Prepared,
+        run_dir: Path,
+        init_from: Optional[Path] = None,
+        world: Optional[World] = None,
         callbacks: Sequence[jobs.Callback] = (),
     ) -> None:
-        self.config, self.prepared, self.run_dir = config, prepared, run_dir
+        self.config = config
+        self.prepared = prepared
+        self.run_dir = run_dir
         self.world = world or World.of(config)
         self.topology = self.world.topology
-        self.model = PanguSigma(config, prepared.token_counts, self.topology, self.world.exchange, self.world.tensor)
+        self.model = PanguSigma(
+            config, prepared.token_counts, self.topology, self.world.exchange, self.world.tensor
+        )
         self.notes: List[str] = []  # on the checkpoint it starts from or goes on from
         if init_from is not None:
             with together(self.world.communicator):
@@ -83,7 +96,9 @@ class Trainer:
                 load_weights(folder, self.model)
         self.stepper = make_stepper(self.model, config, self.world)
         self.policies = make_policies(config, self.stepper, self._load_trace)
-        self.loader = BatchLoader(prepared, _sampler(config, prepared, self.topology), config.data.reset_at_document_end)
+        self.loader = BatchLoader(
+            prepared, _sampler(config, prepared, self.topology), config.data.reset_at_document_end
+        )
         self.evaluator = Evaluator(self.model, config, prepared, self.world)
         self.step = 0
         self.best: Optional[Dict[str, float]] = None
@@ -94,14 +109,18 @@ class Trainer:
         self._smallest_scale = False
         self._signal: Optional[int] = None  # this rank's
         self._stopped_by: Optional[int] = None  # any rank's; all ranks agree
-        self._failure: Optional[str] = None  # this rank's: a file beside the checkpoints that cannot be written
+        self._failure: Optional[str] = (
+            None  # this rank's: a file beside the checkpoints that cannot be written
+        )
         self._noted: Set[str] = set()
 
     def resume(self) -> bool:
-        """Continue from the newest whole checkpoint; False where there is none at all, and the run starts at step 0.
+        """Continue from the newest whole checkpoint; False where there is none at all, and the run
+        starts at step 0.
 
         Raises:
-            CheckpointError: there are checkpoints, but none is whole; or the newest was trained on other data.
+            CheckpointError: there are checkpoints, but none is whole; or the newest was trained on
+                other data.
         """
         communicator = self.world.communicator
         with together(communicator):
@@ -115,14 +134,20 @@ class Trainer:
         if folder is None:
             broken = step_folders(self.run_dir)
             if broken:
-                raise CheckpointError(f"{damage(broken[-1])}; no older checkpoint is whole: begin again in another --run-dir")
+                raise CheckpointError(
+                    f"{damage(broken[-1])}; no older checkpoint is whole: begin again in "
+                    "another --run-dir"
+                )
             return False
         self.notes += passed_over(self.run_dir, folder)
         self.notes += check_data(folder, self.prepared)
         try:
             self._restore(folder, read_state(folder))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{folder / 'state.json'} is not of a run that can go on: {type(error).__name__}: {error}") from None
+            raise CheckpointError(
+                f"{folder / 'state.json'} is not of a run that can go on: "
+                f"{type(error).__name__}: {error}"
+            ) from None
         return True
 
     def _restore(self, folder: Path, state: Dict[str, Any]) -> None:
@@ -131,19 +156,26 @@ class Trainer:
         load_weights(folder, self.model)
         load_optimizer(folder, self.stepper.optimizer, Held.by(self.model))
         self.loader.load_state_dict(state["data"])
-        self.step, self.best = state["step"], state["best"]
-        self.stepper.updates = state.get("updates", self.step)  # runs of older versions counted skipped steps
+        self.step = state["step"]
+        self.best = state["best"]
+        self.stepper.updates = state.get(
+            "updates", self.step
+        )  # runs of older versions counted skipped steps
         if self.stepper.loss_scale is not None:
             self.stepper.loss_scale.value, self.stepper.loss_scale.good_steps = state["loss_scale"]
 
     def run(self, progress: bool = True) -> Optional[signal.Signals]:
-        """Train to the last step. Returns None, or the signal that stopped the run after a saved step.
+        """Train to the last step.
+
+        Returns None, or the signal that stopped the run after a saved step.
 
         Raises:
             DivergenceError: a loss or the gradient is not finite.
             CheckpointError: a checkpoint or another file of the run cannot be written.
         """
-        handlers = {number: signal.signal(number, self._on_signal) for number in _stopping_signals()}
+        handlers = {
+            number: signal.signal(number, self._on_signal) for number in _stopping_signals()
+        }
         try:
             with together(self.world.communicator):
                 self._callbacks = self._make_callbacks(progress)
@@ -163,27 +195,40 @@ class Trainer:
                 signal.signal(number, handler)
 
     def _stopping(self) -> bool:
-        """Whether any rank got a signal; all ranks agree. Raises CheckpointError on all where one could not write."""
+        """Whether any rank got a signal; all ranks agree.
+
+        Raises CheckpointError on all where one could not write.
+        """
         own = Tensor([self._signal or 0, self._failure is not None], ms.int32)
         signals, failures = self.world.communicator.all_gather(own).asnumpy().T
         if failures.any():
             raise CheckpointError(first_failure(self.world.communicator, self._failure))
-        # Apart from `_signal`, which a signal may set at any moment: one that comes during the gather is for the next step.
+        # Apart from `_signal`, which a signal may set at any moment: one that comes during the
+        # gather is for the next step.
         self._stopped_by = int(signals.max()) or None
         return self._stopped_by is not None
 
     def _advance(self) -> None:
-        config, started = self.config, time.perf_counter()
+        config = self.config
+        started = time.perf_counter()
         batch = next(self.loader)
         rate = learning_rate(config.train, self.stepper.updates + 1)
-        # A static step has slots by these, not a capacity; what is between the steps may change them.
+        # A static step has slots by these, not a capacity; what is between the steps may change
+        # them.
         static = self.world.exchange is not None and config.parallel.sizes == "static"
         factors = self.stepper.factors if static else None
         result = self.stepper(batch, self.step + 1, rate)
         self.step += 1
         row = training_row(
-            config, self.topology, self.step, result, rate, time.perf_counter() - started, self.stepper.capacities,
-            self.stepper.expert_of_slot_LE, factors,
+            config,
+            self.topology,
+            self.step,
+            result,
+            rate,
+            time.perf_counter() - started,
+            self.stepper.capacities,
+            self.stepper.expert_of_slot_LE,
+            factors,
         )
         self._check_finite(result)
         if self.stepper.loss_scale is not None:
@@ -212,7 +257,9 @@ class Trainer:
         self._each(lambda callback: callback.on_row(row))
 
     def _each(self, call: Callable[[jobs.Callback], None]) -> None:
-        """A file that cannot be written ends the run after this step, on all ranks: until then the others count on this one."""
+        """A file that cannot be written ends the run after this step, on all ranks: until then
+        the others count on this one.
+        """
         for callback in self._callbacks:
             try:
                 call(callback)
@@ -241,34 +288,70 @@ class Trainer:
             state.update(policy.state())
         folder = self.run_dir / "checkpoints" / f"step-{self.step:08d}"
         tokenizer_file = self.prepared.path / "tokenizer.json"
-        save_checkpoint(folder, self.config, tokenizer_file, self.model, self.stepper.optimizer, state, self.world)
+        save_checkpoint(
+            folder,
+            self.config,
+            tokenizer_file,
+            self.model,
+            self.stepper.optimizer,
+            state,
+            self.world,
+        )
         if self.world.is_first:
-            self._note(remove_old(self.run_dir, self.step, self.config.checkpoint.keep, int(self.best["step"]) if self.best else None))
+            self._note(
+                remove_old(
+                    self.run_dir,
+                    self.step,
+                    self.config.checkpoint.keep,
+                    int(self.best["step"]) if self.best else None,
+                )
+            )
 
     def _check_finite(self, result: StepResult) -> None:
-        # At the smallest loss scale there is nothing left to halve: every further step would be skipped.
+        # At the smallest loss scale there is nothing left to halve: every further step would be
+        # skipped.
         hopeless = result.skipped and self._smallest_scale
-        self._smallest_scale = result.skipped and self.stepper.loss_scale is not None and self.stepper.loss_scale.value == 1.0
-        if math.isfinite(result.losses["loss"]) and (math.isfinite(result.grad_norm) or (result.skipped and not hopeless)):
+        self._smallest_scale = (
+            result.skipped
+            and self.stepper.loss_scale is not None
+            and self.stepper.loss_scale.value == 1.0
+        )
+        if math.isfinite(result.losses["loss"]) and (
+            math.isfinite(result.grad_norm) or (result.skipped and not hopeless)
+        ):
             return
         broken = np.flatnonzero(~np.isfinite(result.layer_sums))
-        where = f"first in layer {broken[0]}" if len(broken) else "first in the loss" if math.isfinite(result.grad_norm) else "first in the gradient"
+        where = (
+            f"first in layer {broken[0]}"
+            if len(broken)
+            else "first in the loss"
+            if math.isfinite(result.grad_norm)
+            else "first in the gradient"
+        )
         self._diverged(f"loss {result.losses['loss']}, gradient norm {result.grad_norm}, {where}")
 
     def _diverged(self, what: str) -> NoReturn:
         folder = latest_whole_checkpoint(self.run_dir)
-        raise DivergenceError(f"step {self.step}: {what}; last good checkpoint: {folder or 'none yet'}; try a lower train.learning_rate")
+        raise DivergenceError(
+            f"step {self.step}: {what}; last good checkpoint: {folder or 'none yet'}; try "
+            "a lower train.learning_rate"
+        )
 
     def _make_callbacks(self, progress: bool) -> List[jobs.Callback]:
         if not self.world.is_first:
             return self._added
         try:
-            return [*self._writers(), *([jobs.ShowProgress(self.config, self.step)] if progress else []), *self._added]
+            return [
+                *self._writers(),
+                *([jobs.ShowProgress(self.config, self.step)] if progress else []),
+                *self._added,
+            ]
         except OSError as error:
             raise CheckpointError(_unwritable(self.run_dir, error)) from None
 
     def _writers(self) -> List[jobs.Callback]:
-        every, last = self.config.train.log_every, self.step
+        every = self.config.train.log_every
+        last = self.step
         self._trace = jobs.WriteTrace(self.run_dir / "load.npz", self.config, last)
         return [
             jobs.WriteMetrics(self.run_dir / "metrics.jsonl", every, last),

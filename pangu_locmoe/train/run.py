@@ -1,4 +1,6 @@
-"""A whole run around the loop: the run directory, what is printed, the summary, the samples and the report."""
+"""A whole run around the loop: the run directory, what is printed, the summary, the samples and
+the report.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,12 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence
 import mindspore as ms
 
 from pangu_locmoe import console
-from pangu_locmoe.checkpoint.format import find_checkpoint, latest_whole_checkpoint, read_config, read_identity
+from pangu_locmoe.checkpoint.format import (
+    find_checkpoint,
+    latest_whole_checkpoint,
+    read_config,
+    read_identity,
+)
 from pangu_locmoe.config import Config, SampleConfig, doubtful_settings
 from pangu_locmoe.config.stored import as_before, load_stored_config
 from pangu_locmoe.data.prepared import Prepared, prepare
@@ -32,8 +39,20 @@ from pangu_locmoe.train.claim import claimed
 from pangu_locmoe.train.evaluate import format_evaluation, format_interval
 from pangu_locmoe.train.loop import Trainer
 
-# What may differ between a run and its resumption: where things are computed and what is written, not what is learned.
-_FREE_KEYS = ("parallel", "evaluation", "checkpoint", "trace", "placement", "sample", "train.fused", "train.offload_expert_optimizer", "train.log_every", "data.prepared_dir")
+# What may differ between a run and its resumption: where things are computed and what is written,
+# not what is learned.
+_FREE_KEYS = (
+    "parallel",
+    "evaluation",
+    "checkpoint",
+    "trace",
+    "placement",
+    "sample",
+    "train.fused",
+    "train.offload_expert_optimizer",
+    "train.log_every",
+    "data.prepared_dir",
+)
 # Where the text and the tokenizer lie; whether they are the same is seen when they are prepared.
 _PLACES = ("data.sources", "data.tokenizer")
 
@@ -47,7 +66,9 @@ def train(
     progress: bool = True,
     communicator: Optional[Communicator] = None,
 ) -> Optional[Signals]:
-    """Train, evaluate, sample, report; everything goes to `run_dir`. In a job of several processes all call this; rank 0 writes.
+    """Train, evaluate, sample, report; everything goes to `run_dir`.
+
+    In a job of several processes all call this; rank 0 writes.
 
     Returns:
         None, or the signal that stopped the run (its state is saved).
@@ -70,7 +91,12 @@ def train(
 
 
 def _train(
-    config: Config, run_dir: Path, resume: bool, init_from: Optional[Path], progress: bool, communicator: Communicator
+    config: Config,
+    run_dir: Path,
+    resume: bool,
+    init_from: Optional[Path],
+    progress: bool,
+    communicator: Communicator,
 ) -> Optional[Signals]:
     started = time.perf_counter()
     world = World.of(config, communicator)
@@ -97,11 +123,18 @@ def _train(
         say(f"nothing to resume: {run_dir} has no checkpoint; starting at step 0")
     for note in trainer.notes:
         say(f"note: {note}")
-    say(f"{num_params(config):,} parameters, {num_active_params(config):,} active for one token; {config.moe.router} router; run directory {run_dir}")
+    say(
+        f"{num_params(config):,} parameters, {num_active_params(config):,} active for one "
+        f"token; {config.moe.router} router; run directory {run_dir}"
+    )
     stopped_by = trainer.run(progress)
     if stopped_by is not None:
-        say(f"stopped by {stopped_by.name} after step {trainer.step}, state saved; continue with --resume auto --run-dir {run_dir}")
-        communicator.barrier()  # msrun kills the others when the first one ends with such an exit code
+        say(
+            f"stopped by {stopped_by.name} after step {trainer.step}, state saved; "
+            f"continue with --resume auto --run-dir {run_dir}"
+        )
+        # msrun kills the others when the first one ends with such an exit code
+        communicator.barrier()
         return stopped_by
     summary = _summarise(trainer, time.perf_counter() - started)
     if not world.is_first:
@@ -121,16 +154,27 @@ def check_device(config: Config) -> None:
     """Raises ConfigError for what the device cannot do."""
     device = ms.get_context("device_target")
     if device == "CPU" and config.train.precision == "bf16":
-        raise ConfigError("train.precision = 'bf16': MindSpore's CPU backend has no bf16 kernels; use fp32 (or fp16, slower)")
+        raise ConfigError(
+            "train.precision = 'bf16': MindSpore's CPU backend has no bf16 kernels; use "
+            "fp32 (or fp16, slower)"
+        )
     if config.train.fused and not on_ascend():
-        raise ConfigError(f"train.fused = True: the fused operators are Ascend's, and this is a {device}; must be false")
+        raise ConfigError(
+            "train.fused = True: the fused operators are Ascend's, and this is a "
+            f"{device}; must be false"
+        )
 
 
 def _check_run_dir(config: Config, run_dir: Path, resume: bool) -> Config:
-    """The configuration to go on with: of a run of an older version, with what that one did where the user's file does not say."""
+    """The configuration to go on with: of a run of an older version, with what that one did
+    where the user's file does not say.
+    """
     file = run_dir / "config.yaml"
     if file.exists() and not resume:
-        raise ConfigError(f"--run-dir {run_dir}: holds a run already; give another directory, or --resume auto to continue it")
+        raise ConfigError(
+            f"--run-dir {run_dir}: holds a run already; give another directory, or "
+            "--resume auto to continue it"
+        )
     if file.exists():
         before = _config_of_run(file)
         config, _ = as_before(config, before)
@@ -150,29 +194,41 @@ def _write(file: Path, text: str) -> None:
 
 
 def _config_of_run(file: Path) -> Config:
-    """What a run was started with; a key that this version added has what the run did (config/stored.py)."""
+    """What a run was started with; a key that this version added has what the run did
+    (config/stored.py).
+    """
     try:
         return load_stored_config(file)
     except ConfigError as error:
-        raise ConfigError(f"the run was started with another version of pangu_locmoe: {error}") from None
+        raise ConfigError(
+            f"the run was started with another version of pangu_locmoe: {error}"
+        ) from None
 
 
 def _check_same_run(before: Config, config: Config, run_dir: Path, free: Sequence[str]) -> None:
-    for key, old, new in _differences(before.model_dump(mode="json"), config.model_dump(mode="json"), ""):
+    for key, old, new in _differences(
+        before.model_dump(mode="json"), config.model_dump(mode="json"), ""
+    ):
         if not any(key == one or key.startswith(f"{one}.") for one in free):
-            raise ConfigError(f"{key} = {new!r}: the run in {run_dir} has {old!r}; a run can only be resumed with what it was started with")
+            raise ConfigError(
+                f"{key} = {new!r}: the run in {run_dir} has {old!r}; a run can only be "
+                "resumed with what it was started with"
+            )
 
 
 def _differences(before: Any, now: Any, prefix: str) -> Iterator[tuple[str, Any, Any]]:
     if isinstance(before, dict) and isinstance(now, dict):
         for key in {**before, **now}:
-            yield from _differences(before.get(key), now.get(key), f"{prefix}.{key}" if prefix else key)
+            yield from _differences(
+                before.get(key), now.get(key), f"{prefix}.{key}" if prefix else key
+            )
     elif before != now:
         yield prefix, before, now
 
 
 def _summarise(trainer: Trainer, seconds: float) -> Dict[str, Any]:
-    config, prepared = trainer.config, trainer.prepared
+    config = trainer.config
+    prepared = trainer.prepared
     return {
         "parameters": num_params(config),
         "active_parameters": num_active_params(config),
@@ -199,13 +255,22 @@ def _samples(trainer: Trainer, sample: SampleConfig) -> List[Dict[str, str]]:
         return []
     prepared = trainer.prepared
     prompts = [_prompt(prepared, domain) for domain in range(len(prepared.domains))]
-    generator = Generator(trainer.model, trainer.config, prepared.tokenizer, compiled=trainer.world.exchange is None)
+    generator = Generator(
+        trainer.model, trainer.config, prepared.tokenizer, compiled=trainer.world.exchange is None
+    )
     texts = generator(prompts, range(len(prompts)), sample, trainer.config.train.seed)
-    return [{"domain": domain, "prompt": prompt, "text": text} for domain, prompt, text in zip(prepared.domains, prompts, texts)]
+    return [
+        {"domain": domain, "prompt": prompt, "text": text}
+        for domain, prompt, text in zip(prepared.domains, prompts, texts)
+    ]
 
 
 def _prompt(prepared: Prepared, domain: int) -> str:
-    tokens = [token for token in prepared.sequences("validation", domain, [0])[0].tolist() if token != prepared.tokenizer.end_of_document]
+    tokens = [
+        token
+        for token in prepared.sequences("validation", domain, [0])[0].tolist()
+        if token != prepared.tokenizer.end_of_document
+    ]
     text = prepared.tokenizer.decode(tokens[:16]).strip("\ufffd")
     return text
 

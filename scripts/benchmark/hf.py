@@ -1,8 +1,10 @@
-"""The Hugging Face side of the speed comparison: MixtralForCausalLM training steps on the CPU, driven line by line.
+"""The Hugging Face side of the speed comparison: MixtralForCausalLM training steps on the CPU,
+driven line by line.
 
-The process prints one line ``ready {json}`` after its first step. Then it reads lines from standard input: ``run N`` trains N
-steps and answers with one JSON line; ``quit`` or the end of the input ends it. A driver can so interleave it with another
-trainer on the same machine, which is the only fair way to compare on shared cores. Needs torch and transformers, not MindSpore.
+The process prints one line ``ready {json}`` after its first step. Then it reads lines from standard
+input: ``run N`` trains N steps and answers with one JSON line; ``quit`` or the end of the input
+ends it. A driver can so interleave it with another trainer on the same machine, which is the only
+fair way to compare on shared cores. Needs torch and transformers, not MindSpore.
 """
 
 from __future__ import annotations
@@ -19,7 +21,11 @@ class Parser(argparse.ArgumentParser):
     """Named flags in full; a bad one ends the program with one line and exit code 2."""
 
     def __init__(self, description: str) -> None:
-        super().__init__(description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; --help lists the flags\n")
@@ -44,21 +50,40 @@ def add_shape_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """Read the flags; the defaults are the comparison of docs/performance.md: 4 layers of 8 experts, top-1, 4 x 256 tokens."""
+    """Read the flags; the defaults are the comparison of docs/performance.md: 4 layers of 8
+    experts, top-1, 4 x 256 tokens.
+    """
     parser = Parser(str(__doc__).splitlines()[0])
     add_shape_flags(parser)
     parser.add_argument("--threads", type=count, default=2, help="torch threads")
-    parser.add_argument("--layers", type=count, default=4, help="decoder layers, every one with experts")
     parser.add_argument(
-        "--intermediate", type=count, default=688, help="SwiGLU width; 688 has nearly the parameters of a two-matrix MLP of 1,024"
+        "--layers", type=count, default=4, help="decoder layers, every one with experts"
     )
-    parser.add_argument("--experts", type=int, default=8, help="experts in each layer, top-1; 0 builds the dense twin, a Mistral")
-    parser.add_argument("--implementation", default="grouped_mm", choices=["grouped_mm", "batched_mm", "eager"], help="how the experts run")
+    parser.add_argument(
+        "--intermediate",
+        type=count,
+        default=688,
+        help="SwiGLU width; 688 has nearly the parameters of a two-matrix MLP of 1,024",
+    )
+    parser.add_argument(
+        "--experts",
+        type=int,
+        default=8,
+        help="experts in each layer, top-1; 0 builds the dense twin, a Mistral",
+    )
+    parser.add_argument(
+        "--implementation",
+        default="grouped_mm",
+        choices=["grouped_mm", "batched_mm", "eager"],
+        help="how the experts run",
+    )
     return parser.parse_args(argv)
 
 
 def build_model(arguments: argparse.Namespace) -> Any:
-    """Build the causal language model in float32 from the flags; with ``--experts 0`` its dense twin."""
+    """Build the causal language model in float32 from the flags; with ``--experts 0`` its dense
+    twin.
+    """
     from transformers import MistralConfig, MistralForCausalLM, MixtralConfig, MixtralForCausalLM
 
     shape = {
@@ -103,10 +128,16 @@ class Trainer:
         self.versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         self.model = build_model(arguments).to(torch.float32).train()
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+            self.model.parameters(),
+            lr=arguments.learning_rate,
+            betas=(0.9, 0.95),
+            weight_decay=0.1,
+            fused=True,
         )
         shape = (8, arguments.batch, arguments.sequence)
-        self.batches = torch.randint(0, arguments.vocabulary, shape, generator=torch.Generator().manual_seed(arguments.seed))
+        self.batches = torch.randint(
+            0, arguments.vocabulary, shape, generator=torch.Generator().manual_seed(arguments.seed)
+        )
         self.steps_done = 0
 
     @property
@@ -115,7 +146,9 @@ class Trainer:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def step(self) -> float:
-        """Forward, backward, clip to norm 1, update; returns the loss (language model plus auxiliary)."""
+        """Forward, backward, clip to norm 1, update; returns the loss (language model plus
+        auxiliary).
+        """
         tokens = self.batches[self.steps_done % len(self.batches)]
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.model(input_ids=tokens, labels=tokens).loss
@@ -161,10 +194,16 @@ def serve(trainer: Any, lines: Iterable[str], answer: Callable[[str], None] = sa
         if words == ["quit"]:
             break
         if len(words) != 2 or words[0] != "run" or not words[1].isdigit() or int(words[1]) < 1:
-            answer(json.dumps({"error": f"expected 'run N' with N >= 1 or 'quit', got {line.strip()!r}"}))
+            answer(
+                json.dumps(
+                    {"error": f"expected 'run N' with N >= 1 or 'quit', got {line.strip()!r}"}
+                )
+            )
             continue
-        steps, loss = int(words[1]), float("nan")
-        wall, cpu = time.perf_counter(), time.process_time()
+        steps = int(words[1])
+        loss = float("nan")
+        wall = time.perf_counter()
+        cpu = time.process_time()
         for _ in range(steps):
             loss = trainer.step()
         result = {

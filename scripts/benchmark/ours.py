@@ -1,7 +1,9 @@
-"""Our side of the speed comparison: pangu_locmoe training steps on the CPU, driven line by line as hf.py is.
+"""Our side of the speed comparison: pangu_locmoe training steps on the CPU, driven line by line as
+hf.py is.
 
-Uses what `pangu-locmoe train` uses: parse_config, PanguSigma and LocalStepper, with every statistic a run records copied to the
-host; only the text is replaced by random tokens. With ``--gate D,E`` it times the two gates instead and prints one JSON line.
+Uses what `pangu-locmoe train` uses: parse_config, PanguSigma and LocalStepper, with every statistic
+a run records copied to the host; only the text is replaced by random tokens. With ``--gate D,E`` it
+times the two gates instead and prints one JSON line.
 """
 
 from __future__ import annotations
@@ -20,8 +22,14 @@ from benchmark.hf import Parser, add_shape_flags, count, say, serve
 def gate_size(text: str) -> Tuple[int, int]:
     """'256,8' -> hidden size 256, 8 experts."""
     words = text.split(",")
-    if len(words) != 2 or not all(word.isdigit() and int(word) for word in words) or int(words[0]) % int(words[1]):
-        raise argparse.ArgumentTypeError(f"must be HIDDEN,EXPERTS with EXPERTS a divisor of HIDDEN, not {text!r}")
+    if (
+        len(words) != 2
+        or not all(word.isdigit() and int(word) for word in words)
+        or int(words[0]) % int(words[1])
+    ):
+        raise argparse.ArgumentTypeError(
+            f"must be HIDDEN,EXPERTS with EXPERTS a divisor of HIDDEN, not {text!r}"
+        )
     return int(words[0]), int(words[1])
 
 
@@ -29,15 +37,37 @@ def parse_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     """Read the flags; the defaults are the comparison of docs/performance.md."""
     parser = Parser(str(__doc__).splitlines()[0])
     add_shape_flags(parser)
-    parser.add_argument("--num-layers", type=count, default=5, help="all layers, the query layer included")
-    parser.add_argument("--num-moe-layers", type=int, default=4, help="sparse layers; 0: the dense twin")
-    parser.add_argument("--ffn", type=count, default=1024, help="inner width of a feed-forward network and of an expert")
-    parser.add_argument("--experts", type=count, default=8, help="experts in each sparse layer, top-1")
-    parser.add_argument("--router", default="switch", help="switch, locmoe or hash")
-    parser.add_argument("--capacity", default="factor", choices=["factor", "dropless"], help="capacity policy")
-    parser.add_argument("--capacity-factor", type=float, default=1.25, help="slots of an expert, as a multiple of tokens / experts")
     parser.add_argument(
-        "--gate", type=gate_size, default=None, metavar="D,E", help="time GrAP and the dense gate at hidden size D with E experts, then end"
+        "--num-layers", type=count, default=5, help="all layers, the query layer included"
+    )
+    parser.add_argument(
+        "--num-moe-layers", type=int, default=4, help="sparse layers; 0: the dense twin"
+    )
+    parser.add_argument(
+        "--ffn",
+        type=count,
+        default=1024,
+        help="inner width of a feed-forward network and of an expert",
+    )
+    parser.add_argument(
+        "--experts", type=count, default=8, help="experts in each sparse layer, top-1"
+    )
+    parser.add_argument("--router", default="switch", help="switch, locmoe or hash")
+    parser.add_argument(
+        "--capacity", default="factor", choices=["factor", "dropless"], help="capacity policy"
+    )
+    parser.add_argument(
+        "--capacity-factor",
+        type=float,
+        default=1.25,
+        help="slots of an expert, as a multiple of tokens / experts",
+    )
+    parser.add_argument(
+        "--gate",
+        type=gate_size,
+        default=None,
+        metavar="D,E",
+        help="time GrAP and the dense gate at hidden size D with E experts, then end",
     )
     parser.add_argument("--gate-rounds", type=count, default=20, help="rounds of the gate timing")
     return parser.parse_args(argv)
@@ -61,7 +91,11 @@ def run_config(arguments: argparse.Namespace) -> Dict[str, Any]:
             "levels": 1,
             "capacity": {"policy": arguments.capacity, "factor": arguments.capacity_factor},
         },
-        "train": {"batch_size": arguments.batch, "learning_rate": arguments.learning_rate, "seed": arguments.seed},
+        "train": {
+            "batch_size": arguments.batch,
+            "learning_rate": arguments.learning_rate,
+            "seed": arguments.seed,
+        },
     }
 
 
@@ -87,7 +121,9 @@ class Trainer:
         positions_BS = np.tile(np.arange(arguments.sequence, dtype=np.int32), (arguments.batch, 1))
         self.batches: List[Batch] = []
         for _ in range(8):
-            tokens = generator.integers(0, arguments.vocabulary, (arguments.batch, arguments.sequence + 1), dtype=np.int32)
+            tokens = generator.integers(
+                0, arguments.vocabulary, (arguments.batch, arguments.sequence + 1), dtype=np.int32
+            )
             self.batches.append(
                 Batch(
                     tokens_BS=np.ascontiguousarray(tokens[:, :-1]),
@@ -107,14 +143,17 @@ class Trainer:
         return self.stepper(batch, self.steps_done, self.learning_rate).losses["loss"]
 
 
-def time_gates(hidden_size: int, num_experts: int, rounds: int, num_tokens: int = 1024, copies: int = 8) -> Dict[str, Any]:
+def time_gates(
+    hidden_size: int, num_experts: int, rounds: int, num_tokens: int = 1024, copies: int = 8
+) -> Dict[str, Any]:
     """Forward and backward of both gates, interleaved.
 
-    `copies` inputs go through one compiled graph, so that the call's own cost is shared; the loss is the sum of squares of
-    the logits, which needs the forward pass for its gradient.
+    `copies` inputs go through one compiled graph, so that the call's own cost is shared; the loss
+    is the sum of squares of the logits, which needs the forward pass for its gradient.
 
     Returns:
-        grap_ms and dense_ms, lists of milliseconds for one gate on [num_tokens, hidden_size], one for each round.
+        grap_ms and dense_ms, lists of milliseconds for one gate on [num_tokens, hidden_size], one
+        for each round.
     """
     import mindspore as ms
     from mindspore import Parameter, Tensor, nn, ops
@@ -126,7 +165,10 @@ def time_gates(hidden_size: int, num_experts: int, rounds: int, num_tokens: int 
             super().__init__()
             self.dense = dense
             generator = np.random.default_rng(1)
-            self.w_ED = Parameter(Tensor(generator.normal(0, 0.02, (num_experts, hidden_size)).astype(np.float32)), name="w")
+            self.w_ED = Parameter(
+                Tensor(generator.normal(0, 0.02, (num_experts, hidden_size)).astype(np.float32)),
+                name="w",
+            )
             self.pooling = gate.GroupedAveragePooling(num_experts)
 
         def construct(self, *inputs: Any) -> Any:
@@ -145,9 +187,15 @@ def time_gates(hidden_size: int, num_experts: int, rounds: int, num_tokens: int 
             return self.gradient(*inputs)
 
     generator = np.random.default_rng(2)
-    inputs = tuple(Tensor(generator.standard_normal((num_tokens, hidden_size), dtype=np.float32)) for _ in range(copies))
+    inputs = tuple(
+        Tensor(generator.standard_normal((num_tokens, hidden_size), dtype=np.float32))
+        for _ in range(copies)
+    )
     dense = Loss(True)
-    steps = {"grap_ms": ms.jit(Gradients(Loss(False), None)), "dense_ms": ms.jit(Gradients(dense, ms.ParameterTuple([dense.w_ED])))}
+    steps = {
+        "grap_ms": ms.jit(Gradients(Loss(False), None)),
+        "dense_ms": ms.jit(Gradients(dense, ms.ParameterTuple([dense.w_ED]))),
+    }
     times: Dict[str, Any] = {name: [] for name in steps}
     for turn in range(rounds + 2):
         for name, step in steps.items():
@@ -157,7 +205,12 @@ def time_gates(hidden_size: int, num_experts: int, rounds: int, num_tokens: int 
             # The first two turns compile and warm up.
             if turn > 1:
                 times[name].append((time.perf_counter() - begin) * 1e3 / copies)
-    return {"hidden_size": hidden_size, "num_experts": num_experts, "num_tokens": num_tokens, **times}
+    return {
+        "hidden_size": hidden_size,
+        "num_experts": num_experts,
+        "num_tokens": num_tokens,
+        **times,
+    }
 
 
 def main() -> None:

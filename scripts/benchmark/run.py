@@ -1,8 +1,10 @@
-"""Times pangu_locmoe against Hugging Face Mixtral and against its own dense twin on this machine's CPU.
+"""Times pangu_locmoe against Hugging Face Mixtral and against its own dense twin on this machine's
+CPU.
 
-Every contestant is a process of its own, held on the same cores with the same number of threads. In each round each takes a few
-training steps while the others are stopped, so slow minutes of a shared machine hit all of them; a ratio is formed inside a
-round. `bash scripts/benchmark.sh` sets up what this needs; docs/performance.md says how to read it.
+Every contestant is a process of its own, held on the same cores with the same number of threads. In
+each round each takes a few training steps while the others are stopped, so slow minutes of a shared
+machine hit all of them; a ratio is formed inside a round. `bash scripts/benchmark.sh` sets up what
+this needs; docs/performance.md says how to read it.
 """
 
 from __future__ import annotations
@@ -43,11 +45,21 @@ SIDES = (
     Side("hf", "Mixtral, 4 sparse layers, learned router, dropless", True, ()),
     Side("hf-dense", "Mistral, 4 dense layers", True, ("--experts", "0")),
     Side("switch-5/4", "4 sparse layers + query layer, learned router", False, ()),
-    Side("switch-4/3", "3 sparse layers + query layer, learned router", False, ("--num-layers", "4", "--num-moe-layers", "3")),
+    Side(
+        "switch-4/3",
+        "3 sparse layers + query layer, learned router",
+        False,
+        ("--num-layers", "4", "--num-moe-layers", "3"),
+    ),
     Side("locmoe-5/4", "4 sparse layers + query layer, GrAP", False, ("--router", "locmoe")),
     Side("dropless-5/4", "as switch-5/4, no token dropped", False, ("--capacity", "dropless")),
     Side("dense-5", "4 dense layers + query layer", False, ("--num-moe-layers", "0")),
-    Side("dense-4", "3 dense layers + query layer", False, ("--num-layers", "4", "--num-moe-layers", "0")),
+    Side(
+        "dense-4",
+        "3 dense layers + query layer",
+        False,
+        ("--num-layers", "4", "--num-moe-layers", "0"),
+    ),
 )
 
 # (what the ratio says, side whose time is divided, side it is divided by)
@@ -89,8 +101,11 @@ class Contestant:
     rounds: List[Dict[str, Any]] = field(default_factory=list)
 
     def run(self, steps: int) -> Dict[str, Any]:
-        """Train `steps` steps while awake; the answer also says how many cores other processes kept busy meanwhile."""
-        busy, begin = _busy_seconds(), time.perf_counter()
+        """Train `steps` steps while awake; the answer also says how many cores other processes
+        kept busy meanwhile.
+        """
+        busy = _busy_seconds()
+        begin = time.perf_counter()
         self.process.send_signal(signal.SIGCONT)
         assert self.process.stdin is not None
         self.process.stdin.write(f"run {steps}\n")
@@ -99,7 +114,9 @@ class Contestant:
         self.process.send_signal(signal.SIGSTOP)
         if "error" in answer:
             raise BenchmarkError(f"{self.side.name}: {answer['error']}")
-        answer["cores_of_others"] = max(0.0, _busy_seconds() - busy - answer["cpu_seconds"]) / (time.perf_counter() - begin)
+        answer["cores_of_others"] = max(0.0, _busy_seconds() - busy - answer["cpu_seconds"]) / (
+            time.perf_counter() - begin
+        )
         return dict(answer)
 
     def close(self) -> None:
@@ -110,16 +127,23 @@ class Contestant:
 
 
 def _busy_seconds() -> float:
-    """CPU seconds all processes of this machine have used since it started; 0 where /proc/stat does not say."""
+    """CPU seconds all processes of this machine have used since it started; 0 where /proc/stat
+    does not say.
+    """
     stat = Path("/proc/stat")
     if not stat.exists():
         return 0.0
-    user, nice, system, _idle, _wait, interrupt, soft = (int(word) for word in stat.read_text(encoding="utf-8").split()[1:8])
+    user, nice, system, _idle, _wait, interrupt, soft = (
+        int(word) for word in stat.read_text(encoding="utf-8").split()[1:8]
+    )
     return (user + nice + system + interrupt + soft) / os.sysconf("SC_CLK_TCK")
 
 
 def start(side: Side, hf_python: str) -> Contestant:
-    """Start a side, wait for its first step and stop it. Raises BenchmarkError with the end of its log."""
+    """Start a side, wait for its first step and stop it.
+
+    Raises BenchmarkError with the end of its log.
+    """
     begin = time.perf_counter()
     log, process = _spawn(side.hugging_face, side.flags, hf_python)
     try:
@@ -144,12 +168,19 @@ def parse_ready(line: str) -> Dict[str, Any]:
 
 def child_environment(base: Dict[str, str]) -> Dict[str, str]:
     """Two threads for every library, quiet MindSpore, the package of this checkout."""
-    threads = {name: str(THREADS) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-    path = os.pathsep.join(part for part in (str(SCRIPTS), str(SCRIPTS.parent), base.get("PYTHONPATH", "")) if part)
+    threads = {
+        name: str(THREADS)
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    }
+    path = os.pathsep.join(
+        part for part in (str(SCRIPTS), str(SCRIPTS.parent), base.get("PYTHONPATH", "")) if part
+    )
     return {**base, **threads, "PYTHONPATH": path, "GLOG_v": "3", "HF_HUB_OFFLINE": "1"}
 
 
-def _spawn(hugging_face: bool, flags: Sequence[str], hf_python: str) -> Tuple[Any, subprocess.Popen]:
+def _spawn(
+    hugging_face: bool, flags: Sequence[str], hf_python: str
+) -> Tuple[Any, subprocess.Popen]:
     program = (
         [hf_python, "-m", "benchmark.hf", "--threads", str(THREADS)]
         if hugging_face
@@ -157,7 +188,12 @@ def _spawn(hugging_face: bool, flags: Sequence[str], hf_python: str) -> Tuple[An
     )
     log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (it lives as long as the process)
     process = subprocess.Popen(
-        [*program, *flags], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=child_environment(dict(os.environ))
+        [*program, *flags],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        text=True,
+        env=child_environment(dict(os.environ)),
     )
     return log, process
 
@@ -187,8 +223,9 @@ def ratios(answers: Dict[str, List[Dict[str, Any]]]) -> Dict[str, Dict[str, Any]
         answers: the answers of each side, one for each round.
 
     Returns:
-        For each ratio: `rounds`, formed inside each round; min, median, max of them; `best`, of both sides' fastest rounds;
-        `quiet_rounds`, in how many rounds both had the machine to themselves, and `quiet_median` over those (None without).
+        For each ratio: `rounds`, formed inside each round; min, median, max of them; `best`, of
+        both sides' fastest rounds; `quiet_rounds`, in how many rounds both had the machine to
+        themselves, and `quiet_median` over those (None without).
     """
     result: Dict[str, Dict[str, Any]] = {}
     for name, above, below in RATIOS:
@@ -196,11 +233,16 @@ def ratios(answers: Dict[str, List[Dict[str, Any]]]) -> Dict[str, Dict[str, Any]
             continue
         pairs = list(zip(answers[above], answers[below]))
         rounds = [_step_seconds(a) / _step_seconds(b) for a, b in pairs]
-        quiet = [ratio for ratio, pair in zip(rounds, pairs) if max(answer["cores_of_others"] for answer in pair) < QUIET_CORES]
+        quiet = [
+            ratio
+            for ratio, pair in zip(rounds, pairs)
+            if max(answer["cores_of_others"] for answer in pair) < QUIET_CORES
+        ]
         result[name] = {
             "rounds": rounds,
             **spread(rounds),
-            "best": min(map(_step_seconds, answers[above])) / min(map(_step_seconds, answers[below])),
+            "best": min(map(_step_seconds, answers[above]))
+            / min(map(_step_seconds, answers[below])),
             "quiet_rounds": len(quiet),
             "quiet_median": statistics.median(quiet) if quiet else None,
         }
@@ -213,8 +255,13 @@ def _step_seconds(answer: Dict[str, Any]) -> float:
 
 def summarise(contestant: Contestant) -> Dict[str, Any]:
     """One side's numbers, with its raw rounds."""
-    speeds = [answer["steps"] * TOKENS_PER_STEP / answer["wall_seconds"] for answer in contestant.rounds]
-    cpu = [answer["cpu_seconds"] / (answer["steps"] * TOKENS_PER_STEP) * 1e6 for answer in contestant.rounds]
+    speeds = [
+        answer["steps"] * TOKENS_PER_STEP / answer["wall_seconds"] for answer in contestant.rounds
+    ]
+    cpu = [
+        answer["cpu_seconds"] / (answer["steps"] * TOKENS_PER_STEP) * 1e6
+        for answer in contestant.rounds
+    ]
     return {
         "what": contestant.side.what,
         "parameters": contestant.ready["parameters"],
@@ -228,14 +275,19 @@ def summarise(contestant: Contestant) -> Dict[str, Any]:
     }
 
 
-def measure_training(sides: Sequence[Side], rounds: int, steps: int, hf_python: str) -> Tuple[Dict[str, Any], List[Dict[str, float]]]:
+def measure_training(
+    sides: Sequence[Side], rounds: int, steps: int, hf_python: str
+) -> Tuple[Dict[str, Any], List[Dict[str, float]]]:
     """Interleaved rounds of all sides; also the load average before each round."""
     contestants: List[Contestant] = []
     loads = []
     try:
         for side in sides:
             contestants.append(start(side, hf_python))
-            print(f"  {side.name}: first step {contestants[-1].start_seconds:.1f} s after its start", flush=True)
+            print(
+                f"  {side.name}: first step {contestants[-1].start_seconds:.1f} s after its start",
+                flush=True,
+            )
         for contestant in contestants:
             contestant.run(2)
         for turn in range(rounds):
@@ -243,7 +295,13 @@ def measure_training(sides: Sequence[Side], rounds: int, steps: int, hf_python: 
             # Every other round goes backwards, so that nobody always follows the same neighbour.
             for contestant in contestants if turn % 2 == 0 else contestants[::-1]:
                 contestant.rounds.append(contestant.run(steps))
-            print(f"  round {turn + 1} of {rounds}, load average {loads[-1]['load_average_1min']:.2f}", flush=True)
+            print(
+                (
+                    f"  round {turn + 1} of {rounds}, load average "
+                    f"{loads[-1]['load_average_1min']:.2f}"
+                ),
+                flush=True,
+            )
         return {contestant.side.name: summarise(contestant) for contestant in contestants}, loads
     finally:
         for contestant in contestants:
@@ -251,7 +309,9 @@ def measure_training(sides: Sequence[Side], rounds: int, steps: int, hf_python: 
 
 
 def measure_memory(hf_python: str) -> Dict[str, Any]:
-    """Peak memory after three steps at two sizes, one process at a time, and what a parameter costs between them."""
+    """Peak memory after three steps at two sizes, one process at a time, and what a parameter
+    costs between them.
+    """
     result: Dict[str, Any] = {}
     for side in MEMORY_SIDES:
         contestant = start(side, hf_python)
@@ -260,10 +320,19 @@ def measure_memory(hf_python: str) -> Dict[str, Any]:
         finally:
             contestant.close()
         parameters = contestant.ready["parameters"]
-        result[side.name] = {"parameters": parameters, "weights_and_moments_mb": parameters * 12 / 1e6, "peak_memory_mb": peak}
+        result[side.name] = {
+            "parameters": parameters,
+            "weights_and_moments_mb": parameters * 12 / 1e6,
+            "peak_memory_mb": peak,
+        }
     for who in ("switch-5/4", "hf"):
-        small, large = result[f"{who}, d 256"], result[f"{who}, d 512"]
-        growth = (large["peak_memory_mb"] - small["peak_memory_mb"]) * 1e6 / (large["parameters"] - small["parameters"])
+        small = result[f"{who}, d 256"]
+        large = result[f"{who}, d 512"]
+        growth = (
+            (large["peak_memory_mb"] - small["peak_memory_mb"])
+            * 1e6
+            / (large["parameters"] - small["parameters"])
+        )
         result[f"{who}, bytes for each further parameter"] = growth
     return result
 
@@ -280,7 +349,9 @@ def measure_gates() -> List[Dict[str, Any]]:
             process.kill()
             process.wait()
             log.close()
-        times["grap_over_dense"] = spread([grap / dense for grap, dense in zip(times["grap_ms"], times["dense_ms"])])
+        times["grap_over_dense"] = spread(
+            [grap / dense for grap, dense in zip(times["grap_ms"], times["dense_ms"])]
+        )
         result.append(times)
     return result
 
@@ -290,9 +361,19 @@ def machine() -> Dict[str, Any]:
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text(encoding="utf-8").splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":", 1)[1].strip()
+            for line in info.read_text(encoding="utf-8").splitlines()
+            if line.startswith("model name")
+        ]
         model = names[0] if names else model
-    return {"cpu": model, "cores": os.cpu_count(), "threads": THREADS, "system": platform.platform(), "python": platform.python_version()}
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "threads": THREADS,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+    }
 
 
 def print_report(result: Dict[str, Any]) -> None:
@@ -303,11 +384,18 @@ def print_report(result: Dict[str, Any]) -> None:
         versions.update(side["versions"])
     loads = [row["load_average_1min"] for row in result["load"]]
     print(
-        f"\n{where['cpu']}, {where['cores']} cores, {where['threads']} threads each; load average {min(loads):.2f} to {max(loads):.2f}, the benchmark's own included"
+        f"\n{where['cpu']}, {where['cores']} cores, {where['threads']} threads each; load "
+        f"average {min(loads):.2f} to {max(loads):.2f}, the benchmark's own included"
     )
     print(", ".join(f"{name} {version}" for name, version in versions.items()))
-    print(f"{TOKENS_PER_STEP} tokens a step, d 256, 4 heads, 8 experts, top-1, vocabulary 4,096; random tokens\n")
-    print(f"{'':14}{'parameters':>12}{'tokens/s (min-max)':>25}{'CPU us/token':>14}{'peak MB':>9}{'start s':>9}  what")
+    print(
+        f"{TOKENS_PER_STEP} tokens a step, d 256, 4 heads, 8 experts, top-1, vocabulary "
+        "4,096; random tokens\n"
+    )
+    print(
+        f"{'':14}{'parameters':>12}{'tokens/s (min-max)':>25}{'CPU us/token':>14}{'peak MB':>9}{'start s':>9} "
+        " what"
+    )
     for name, side in result["sides"].items():
         speed = side["tokens_per_second"]
         text = f"{speed['median']:,.0f} ({speed['min']:,.0f}-{speed['max']:,.0f})"
@@ -317,17 +405,30 @@ def print_report(result: Dict[str, Any]) -> None:
         )
     print(f"\n{'':60}{'median':>8}{'min':>8}{'max':>8}{'best':>8}  quiet rounds")
     for name, ratio in result["ratios"].items():
-        quiet = f"{ratio['quiet_median']:.2f} in {ratio['quiet_rounds']}" if ratio["quiet_rounds"] else "none"
-        print(f"{name:60}{ratio['median']:>8.2f}{ratio['min']:>8.2f}{ratio['max']:>8.2f}{ratio['best']:>8.2f}  {quiet}")
+        quiet = (
+            f"{ratio['quiet_median']:.2f} in {ratio['quiet_rounds']}"
+            if ratio["quiet_rounds"]
+            else "none"
+        )
+        print(
+            f"{name:60}{ratio['median']:>8.2f}{ratio['min']:>8.2f}{ratio['max']:>8.2f}{ratio['best']:>8.2f} "
+            f" {quiet}"
+        )
     for gate in result["gates"]:
-        grap, dense, ratio = statistics.median(gate["grap_ms"]), statistics.median(gate["dense_ms"]), gate["grap_over_dense"]
-        name = f"gate time, d {gate['hidden_size']}, {gate['num_experts']} experts: GrAP {grap:.2f} / dense {dense:.2f} ms"
+        grap = statistics.median(gate["grap_ms"])
+        dense = statistics.median(gate["dense_ms"])
+        ratio = gate["grap_over_dense"]
+        name = (
+            f"gate time, d {gate['hidden_size']}, {gate['num_experts']} experts: GrAP "
+            f"{grap:.2f} / dense {dense:.2f} ms"
+        )
         print(f"{name:60}{ratio['median']:>8.2f}{ratio['min']:>8.2f}{ratio['max']:>8.2f}")
     print()
     for name, row in result["memory"].items():
         if isinstance(row, dict):
             print(
-                f"memory, {name}: peak {row['peak_memory_mb']:,.0f} MB, of it weights and moments {row['weights_and_moments_mb']:,.0f} MB"
+                f"memory, {name}: peak {row['peak_memory_mb']:,.0f} MB, of it weights and "
+                f"moments {row['weights_and_moments_mb']:,.0f} MB"
             )
         else:
             print(f"memory, {name}: {row:.1f}")
@@ -344,11 +445,26 @@ def output_file(text: str) -> Path:
 def parse_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     """Read the flags."""
     parser = Parser(str(__doc__).splitlines()[0])
-    parser.add_argument("--rounds", type=count, default=10, help="rounds; every side runs once in each")
-    parser.add_argument("--steps", type=count, default=4, help="training steps of a side in a round")
-    parser.add_argument("--output", type=output_file, default=None, help="write everything, raw rounds included, to this JSON file")
-    parser.add_argument("--hf-python", default=sys.executable, help="interpreter that has torch and transformers")
-    parser.add_argument("--sides", default=None, help="only these, comma-separated: " + ", ".join(side.name for side in SIDES))
+    parser.add_argument(
+        "--rounds", type=count, default=10, help="rounds; every side runs once in each"
+    )
+    parser.add_argument(
+        "--steps", type=count, default=4, help="training steps of a side in a round"
+    )
+    parser.add_argument(
+        "--output",
+        type=output_file,
+        default=None,
+        help="write everything, raw rounds included, to this JSON file",
+    )
+    parser.add_argument(
+        "--hf-python", default=sys.executable, help="interpreter that has torch and transformers"
+    )
+    parser.add_argument(
+        "--sides",
+        default=None,
+        help="only these, comma-separated: " + ", ".join(side.name for side in SIDES),
+    )
     parser.add_argument("--check", action="store_true", help="read the flags and end")
     arguments = parser.parse_args(argv)
     names = [side.name for side in SIDES] if arguments.sides is None else arguments.sides.split(",")
@@ -369,10 +485,16 @@ def main() -> int:
     if hasattr(os, "sched_setaffinity"):
         # Inherited by the contestants: no library may take more cores than the others.
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
-    result: Dict[str, Any] = {"machine": machine(), "steps_in_a_round": arguments.steps, "tokens_in_a_step": TOKENS_PER_STEP}
+    result: Dict[str, Any] = {
+        "machine": machine(),
+        "steps_in_a_round": arguments.steps,
+        "tokens_in_a_step": TOKENS_PER_STEP,
+    }
     try:
         print("training", flush=True)
-        result["sides"], result["load"] = measure_training(arguments.sides, arguments.rounds, arguments.steps, arguments.hf_python)
+        result["sides"], result["load"] = measure_training(
+            arguments.sides, arguments.rounds, arguments.steps, arguments.hf_python
+        )
         result["ratios"] = ratios({name: side["rounds"] for name, side in result["sides"].items()})
         print("gates", flush=True)
         result["gates"] = measure_gates()

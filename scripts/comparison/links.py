@@ -1,8 +1,9 @@
-"""Reads the byte counters of an emulated cluster's links while a job trains, and holds them against the job's ledger.
+"""Reads the byte counters of an emulated cluster's links while a job trains, and holds them against
+the job's ledger.
 
-Started by emulate_cluster.sh; ends at SIGTERM and then writes RUN_DIR/links.json. Counters are read when the job begins, at
-each new row of metrics.jsonl, and at the end, so that the traffic of the training steps is known apart from that of
-joining, of evaluations and of checkpoints.
+Started by emulate_cluster.sh; ends at SIGTERM and then writes RUN_DIR/links.json. Counters are read
+when the job begins, at each new row of metrics.jsonl, and at the end, so that the traffic of the
+training steps is known apart from that of joining, of evaluations and of checkpoints.
 """
 
 from __future__ import annotations
@@ -15,25 +16,36 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 ECHO = 2  # MCCL answers every message with its own payload
-HEADERS = 66  # bytes of Ethernet, IPv4 and TCP with time stamps in each packet, all there is in a bare acknowledgement
+# bytes of Ethernet, IPv4 and TCP with time stamps in each packet, all there is in a bare
+# acknowledgement
+HEADERS = 66
 
 
 class Links:
     """Bytes each node has sent and received, as its end of the bridge counted them."""
 
     def __init__(self, owner: int, nodes: int) -> None:
-        self.folders = [Path(f"/sys/class/net/moe{owner}v{node}/statistics") for node in range(nodes)]
+        self.folders = [
+            Path(f"/sys/class/net/moe{owner}v{node}/statistics") for node in range(nodes)
+        ]
 
     def read(self) -> Dict[str, List[int]]:
         """What a node sent is what its port of the bridge received."""
-        return {name: [int((folder / name).read_text()) for folder in self.folders] for name in ("rx_bytes", "rx_packets", "tx_bytes")}
+        return {
+            name: [int((folder / name).read_text()) for folder in self.folders]
+            for name in ("rx_bytes", "rx_packets", "tx_bytes")
+        }
 
 
 def watch(links: Links, metrics: Path) -> Dict[str, Any]:
-    """Follow the job until SIGTERM; what the links carried, and that at the end of each training step."""
+    """Follow the job until SIGTERM; what the links carried, and that at the end of each training
+    step.
+    """
     stop: List[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: stop.append(number))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the script, which sends SIGTERM when the job is over
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the script, which sends SIGTERM when the job is over
     begin = end = links.read()
     seen: Optional[int] = metrics.stat().st_size if metrics.exists() else 0
     steps: List[Dict[str, Any]] = []
@@ -52,15 +64,27 @@ def watch(links: Links, metrics: Path) -> Dict[str, Any]:
         for line in lines[:-1]:
             row = json.loads(line)
             kind = "step" if "step_seconds" in row else "event"
-            steps.append({kind: row["step"], "bytes": sum(end["rx_bytes"]), "packets": sum(end["rx_packets"]), "ledger": row.get("inter_node_bytes")})
+            steps.append(
+                {
+                    kind: row["step"],
+                    "bytes": sum(end["rx_bytes"]),
+                    "packets": sum(end["rx_packets"]),
+                    "ledger": row.get("inter_node_bytes"),
+                }
+            )
     end = links.read()
     sent = [after - before for before, after in zip(begin["rx_bytes"], end["rx_bytes"])]
     received = [after - before for before, after in zip(begin["tx_bytes"], end["tx_bytes"])]
-    return {"links": [{"sent_bytes": out, "received_bytes": back} for out, back in zip(sent, received)], "steps": per_step(steps)}
+    return {
+        "links": [{"sent_bytes": out, "received_bytes": back} for out, back in zip(sent, received)],
+        "steps": per_step(steps),
+    }
 
 
 def per_step(rows: List[Dict[str, Any]]) -> List[Dict[str, int]]:
-    """Bytes on all links in each training step that directly followed another one: no evaluation came between."""
+    """Bytes on all links in each training step that directly followed another one: no evaluation
+    came between.
+    """
     steps = []
     for before, row in zip(rows, rows[1:]):
         if "step" in before and "step" in row and row["ledger"] is not None:
@@ -76,13 +100,19 @@ def per_step(rows: List[Dict[str, Any]]) -> List[Dict[str, int]]:
     return steps
 
 
-def account(steps: List[Dict[str, int]], gradient_bytes: int, nodes: int, ranks: int) -> Dict[str, Any]:
-    """Totals over the steps, and how far the ledger is from the counters once the gradients are taken off.
+def account(
+    steps: List[Dict[str, int]], gradient_bytes: int, nodes: int, ranks: int
+) -> Dict[str, Any]:
+    """Totals over the steps, and how far the ledger is from the counters once the gradients are
+    taken off.
 
-    MCCL reduces gradients in a ring of all ranks: each passes 2 (R-1)/R of them on, and a ring through N nodes leaves a node
-    N times.
+    MCCL reduces gradients in a ring of all ranks: each passes 2 (R-1)/R of them on, and a ring
+    through N nodes leaves a node N times.
     """
-    wire, carried, ledger = (sum(step[key] for step in steps) for key in ("wire_bytes", "tcp_payload_bytes", "ledger_bytes"))
+    wire, carried, ledger = (
+        sum(step[key] for step in steps)
+        for key in ("wire_bytes", "tcp_payload_bytes", "ledger_bytes")
+    )
     crossings = nodes if nodes > 1 else 0
     gradients = round(ECHO * gradient_bytes * 2 * (ranks - 1) / ranks * crossings) * len(steps)
     exchange = carried - gradients
@@ -98,13 +128,19 @@ def account(steps: List[Dict[str, int]], gradient_bytes: int, nodes: int, ranks:
 
 
 def dense_gradient_bytes(run_dir: Path) -> int:
-    """What one rank reduces with all others in a step: fp32 gradients of everything but the experts."""
+    """What one rank reduces with all others in a step: fp32 gradients of everything but the
+    experts.
+    """
     from pangu_locmoe.config.stored import load_stored_config
     from pangu_locmoe.model.size import num_params
 
     config = load_stored_config(run_dir / "config.yaml")
-    model, moe = config.model, config.moe
-    return 4 * (num_params(config) - model.num_moe_layers * moe.num_experts * 2 * model.hidden_size * model.ffn_size)
+    model = config.model
+    moe = config.moe
+    return 4 * (
+        num_params(config)
+        - model.num_moe_layers * moe.num_experts * 2 * model.hidden_size * model.ffn_size
+    )
 
 
 def main() -> None:
@@ -124,7 +160,9 @@ def main() -> None:
         "rate": options.rate,
         "echo": ECHO,
         "headers": HEADERS,
-        "account": account(watched["steps"], gradients, options.nodes, options.nodes * options.ranks_per_node),
+        "account": account(
+            watched["steps"], gradients, options.nodes, options.nodes * options.ranks_per_node
+        ),
         **watched,
     }
     (run_dir / "links.json").write_text(json.dumps(result) + "\n", encoding="utf-8")

@@ -38,20 +38,30 @@ def write(folder: Path, machine: str) -> None:
 def _head(rows: List[Row], machine: str) -> str:
     seeds = sorted({row["seed"] for row in rows})
     difference = max(row["loss_difference"] for row in rows)
-    errors = [abs(row["ledger_error"]) for row in rows if row["ledger_error"] is not None and row["inter_node_bytes"] > 1e5]
+    errors = [
+        abs(row["ledger_error"])
+        for row in rows
+        if row["ledger_error"] is not None and row["inter_node_bytes"] > 1e5
+    ]
     return (
-        f"{machine}; {rows[0]['steps']} steps, the last {rows[0]['timed_steps']} of them timed; seeds {', '.join(map(str, seeds))}. "
+        f"{machine}; {rows[0]['steps']} steps, the last {rows[0]['timed_steps']} of them "
+        f"timed; seeds {', '.join(map(str, seeds))}. "
         "Means over seeds of each run's median, with the lowest and highest seed in brackets. "
-        f"Losses on the cluster and in one process differ by {difference:.1e} at most; the ledger and the links' counters by {max(errors, default=0):.1%} at most.\n"
+        f"Losses on the cluster and in one process differ by {difference:.1e} at most; the "
+        f"ledger and the links' counters by {max(errors, default=0):.1%} at most.\n"
     )
 
 
 def _title(row: Row) -> str:
-    title, share, aim = f"Links of {row['link_rate']}", row["hash_exchange_share"], row["target_share"]
+    title = f"Links of {row['link_rate']}"
+    share = row["hash_exchange_share"]
+    aim = row["target_share"]
     if share is not None:
         title += f": the exchange is {share:.1%} of hash's step"
     if aim is not None:
-        title += f" (aim: {aim:.0%}" + (" beyond what it takes without any limit)" if row["target_share_of"] == "links" else ")")
+        title += f" (aim: {aim:.0%}" + (
+            " beyond what it takes without any limit)" if row["target_share_of"] == "links" else ")"
+        )
     return title
 
 
@@ -62,12 +72,17 @@ def _rates(rows: List[Row]) -> List[str]:
 def _groups(rows: List[Row]) -> Dict[Key, List[Row]]:
     groups: Dict[Key, List[Row]] = {}
     for row in rows:
-        groups.setdefault((row["router"], row["levels"], row["sharding"], row["capacity"]), []).append(row)
+        groups.setdefault(
+            (row["router"], row["levels"], row["sharding"], row["capacity"]), []
+        ).append(row)
     return groups
 
 
 def _table(rows: List[Row]) -> str:
-    names = "router | levels | sharding | capacity | step, s | exchange, s | rest, s | MB between nodes | local | max/mean load | dropped | validation loss | on other documents, 95%"
+    names = (
+        "router | levels | sharding | capacity | step, s | exchange, s | rest, s | MB between "
+        "nodes | local | max/mean load | dropped | validation loss | on other documents, 95%"
+    )
     lines = [f"| {names} |", "|" + "---|" * (names.count("|") + 1)]
     for (router, levels, sharding, capacity), group in _groups(rows).items():
         slots = group[0]["capacity_slots"]
@@ -93,7 +108,9 @@ def _table(rows: List[Row]) -> str:
 def _verdicts(rows: List[Row]) -> Iterator[str]:
     """Target by target, for single-level locmoe under domain sharding."""
     groups = _groups(rows)
-    ours, base, switch = (groups.get((router, 1, "domain", "factor")) for router in ("locmoe", "hash", "switch"))
+    ours, base, switch = (
+        groups.get((router, 1, "domain", "factor")) for router in ("locmoe", "hash", "switch")
+    )
     local = groups.get(("hash", 2, "domain", "factor"))
     if not ours or not base or not switch:
         return
@@ -103,24 +120,59 @@ def _verdicts(rows: List[Row]) -> Iterator[str]:
     if local:
         # What is left where nothing crosses is not the links' doing.
         gone = [
-            1 - (o["exchange_seconds"] - n["exchange_seconds"]) / (h["exchange_seconds"] - n["exchange_seconds"])
+            1
+            - (o["exchange_seconds"] - n["exchange_seconds"])
+            / (h["exchange_seconds"] - n["exchange_seconds"])
             for (h, o), (_, n) in zip(_pairs(base, ours), _pairs(base, local))
         ]
         yield _verdict("of hash's inter-node exchange time gone", gone, ".0%", 0.8, True)
-    yield _verdict("inter-node bytes, of hash's", [b["inter_node_bytes"] / a["inter_node_bytes"] for a, b in _pairs(base, ours)], ".2f", 0.25, False)
-    yield _verdict("local fraction, where the sharding allows 1", [row["local_fraction"] for row in ours], ".2f", 0.85, True)
-    yield _verdict("max/mean load, second half", [row["max_over_mean_load"] for row in ours], ".2f", 1.5, False)
-    yield _verdict("dropped at capacity 1.25, second half", [row["dropped_fraction"] for row in ours], ".1%", 0.02, False)
-    yield _verdict("validation loss over switch's", [b["validation_loss"] / a["validation_loss"] - 1 for a, b in _pairs(switch, ours)], ".1%", 0.02, False)
+    yield _verdict(
+        "inter-node bytes, of hash's",
+        [b["inter_node_bytes"] / a["inter_node_bytes"] for a, b in _pairs(base, ours)],
+        ".2f",
+        0.25,
+        False,
+    )
+    yield _verdict(
+        "local fraction, where the sharding allows 1",
+        [row["local_fraction"] for row in ours],
+        ".2f",
+        0.85,
+        True,
+    )
+    yield _verdict(
+        "max/mean load, second half", [row["max_over_mean_load"] for row in ours], ".2f", 1.5, False
+    )
+    yield _verdict(
+        "dropped at capacity 1.25, second half",
+        [row["dropped_fraction"] for row in ours],
+        ".1%",
+        0.02,
+        False,
+    )
+    yield _verdict(
+        "validation loss over switch's",
+        [b["validation_loss"] / a["validation_loss"] - 1 for a, b in _pairs(switch, ours)],
+        ".1%",
+        0.02,
+        False,
+    )
     together = _pairs(switch, ours)
-    apart = on_other_documents([b.get("validation_blocks") for _, b in together], "+.3f", [a.get("validation_blocks") for a, _ in together])
+    apart = on_other_documents(
+        [b.get("validation_blocks") for _, b in together],
+        "+.3f",
+        [a.get("validation_blocks") for a, _ in together],
+    )
     yield f"- validation loss less switch's, on other documents (95%): {apart}"
 
 
 def _verdict(what: str, values: List[float], form: str, target: float, at_least: bool) -> str:
     mean = statistics.mean(values)
     met = mean >= target if at_least else mean <= target
-    return f"- {what}: {_spread(values, form)}; target {'at least' if at_least else 'at most'} {target:{form}}: {'met' if met else 'MISSED'}"
+    return (
+        f"- {what}: {_spread(values, form)}; target {'at least' if at_least else 'at most'} "
+        f"{target:{form}}: {'met' if met else 'MISSED'}"
+    )
 
 
 def _pairs(first: List[Row], second: List[Row]) -> List[Tuple[Row, Row]]:
@@ -139,7 +191,9 @@ def _spread(values: List[float], form: str) -> str:
 
 
 def _picture(rows: List[Row], curves: Dict[str, Any], path: Path) -> None:
-    """Bars for each link rate and sharding at which several routers ran, and the curves of validation loss under domain sharding."""
+    """Bars for each link rate and sharding at which several routers ran, and the curves of
+    validation loss under domain sharding.
+    """
     panels: Dict[Tuple[str, str], List[Row]] = {}
     for row in rows:
         panels.setdefault((row["link_rate"], row["sharding"]), []).append(row)
@@ -148,7 +202,9 @@ def _picture(rows: List[Row], curves: Dict[str, Any], path: Path) -> None:
     number = len(panels) + (2 if compared else 0)
     if number == 0:
         return
-    figure, axes = pyplot.subplots(1, number, figsize=(4.6 * number, 4.4), layout="constrained", squeeze=False)
+    figure, axes = pyplot.subplots(
+        1, number, figsize=(4.6 * number, 4.4), layout="constrained", squeeze=False
+    )
     for axis, group in zip(axes[0], panels.values()):
         _bars(axis, group)
     if compared:
@@ -160,12 +216,21 @@ def _picture(rows: List[Row], curves: Dict[str, Any], path: Path) -> None:
 
 def _bars(axis: Any, rows: List[Row]) -> None:
     for place, ((router, levels, _, capacity), group) in enumerate(_groups(rows).items()):
-        step, exchange = _mean(group, "step_seconds"), _mean(group, "exchange_seconds")
+        step = _mean(group, "step_seconds")
+        exchange = _mean(group, "exchange_seconds")
         axis.bar(place, step - exchange, color=ROUTERS[router], alpha=0.45)
         axis.bar(place, exchange, bottom=step - exchange, color=ROUTERS[router])
         axis.text(place, step, f"{step:.2f}", ha="center", va="bottom", fontsize=8)
         axis.plot([place] * len(group), [row["step_seconds"] for row in group], "k_", markersize=6)
-        axis.text(place, -0.01, f"{router}\n{levels} level{'s' * (levels > 1)}\n{capacity * (capacity == 'bound')}", ha="center", va="top", fontsize=8, transform=axis.get_xaxis_transform())
+        axis.text(
+            place,
+            -0.01,
+            f"{router}\n{levels} level{'s' * (levels > 1)}\n{capacity * (capacity == 'bound')}",
+            ha="center",
+            va="top",
+            fontsize=8,
+            transform=axis.get_xaxis_transform(),
+        )
     axis.set_xticks([])
     axis.set_ylabel("seconds a step; dark: exchange")
     axis.set_title(f"{rows[0]['link_rate']}, {rows[0]['sharding']} sharding", fontsize=10)
@@ -180,9 +245,25 @@ def _curves(axis: Any, rows: List[Row], curves: Dict[str, Any], rate: Optional[s
         for row in group:
             curve = curves[f"{router}-{levels}-{sharding}-seed{row['seed']}"]
             steps, losses = zip(*curve["validation"])
-            scale = _seconds(rows, curve["local_fraction"], row) if rate else [float(step) for step in range(row["steps"] + 1)]
-            label = f"{router}, {levels} level{'s' * (levels > 1)}" if row["seed"] == group[0]["seed"] else None
-            axis.plot([scale[step] for step in steps], losses, style, color=ROUTERS[router], lw=1.2, alpha=0.8, label=label)
+            scale = (
+                _seconds(rows, curve["local_fraction"], row)
+                if rate
+                else [float(step) for step in range(row["steps"] + 1)]
+            )
+            label = (
+                f"{router}, {levels} level{'s' * (levels > 1)}"
+                if row["seed"] == group[0]["seed"]
+                else None
+            )
+            axis.plot(
+                [scale[step] for step in steps],
+                losses,
+                style,
+                color=ROUTERS[router],
+                lw=1.2,
+                alpha=0.8,
+                label=label,
+            )
     axis.set_xlabel(f"seconds at {rate}" if rate else "steps")
     axis.set_ylabel("validation loss")
     handles, labels = axis.get_legend_handles_labels()
@@ -191,9 +272,16 @@ def _curves(axis: Any, rows: List[Row], curves: Dict[str, Any], rate: Optional[s
 
 
 def _seconds(rows: List[Row], local: List[float], row: Row) -> List[float]:
-    """Seconds up to each step: the timed step, with an exchange as long as the tokens that cross in each step make it."""
-    slope, start = np.polyfit([1 - other["local_fraction"] for other in rows], [other["exchange_seconds"] for other in rows], 1).tolist()
-    rest, total = row["step_seconds"] - row["exchange_seconds"], [0.0]
+    """Seconds up to each step: the timed step, with an exchange as long as the tokens that cross
+    in each step make it.
+    """
+    slope, start = np.polyfit(
+        [1 - other["local_fraction"] for other in rows],
+        [other["exchange_seconds"] for other in rows],
+        1,
+    ).tolist()
+    rest = row["step_seconds"] - row["exchange_seconds"]
+    total = [0.0]
     for fraction in local:
         total.append(total[-1] + rest + start + slope * (1 - fraction))
     return total

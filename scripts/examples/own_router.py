@@ -1,4 +1,6 @@
-"""Write a router, train it, and train LocMoE's beside it: `python scripts/examples/own_router.py`."""
+"""Write a router, train it, and train LocMoE's beside it: `python
+scripts/examples/own_router.py`.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,16 @@ HERE = Path(__file__).resolve().parent
 
 
 class FirstFeatures(GatedRouter):
-    """The first E features of a token are the logits of the E experts: a gate without parameters."""
+    """The first E features of a token are the logits of the E experts: a gate without
+    parameters.
+    """
 
     def logits(self, x_TD: Tensor, noise: Noise, training: bool) -> Tensor:
         return x_TD[:, : self.num_experts]
 
     def cosine(self, x_TD: Tensor, logits_TE: Tensor, expert_T: Tensor) -> Tensor:
-        # An expert's gate is a unit vector: the cosine is the expert's feature over the token's length.
+        # An expert's gate is a unit vector: the cosine is the expert's feature over the token's
+        # length.
         chosen_T1 = ops.gather_elements(logits_TE, 1, ops.expand_dims(expert_T, 1))
         return ops.squeeze(chosen_T1, 1) / ops.sqrt(ops.reduce_sum(x_TD * x_TD, 1) + 1e-6)
 
@@ -38,7 +43,8 @@ def main() -> None:
         train(load_config(HERE / "tiny.yaml", values), run_dir, progress=False)
     for run_dir in (work / "FirstFeatures", work / "locmoe"):
         final = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))["final"]
-        loss, bits = final["validation_loss"], final["bits_per_byte"]
+        loss = final["validation_loss"]
+        bits = final["bits_per_byte"]
         print(f"{run_dir.name:14} validation loss {loss:.3f}, {bits:.3f} bits per byte")
 
 

@@ -1,6 +1,8 @@
-"""From a load trace to a placement plan: `python scripts/examples/trace_and_place.py [TRACE [PLAN.json]]`.
+"""From a load trace to a placement plan: `python scripts/examples/trace_and_place.py [TRACE
+[PLAN.json]]`.
 
-TRACE is a run directory or an .npz with the nodes that tokens come from; without it a trace is made up. NumPy only.
+TRACE is a run directory or an .npz with the nodes that tokens come from; without it a trace is made
+up. NumPy only.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ def main(arguments: list[str]) -> None:
     origin = int(trace.step_K[-1]) + 1
     coming = forecast(trace, origin, horizon=100)
     print(
-        f"shares of the first layer in the next 100 steps {coming.share_FLE.mean(axis=0)[0].round(3)}"
+        "shares of the first layer in the next 100 steps "
+        f"{coming.share_FLE.mean(axis=0)[0].round(3)}"
     )
 
     costs = Costs.of_model(hidden_size=768, ffn_size=3072, horizon=100)

@@ -1,6 +1,8 @@
-"""Train a small LocMoE model from Python, evaluate it, let it write: `python scripts/examples/train_in_python.py [TEXT ...]`.
+"""Train a small LocMoE model from Python, evaluate it, let it write: `python
+scripts/examples/train_in_python.py [TEXT ...]`.
 
-TEXT are files, folders or globs, a domain each; without any, this clone's documentation and code are read.
+TEXT are files, folders or globs, a domain each; without any, this clone's documentation and code
+are read.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ def main(texts: list[str]) -> None:
     figures = evaluate_checkpoint(work / "run")
     print(format_evaluation(figures, figures["bigram_bits_per_byte"]))
     write = restore_generator(work / "run")
-    prompt, domain = "The router ", 0
+    prompt = "The router "
+    domain = 0
     print(prompt + write([prompt], [domain], SampleConfig(tokens=24), seed=1)[0])
 
 

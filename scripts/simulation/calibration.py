@@ -1,4 +1,5 @@
-"""A device from measurements: the emulated cluster's processor and links, fitted to a few measured steps.
+"""A device from measurements: the emulated cluster's processor and links, fitted to a few measured
+steps.
 
 A measured step has three parts, and each is a line in the same four unknowns (f, c, o, k):
 
@@ -6,8 +7,10 @@ A measured step has three parts, and each is a line in the same four unknowns (f
     exchange  = o * exchanges + c * bytes a rank sends + k * bytes through a node's link / rate
     reduction =                 c * bytes a rank sends + k * bytes through a node's link / rate
 
-f: seconds of a FLOP, c: of a byte that the processor handles, o: of an exchange, waiting for the slower ranks included,
-k: bytes on the wire for one byte of payload. Least squares with no unknown below 0; a row's equations are divided by its step.
+f: seconds of a FLOP, c: of a byte that the processor handles, o: of an exchange, waiting for the
+slower ranks included,
+k: bytes on the wire for one byte of payload. Least squares with no unknown below 0; a row's
+equations are divided by its step.
 """
 
 from __future__ import annotations
@@ -66,13 +69,17 @@ def link_bytes_per_second(rate: str) -> float:
     raise DataError(f"link rate {rate!r}: must be a rate such as 50mbit, or unlimited")
 
 
-def calibrate(rows: Sequence[Row], config: Config, nodes: int = 2, name: str = "emulated_cpu") -> Device:
+def calibrate(
+    rows: Sequence[Row], config: Config, nodes: int = 2, name: str = "emulated_cpu"
+) -> Device:
     """The device on which the model takes as long as was measured.
 
     Args:
-        rows: as scripts/compare_routers.py writes them: link_rate, step_seconds, exchange_seconds, reduce_seconds,
-            local_fraction, max_over_mean_load. At least one link must be limited, or the wire stays unknown.
-        config: what was run; all ranks of the cluster share the experts, expert_parallel times tensor_parallel of them.
+        rows: as scripts/compare_routers.py writes them: link_rate, step_seconds, exchange_seconds,
+            reduce_seconds, local_fraction, max_over_mean_load. At least one link must be limited,
+            or the wire stays unknown.
+        config: what was run; all ranks of the cluster share the experts, expert_parallel times
+            tensor_parallel of them.
         nodes: of the cluster.
         name: of the device.
 
@@ -84,9 +91,13 @@ def calibrate(rows: Sequence[Row], config: Config, nodes: int = 2, name: str = "
     equations: List[List[float]] = []
     measured: List[float] = []
     for row in rows:
-        step, exchange, reduction = (_number(row, key) for key in ("step_seconds", "exchange_seconds", "reduce_seconds"))
+        step, exchange, reduction = (
+            _number(row, key) for key in ("step_seconds", "exchange_seconds", "reduce_seconds")
+        )
         unit = [_parts(row, config, nodes, device) for device in _units(config, nodes)]
-        flops, copy_exchange, copy_reduction, overhead, wire_exchange, wire_reduction = _coefficients(unit)
+        flops, copy_exchange, copy_reduction, overhead, wire_exchange, wire_reduction = (
+            _coefficients(unit)
+        )
         slowness = 1 / link_bytes_per_second(row["link_rate"])
         equations += [
             [flops / step, 0, 0, 0],
@@ -95,7 +106,9 @@ def calibrate(rows: Sequence[Row], config: Config, nodes: int = 2, name: str = "
         ]
         measured += [(step - exchange - reduction) / step, exchange / step, reduction / step]
     if all(row["link_rate"] == "unlimited" for row in rows):
-        raise DataError("every measured row has unlimited links: what a byte on the wire costs cannot be told")
+        raise DataError(
+            "every measured row has unlimited links: what a byte on the wire costs cannot be told"
+        )
     matrix = np.array(equations)
     scale = np.maximum(np.abs(matrix).max(axis=0), 1e-300)
     flop, byte, overhead, wire = nnls(matrix / scale, np.array(measured))[0] / scale
@@ -115,18 +128,39 @@ def calibrate(rows: Sequence[Row], config: Config, nodes: int = 2, name: str = "
     )
 
 
-def predictions(rows: Sequence[Row], config: Config, device: Device, nodes: int = 2) -> List[Prediction]:
-    """Measured and predicted step of each row; local fraction and max/mean load are the row's, seconds are not looked at."""
+def predictions(
+    rows: Sequence[Row], config: Config, device: Device, nodes: int = 2
+) -> List[Prediction]:
+    """Measured and predicted step of each row; local fraction and max/mean load are the row's,
+    seconds are not looked at.
+    """
     result = []
     for row in rows:
-        step = _parts(row, config, nodes, dataclasses.replace(device, node_bandwidth=link_bytes_per_second(row["link_rate"])))
+        step = _parts(
+            row,
+            config,
+            nodes,
+            dataclasses.replace(device, node_bandwidth=link_bytes_per_second(row["link_rate"])),
+        )
         measured = _number(row, "step_seconds"), _number(row, "exchange_seconds")
-        result.append(Prediction(row["router"], row.get("levels", 1), row["link_rate"], measured[0], step.seconds, measured[1], step.exchange))
+        result.append(
+            Prediction(
+                row["router"],
+                row.get("levels", 1),
+                row["link_rate"],
+                measured[0],
+                step.seconds,
+                measured[1],
+                step.exchange,
+            )
+        )
     return result
 
 
 def _parts(row: Row, config: Config, nodes: int, device: Device) -> Step:
-    routing = Routing(min(1.0, _number(row, "local_fraction")), max(1.0, _number(row, "max_over_mean_load")))
+    routing = Routing(
+        min(1.0, _number(row, "local_fraction")), max(1.0, _number(row, "max_over_mean_load"))
+    )
     assumed = Assumptions(routing={row["router"]: routing})
     return simulate(config, [nodes], [row["router"]], device, assumptions=assumed).rows[0].step
 
@@ -136,9 +170,18 @@ def _ranks_per_node(config: Config, nodes: int) -> int:
 
 
 def _units(config: Config, nodes: int) -> Tuple[Device, Device, Device, Device]:
-    """Devices on which one thing costs one second and the others nothing: a FLOP, a copied byte, an exchange, a byte on a link."""
-    free = Device("unit", _ranks_per_node(config, nodes), 1e300, 1.0, 1e300, 1e300, shared_processor=True)
-    changes: Tuple[Dict[str, Any], ...] = ({"peak_flops": 1.0}, {"copy_bandwidth": 1.0}, {"exchange_overhead": 1.0}, {"node_bandwidth": 1.0})
+    """Devices on which one thing costs one second and the others nothing: a FLOP, a copied byte,
+    an exchange, a byte on a link.
+    """
+    free = Device(
+        "unit", _ranks_per_node(config, nodes), 1e300, 1.0, 1e300, 1e300, shared_processor=True
+    )
+    changes: Tuple[Dict[str, Any], ...] = (
+        {"peak_flops": 1.0},
+        {"copy_bandwidth": 1.0},
+        {"exchange_overhead": 1.0},
+        {"node_bandwidth": 1.0},
+    )
     first, second, third, fourth = (dataclasses.replace(free, **change) for change in changes)
     return first, second, third, fourth
 
@@ -146,11 +189,25 @@ def _units(config: Config, nodes: int) -> Tuple[Device, Device, Device, Device]:
 def _coefficients(unit: Sequence[Step]) -> Tuple[float, float, float, float, float, float]:
     flop, copy, exchange, wire = unit
     computing = flop.dense + flop.experts + flop.straggler
-    return computing, copy.exchange, copy.reduction, exchange.exchange, wire.exchange, wire.reduction
+    return (
+        computing,
+        copy.exchange,
+        copy.reduction,
+        exchange.exchange,
+        wire.exchange,
+        wire.reduction,
+    )
 
 
 def _number(row: Row, key: str) -> float:
     value = row.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value >= 0):
-        raise DataError(f"measured row of {row.get('router', 'no router')}: {key} = {value!r}: must be a number of at least 0")
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not (math.isfinite(value) and value >= 0)
+    ):
+        raise DataError(
+            f"measured row of {row.get('router', 'no router')}: {key} = {value!r}: must be "
+            "a number of at least 0"
+        )
     return float(value)

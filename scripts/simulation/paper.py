@@ -1,7 +1,9 @@
-"""`python -m simulation.paper`: the time model on LocMoE's clusters, as the tables and pictures of docs/simulate.md.
+"""`python -m simulation.paper`: the time model on LocMoE's clusters, as the tables and pictures of
+docs/simulate.md.
 
-One number is fitted: the share of the links' bandwidth that the exchange between nodes gets, so that hash's exchange takes the
-paper's 18.10% of the step at 128 NPUs. All other figures are published, assumed, or follow.
+One number is fitted: the share of the links' bandwidth that the exchange between nodes gets, so
+that hash's exchange takes the paper's 18.10% of the step at 128 NPUs. All other figures are
+published, assumed, or follow.
 """
 
 from __future__ import annotations
@@ -19,17 +21,32 @@ from pangu_locmoe.simulate.model import Assumptions, Row, simulate
 from pangu_locmoe.simulate.routing import Routing
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "pangu_38b.yaml"
-FITTED_NODES, FITTED_SHARE = 16, 0.1810
+FITTED_NODES = 16
+FITTED_SHARE = 0.1810
 PAPER_SHARES = {16: 0.1810, 32: 0.2874}  # of the baseline's step, by nodes of 8 NPUs
 PAPER_REDUCTIONS = {"hash": 0.1268, "switch": 0.2224}  # of LocMoE's time, at 8 nodes
 NODES = (8, 16, 32)
 
-# "Switch leaves about 40% of the experts nearly unused": the others have 1 / 0.6 of the mean at least. "LocMoE is even."
-ROUTING: Mapping[str, Routing] = {"hash": Routing(None, 1.1), "switch": Routing(None, 1 / 0.6), "locmoe": Routing(0.9, 1.1)}
+# "Switch leaves about 40% of the experts nearly unused": the others have 1 / 0.6 of the mean at
+# least. "LocMoE is even."
+ROUTING: Mapping[str, Routing] = {
+    "hash": Routing(None, 1.1),
+    "switch": Routing(None, 1 / 0.6),
+    "locmoe": Routing(0.9, 1.1),
+}
 
-# Published: 16 experts, expert parallel 16, tensor parallel 8, "half of the nodes hold no expert" at 256 NPUs, batch 32, which is
-# read as that of one place here: shared by all places it would be 2 sequences, and the gradients alone half of the step.
-PAPER = Assumptions(tensor_parallel=8, expert_parallel=16, exchange="flat", sequences=32, copies=False, routing=ROUTING)
+# Published: 16 experts, expert parallel 16, tensor parallel 8, "half of the nodes hold no expert"
+# at 256 NPUs, batch 32, which is
+# read as that of one place here: shared by all places it would be 2 sequences, and the gradients
+# alone half of the step.
+PAPER = Assumptions(
+    tensor_parallel=8,
+    expert_parallel=16,
+    exchange="flat",
+    sequences=32,
+    copies=False,
+    routing=ROUTING,
+)
 
 
 @dataclass(frozen=True)
@@ -52,21 +69,46 @@ def variants() -> Dict[str, Assumptions]:
         "batch 32 at any size": change(PAPER, sequences=None),
         "group-wise exchange": change(PAPER, exchange="groupwise"),
         "reduction hidden under the backward pass": change(PAPER, reduction_overlap=1.0),
-        "switch's fullest expert 1.4 times the mean": change(PAPER, routing={**ROUTING, "switch": Routing(None, 1.4)}),
+        "switch's fullest expert 1.4 times the mean": change(
+            PAPER, routing={**ROUTING, "switch": Routing(None, 1.4)}
+        ),
         "local fraction 0.7": change(PAPER, routing={**ROUTING, "locmoe": Routing(0.7, 1.1)}),
     }
 
 
-def fit_exchange(config: Config, device: Device, assumed: Assumptions, nodes: int = FITTED_NODES, share: float = FITTED_SHARE) -> Device:
+def fit_exchange(
+    config: Config,
+    device: Device,
+    assumed: Assumptions,
+    nodes: int = FITTED_NODES,
+    share: float = FITTED_SHARE,
+) -> Device:
     """The device on which hash's exchange, not overlapped, takes this share of the step.
 
     Raises:
         ConfigError: the links would have to be faster than they are, or messages alone take more.
     """
-    step = simulate(config, [nodes], ["hash"], dataclasses.replace(device, all_to_all_efficiency=1.0), assumptions=assumed).rows[0].step
-    wanted = share / (1 - share) * (step.seconds - step.exchange) - step.exchange_intra - step.exchange_latency
+    step = (
+        simulate(
+            config,
+            [nodes],
+            ["hash"],
+            dataclasses.replace(device, all_to_all_efficiency=1.0),
+            assumptions=assumed,
+        )
+        .rows[0]
+        .step
+    )
+    wanted = (
+        share / (1 - share) * (step.seconds - step.exchange)
+        - step.exchange_intra
+        - step.exchange_latency
+    )
     if not 0 < step.exchange_inter <= wanted:
-        raise ConfigError(f"exchange share {share:.2%} at {nodes} nodes: no all_to_all_efficiency of at most 1 has it; with 1 it is {step.exchange_share:.2%}")
+        raise ConfigError(
+            f"exchange share {share:.2%} at {nodes} nodes: no all_to_all_efficiency of at "
+            f"most 1 has it; with 1 it is {step.exchange_share:.2%}"
+        )
     return dataclasses.replace(device, all_to_all_efficiency=step.exchange_inter / wanted)
 
 
@@ -91,12 +133,22 @@ def result(name: str, config: Config, device: Device, assumed: Assumptions) -> R
 def table(results: Sequence[Result]) -> str:
     """Markdown."""
     lines = [
-        "| assumptions | fitted efficiency | exchange at 64 / 128 / 256 NPUs | locmoe against hash, 64 / 128 / 256 | locmoe against switch, 64 / 128 / 256 |",
+        (
+            "| assumptions | fitted efficiency | exchange at 64 / 128 / 256 NPUs | locmoe "
+            "against hash, 64 / 128 / 256 | locmoe against switch, 64 / 128 / 256 |"
+        ),
         "|---|---|---|---|---|",
-        f"| the paper | | not given / {PAPER_SHARES[16]:.2%} / {PAPER_SHARES[32]:.2%} | {PAPER_REDUCTIONS['hash']:.2%} / not given / not better | {PAPER_REDUCTIONS['switch']:.2%} / not given / not given |",
+        (
+            f"| the paper | | not given / {PAPER_SHARES[16]:.2%} / {PAPER_SHARES[32]:.2%} | "
+            f"{PAPER_REDUCTIONS['hash']:.2%} / not given / not better | "
+            f"{PAPER_REDUCTIONS['switch']:.2%} / not given / not given |"
+        ),
     ]
     for found in results:
-        cells = [_percents(values) for values in (found.shares, found.reductions["hash"], found.reductions["switch"])]
+        cells = [
+            _percents(values)
+            for values in (found.shares, found.reductions["hash"], found.reductions["switch"])
+        ]
         lines.append(f"| {found.name} | {found.efficiency:.2f} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -108,9 +160,12 @@ def _percents(values: Mapping[int, float]) -> str:
 def main(arguments: Optional[List[str]] = None) -> None:
     """Print the table; draw the pictures where a folder is named."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=Path, help="folder for simulate_sensitivity.svg and simulate_scale.svg")
+    parser.add_argument(
+        "--images", type=Path, help="folder for simulate_sensitivity.svg and simulate_scale.svg"
+    )
     options = parser.parse_args(arguments)
-    config, device = load_config(CONFIG), Device.named("ascend_910a")
+    config = load_config(CONFIG)
+    device = Device.named("ascend_910a")
     found = []
     refused: List[str] = []
     for name, assumed in variants().items():
@@ -129,7 +184,9 @@ def main(arguments: Optional[List[str]] = None) -> None:
 
 def changed(config: Config, **capacity: Any) -> Config:
     """The configuration with other capacity settings."""
-    moe = config.moe.model_copy(update={"capacity": config.moe.capacity.model_copy(update=capacity)})
+    moe = config.moe.model_copy(
+        update={"capacity": config.moe.capacity.model_copy(update=capacity)}
+    )
     return config.model_copy(update={"moe": moe})
 
 

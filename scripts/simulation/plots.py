@@ -1,4 +1,7 @@
-"""Pictures of the time model: what a reduction depends on, and the scale-out curve. Needs matplotlib, imported when drawn."""
+"""Pictures of the time model: what a reduction depends on, and the scale-out curve.
+
+Needs matplotlib, imported when drawn.
+"""
 
 from __future__ import annotations
 
@@ -22,30 +25,64 @@ SCALE_NODES = (16, 32, 64, 128, 256, 512, 1024, 1248)  # 8 NPUs each; groups of 
 Case = Tuple[Config, Device, Assumptions]
 
 
-def sensitivity_cases(config: Config, device: Device, assumed: Assumptions) -> Iterator[Tuple[str, str, Case, str, Case]]:
+def sensitivity_cases(
+    config: Config, device: Device, assumed: Assumptions
+) -> Iterator[Tuple[str, str, Case, str, Case]]:
     """Name, and for a low and a high value its label and what to simulate."""
 
     def link(factor: float) -> Case:
-        return config, dataclasses.replace(device, node_bandwidth=device.node_bandwidth * factor), assumed
+        return (
+            config,
+            dataclasses.replace(device, node_bandwidth=device.node_bandwidth * factor),
+            assumed,
+        )
 
     def routed(router: str, routing: Routing) -> Case:
-        return config, device, dataclasses.replace(assumed, routing={**assumed.routing, router: routing})
+        return (
+            config,
+            device,
+            dataclasses.replace(assumed, routing={**assumed.routing, router: routing}),
+        )
 
     def factor(value: float) -> Case:
         return changed(config, factor=value), device, assumed
 
     def tensor(scale: float) -> Case:
-        return config, dataclasses.replace(device, intra_bandwidth=device.intra_bandwidth * scale), assumed
+        return (
+            config,
+            dataclasses.replace(device, intra_bandwidth=device.intra_bandwidth * scale),
+            assumed,
+        )
 
-    yield "local fraction of locmoe", "0.5", routed("locmoe", Routing(0.5, 1.1)), "1", routed("locmoe", Routing(1.0, 1.1))
+    yield (
+        "local fraction of locmoe",
+        "0.5",
+        routed("locmoe", Routing(0.5, 1.1)),
+        "1",
+        routed("locmoe", Routing(1.0, 1.1)),
+    )
     yield "links between nodes", "x 2", link(2), "x 0.5", link(0.5)
-    yield "fullest expert of switch, x mean", "1.2", routed("switch", Routing(None, 1.2)), "2", routed("switch", Routing(None, 2.0))
-    yield "fullest expert of locmoe, x mean", "1.4", routed("locmoe", Routing(0.9, 1.4)), "1", routed("locmoe", Routing(0.9, 1.0))
+    yield (
+        "fullest expert of switch, x mean",
+        "1.2",
+        routed("switch", Routing(None, 1.2)),
+        "2",
+        routed("switch", Routing(None, 2.0)),
+    )
+    yield (
+        "fullest expert of locmoe, x mean",
+        "1.4",
+        routed("locmoe", Routing(0.9, 1.4)),
+        "1",
+        routed("locmoe", Routing(0.9, 1.0)),
+    )
     yield "capacity factor", "1", factor(1.0), "2", factor(2.0)
     yield "links inside the node", "x 0.5", tensor(0.5), "x 3", tensor(3)
 
 
-def sensitivity(config: Config, device: Device, assumed: Assumptions, nodes: int = 8) -> Tuple[Dict[str, float], List[Tuple[str, Tuple[str, str], Dict[str, Tuple[float, float]]]]]:
+def sensitivity(
+    config: Config, device: Device, assumed: Assumptions, nodes: int = 8
+) -> Tuple[Dict[str, float], List[Tuple[str, Tuple[str, str], Dict[str, Tuple[float, float]]]]]:
     """locmoe's reductions as assumed, and for each assumption at its low and high value."""
 
     def against(case: Case) -> Dict[str, float]:
@@ -54,8 +91,11 @@ def sensitivity(config: Config, device: Device, assumed: Assumptions, nodes: int
 
     found = []
     for name, low, low_case, high, high_case in sensitivity_cases(config, device, assumed):
-        lows, highs = against(low_case), against(high_case)
-        found.append((name, (low, high), {router: (lows[router], highs[router]) for router in lows}))
+        lows = against(low_case)
+        highs = against(high_case)
+        found.append(
+            (name, (low, high), {router: (lows[router], highs[router]) for router in lows})
+        )
     return against((config, device, assumed)), found
 
 
@@ -67,13 +107,28 @@ def plot_sensitivity(config: Config, device: Device, assumed: Assumptions, path:
         for panel, router in zip(axes, ("hash", "switch")):
             for place, (_, labels, values) in enumerate(reversed(found)):
                 low, high = values[router]
-                panel.barh(place, 100 * (high - low), left=100 * low, color=COLOUR_OF[router], height=0.5)
+                panel.barh(
+                    place, 100 * (high - low), left=100 * low, color=COLOUR_OF[router], height=0.5
+                )
                 for value, label, side in zip((low, high), labels, ("right", "left")):
-                    panel.annotate(label, (100 * value, place), (-4 if side == "right" else 4, 0), textcoords="offset points", va="center", ha=side, color=SOFT, fontsize=8)
+                    panel.annotate(
+                        label,
+                        (100 * value, place),
+                        (-4 if side == "right" else 4, 0),
+                        textcoords="offset points",
+                        va="center",
+                        ha=side,
+                        color=SOFT,
+                        fontsize=8,
+                    )
             panel.axvline(100 * base[router], color=INK, linewidth=1)
-            panel.axvline(100 * PAPER_REDUCTIONS[router], color="#c2334d", linewidth=1, linestyle="--")
+            panel.axvline(
+                100 * PAPER_REDUCTIONS[router], color="#c2334d", linewidth=1, linestyle="--"
+            )
             panel.set_yticks(range(len(found)), [name for name, _, _ in reversed(found)])
-            panel.set_title(f"locmoe's step against {router}'s, 64 NPUs", loc="left", fontsize=10, color=INK)
+            panel.set_title(
+                f"locmoe's step against {router}'s, 64 NPUs", loc="left", fontsize=10, color=INK
+            )
             panel.set_xlabel("% shorter (line: as assumed; dashed: the paper)")
             panel.use_sticky_edges = False
             panel.margins(x=0.15)
@@ -82,37 +137,70 @@ def plot_sensitivity(config: Config, device: Device, assumed: Assumptions, path:
     _save(path, "sensitivity", (9.6, 3.4), draw, sharey=True)
 
 
-def scale_curves(config: Config, device: Device, assumed: Assumptions) -> Dict[str, Dict[int, Tuple[float, float]]]:
+def scale_curves(
+    config: Config, device: Device, assumed: Assumptions
+) -> Dict[str, Dict[int, Tuple[float, float]]]:
     """Tokens per second and NPU, and the exchange's share, of each curve by NPUs."""
     curves: Dict[str, Dict[int, Tuple[float, float]]] = {}
 
     def add(name: str, router: str, nodes: int, case: Case) -> None:
         row = simulate(case[0], [nodes], [router], case[1], assumptions=case[2]).rows[0]
-        curves.setdefault(name, {})[row.ranks] = (row.to_dict()["tokens_per_second"] / row.ranks, row.step.exchange_share)
+        curves.setdefault(name, {})[row.ranks] = (
+            row.to_dict()["tokens_per_second"] / row.ranks,
+            row.step.exchange_share,
+        )
 
     for nodes in SCALE_NODES:
         for router in ("hash", "locmoe"):
-            add(f"{router}, groups of 16 nodes repeat", router, nodes, (config, device, dataclasses.replace(assumed, copies=True)))
-            add(f"{router}, one copy on 16 nodes", router, nodes, (config, device, dataclasses.replace(assumed, copies=False)))
-            more = config.model_copy(update={"moe": config.moe.model_copy(update={"num_experts": nodes})})
-            add(f"{router}, an expert for every node", router, nodes, (more, device, dataclasses.replace(assumed, copies=True, expert_parallel=nodes)))
+            add(
+                f"{router}, groups of 16 nodes repeat",
+                router,
+                nodes,
+                (config, device, dataclasses.replace(assumed, copies=True)),
+            )
+            add(
+                f"{router}, one copy on 16 nodes",
+                router,
+                nodes,
+                (config, device, dataclasses.replace(assumed, copies=False)),
+            )
+            more = config.model_copy(
+                update={"moe": config.moe.model_copy(update={"num_experts": nodes})}
+            )
+            add(
+                f"{router}, an expert for every node",
+                router,
+                nodes,
+                (more, device, dataclasses.replace(assumed, copies=True, expert_parallel=nodes)),
+            )
     return curves
 
 
 def plot_scale(config: Config, device: Device, assumed: Assumptions, path: Path) -> None:
     """Throughput of one NPU and the exchange's share, up to 9,984 NPUs. Raises OSError."""
     curves = scale_curves(config, device, assumed)
-    styles = {"groups of 16 nodes repeat": "-", "an expert for every node": "--", "one copy on 16 nodes": ":"}
+    styles = {
+        "groups of 16 nodes repeat": "-",
+        "an expert for every node": "--",
+        "one copy on 16 nodes": ":",
+    }
 
     def draw(axes: Sequence[Any]) -> None:
         first = max(points[128][0] for points in curves.values())
         for name, points in curves.items():
             router, _, layout = name.partition(", ")
-            style: Mapping[str, Any] = {"color": COLOUR_OF[router], "linestyle": styles[layout], "linewidth": 1.4, "label": name}
+            style: Mapping[str, Any] = {
+                "color": COLOUR_OF[router],
+                "linestyle": styles[layout],
+                "linewidth": 1.4,
+                "label": name,
+            }
             ranks = np.array(list(points))
             axes[0].plot(ranks, [100 * speed / first for speed, _ in points.values()], **style)
             axes[1].plot(ranks, [100 * share for _, share in points.values()], **style)
-        for panel, title in zip(axes, ("tokens/s of one NPU, % of the best at 128", "exchange, % of the step")):
+        for panel, title in zip(
+            axes, ("tokens/s of one NPU, % of the best at 128", "exchange, % of the step")
+        ):
             panel.set_xscale("log")
             panel.set_xticks([128, 512, 2048, 9984], ["128", "512", "2,048", "9,984"])
             panel.minorticks_off()
@@ -125,7 +213,13 @@ def plot_scale(config: Config, device: Device, assumed: Assumptions, path: Path)
     _save(path, "scale", (9.6, 3.8), draw, sharey=False)
 
 
-def _save(path: Path, salt: str, size: Tuple[float, float], draw: Callable[[Sequence[Any]], None], sharey: bool) -> None:
+def _save(
+    path: Path,
+    salt: str,
+    size: Tuple[float, float],
+    draw: Callable[[Sequence[Any]], None],
+    sharey: bool,
+) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 

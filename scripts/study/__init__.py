@@ -1,4 +1,5 @@
-"""The papers' claims, each measured and judged: what scripts/reproduce.sh runs and docs/results.md shows.
+"""The papers' claims, each measured and judged: what scripts/reproduce.sh runs and docs/results.md
+shows.
 
     experiment.py  what an experiment is, its raw numbers on disk, and what is measured already
     verdict.py     the rules by which numbers become verdicts

@@ -21,16 +21,43 @@ class Lines:
             self._figure = Figure((4.6 * panels, 3.6), layout="constrained")
             self._axes: List[Any] = list(self._figure.subplots(1, panels, squeeze=False)[0])
 
-    def add(self, panel: int, name: str, x: Sequence[float], y: Sequence[float], dashes: str = "-", label: str = "") -> None:
+    def add(
+        self,
+        panel: int,
+        name: str,
+        x: Sequence[float],
+        y: Sequence[float],
+        dashes: str = "-",
+        label: str = "",
+    ) -> None:
         """A line of the router `name`; `label` where it should be called something else."""
         known = {line.get_label() for line in self._axes[panel].lines}
         text = label or name
-        self._axes[panel].plot(x, y, dashes, color=ROUTERS.get(name, OTHER), linewidth=1.3, markersize=4, alpha=0.85, label=None if text in known else text)
+        self._axes[panel].plot(
+            x,
+            y,
+            dashes,
+            color=ROUTERS.get(name, OTHER),
+            linewidth=1.3,
+            markersize=4,
+            alpha=0.85,
+            label=None if text in known else text,
+        )
 
     def mark(self, panel: int, x: float, name: str, text: str) -> None:
         """A vertical line."""
         self._axes[panel].axvline(x, color=ROUTERS.get(name, OTHER), linewidth=1, linestyle=":")
-        self._axes[panel].text(x, 0.98, f" {text}", rotation=90, va="top", ha="left", fontsize=7, color=SOFT, transform=self._axes[panel].get_xaxis_transform())
+        self._axes[panel].text(
+            x,
+            0.98,
+            f" {text}",
+            rotation=90,
+            va="top",
+            ha="left",
+            fontsize=7,
+            color=SOFT,
+            transform=self._axes[panel].get_xaxis_transform(),
+        )
 
     def save(self, path: Path, labels: List[Tuple[str, str]]) -> None:
         """Write an SVG; `labels` are each panel's x and y."""

@@ -1,7 +1,9 @@
-"""What an experiment is: cases that are measured one by one, and claims that are judged from all of them.
+"""What an experiment is: cases that are measured one by one, and claims that are judged from all of
+them.
 
-Raw numbers are one JSON file for each experiment, written anew after every case, so that an experiment goes on where it was
-stopped. A case is a plain dict that holds all of its settings: one that is in the file as it stands is not measured again.
+Raw numbers are one JSON file for each experiment, written anew after every case, so that an
+experiment goes on where it was stopped. A case is a plain dict that holds all of its settings: one
+that is in the file as it stands is not measured again.
 """
 
 from __future__ import annotations
@@ -71,13 +73,25 @@ def still_to_measure(experiment: Experiment, file: Path, quick: bool) -> List[Ca
     return [case for case in experiment.cases(quick) if case not in done]
 
 
-def record(experiment: Experiment, file: Path, quick: bool, case: Case, result: Any, seconds: float) -> None:
+def record(
+    experiment: Experiment, file: Path, quick: bool, case: Case, result: Any, seconds: float
+) -> None:
     """Add a case's result; cases that the experiment no longer has are taken out."""
-    row = {"case": case, "date": time.strftime("%Y-%m-%d"), "seconds": round(seconds, 1), "result": result}
+    row = {
+        "case": case,
+        "date": time.strftime("%Y-%m-%d"),
+        "seconds": round(seconds, 1),
+        "result": result,
+    }
     order = experiment.cases(quick)
     kept = [old for old in read_measured(file) if old["case"] in order and old["case"] != case]
     rows = sorted([*kept, row], key=lambda row: order.index(row["case"]))
-    content = {"experiment": experiment.name, "quick": quick, "machine": machine(), "measured": rows}
+    content = {
+        "experiment": experiment.name,
+        "quick": quick,
+        "machine": machine(),
+        "measured": rows,
+    }
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(file, (json_text(content, indent=1) + "\n").encode("utf-8"))
 
@@ -87,6 +101,10 @@ def machine() -> str:
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text(encoding="utf-8").splitlines() if line.startswith("model name")]
+        names = [
+            line.partition(":")[2].strip()
+            for line in cpuinfo.read_text(encoding="utf-8").splitlines()
+            if line.startswith("model name")
+        ]
         name = names[0] if names else name
     return f"{name}, {os.cpu_count()} cores"

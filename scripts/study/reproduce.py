@@ -1,4 +1,6 @@
-"""What reproduce.sh runs: measures what is missing, one process for each case, and writes the table of the papers' claims."""
+"""What reproduce.sh runs: measures what is missing, one process for each case, and writes the
+table of the papers' claims.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def main() -> int:
     options = parser.parse_args()
     if options.case:
         name, case, file = options.case
-        Path(file).write_text(json.dumps(_experiment(name).measure(json.loads(case))), encoding="utf-8")
+        Path(file).write_text(
+            json.dumps(_experiment(name).measure(json.loads(case))), encoding="utf-8"
+        )
         return 0
     raw = QUICK if options.quick else COMMITTED
     page = raw / "results.md" if options.quick else COMMITTED.parent / "results.md"
@@ -58,30 +62,51 @@ def _measure(experiment: Experiment, file: Path, again: bool, quick: bool) -> No
         result = _in_a_process(experiment.name, case)
         seconds = time.monotonic() - started
         record(experiment, file, quick, case, result, seconds)
-        settings = ", ".join(f"{key} {value}" for key, value in case.items() if key not in ("set", "config"))
-        print(f"{time.strftime('%H:%M:%S')} {experiment.name} {number} of {len(todo)}: {settings} ({seconds:.0f} s)", flush=True)
+        settings = ", ".join(
+            f"{key} {value}" for key, value in case.items() if key not in ("set", "config")
+        )
+        print(
+            (
+                f"{time.strftime('%H:%M:%S')} {experiment.name} {number} of {len(todo)}: "
+                f"{settings} ({seconds:.0f} s)"
+            ),
+            flush=True,
+        )
 
 
 def _in_a_process(name: str, case: Case) -> object:
     with tempfile.TemporaryDirectory() as folder:
-        file, log = Path(folder) / "result.json", Path(folder) / "log"
+        file = Path(folder) / "result.json"
+        log = Path(folder) / "log"
         with log.open("w", encoding="utf-8") as output:
             command = [sys.executable, __file__, "--case", name, json.dumps(case), str(file)]
-            code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
+            code = subprocess.run(
+                command, stdout=output, stderr=subprocess.STDOUT, check=False
+            ).returncode
         if code:
             print("\n".join(log.read_text(encoding="utf-8").splitlines()[-20:]), file=sys.stderr)
-            raise SystemExit(f"reproduce: {name} {json.dumps(case)}: exit code {code}; what is measured is kept, call again to continue")
+            raise SystemExit(
+                f"reproduce: {name} {json.dumps(case)}: exit code {code}; what is measured "
+                "is kept, call again to continue"
+            )
         result: object = json.loads(file.read_text(encoding="utf-8"))
         return result
 
 
 def _run_script(one: Recorded, again: bool, quick: bool) -> None:
-    """The script that records these numbers, where they are missing or wanted anew. Never for the quick table: it takes hours."""
+    """The script that records these numbers, where they are missing or wanted anew.
+
+    Never for the quick table: it takes hours.
+    """
     missing = [name for name in one.files if not (COMMITTED / name).exists()]
     if quick or not (missing or again):
         return
     # A folder of its own: the scripts do not run again what they find finished.
-    command = [*one.command, "--output", f"runs/reproduce/{one.name}" + time.strftime("-%Y%m%d-%H%M%S") * again]
+    command = [
+        *one.command,
+        "--output",
+        f"runs/reproduce/{one.name}" + time.strftime("-%Y%m%d-%H%M%S") * again,
+    ]
     print(f"{time.strftime('%H:%M:%S')} {' '.join(command)}", flush=True)
     code = subprocess.run(command, check=False).returncode
     if code:

@@ -8,7 +8,10 @@ from __future__ import annotations
 import statistics
 from typing import Sequence, Tuple
 
-HOLDS, PARTLY, NOT, CANNOT = "holds", "holds partly", "does not hold here", "cannot be tested here"
+HOLDS = "holds"
+PARTLY = "holds partly"
+NOT = "does not hold here"
+CANNOT = "cannot be tested here"
 
 Verdict = Tuple[str, str]
 
@@ -25,7 +28,10 @@ def at_least(values: Sequence[float], target: float, form: str = ".2%") -> Verdi
 
 def at_most(values: Sequence[float], limit: float, partly: float, form: str = ".0%") -> Verdict:
     """Every value within a limit, or their mean within a wider one."""
-    rule = f"holds if every value is at most {limit:{form}}, partly if the mean is at most {partly:{form}}"
+    rule = (
+        f"holds if every value is at most {limit:{form}}, partly if the mean is at most "
+        f"{partly:{form}}"
+    )
     if not values:
         return CANNOT, rule
     if max(values) <= limit:

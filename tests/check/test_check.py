@@ -1,4 +1,6 @@
-"""`pangu-locmoe check`: the step of jobs of 8 to 256 ranks, compiled here, has the operators that arithmetic asks for."""
+"""`pangu-locmoe check`: the step of jobs of 8 to 256 ranks, compiled here, has the operators
+that arithmetic asks for.
+"""
 
 from __future__ import annotations
 
@@ -17,20 +19,36 @@ from pangu_locmoe.config import parse_config
 from pangu_locmoe.model.size import num_params
 from pangu_locmoe.simulate.devices import Device
 
-LAYERS, SPARSE, HIDDEN, INNER, VOCAB, LENGTH, EXPERTS = 3, 2, 32, 24, 300, 8, 32
+LAYERS = 3
+SPARSE = 2
+HIDDEN = 32
+INNER = 24
+VOCAB = 300
+LENGTH = 8
+EXPERTS = 32
 
 
 def values(ranks: int, router: str = "locmoe", **changed):
     parallel = {"expert_parallel": min(ranks, 16), "nodes": max(1, ranks // 8), "sizes": "static"}
     return {
         "model": {
-            "vocab_size": VOCAB, "hidden_size": HIDDEN, "num_layers": LAYERS, "num_moe_layers": SPARSE, "num_heads": 2, "ffn_size": INNER,
+            "vocab_size": VOCAB,
+            "hidden_size": HIDDEN,
+            "num_layers": LAYERS,
+            "num_moe_layers": SPARSE,
+            "num_heads": 2,
+            "ffn_size": INNER,
             "seq_length": LENGTH,
         },
-        "moe": {"router": router, "num_experts": EXPERTS, "levels": 1, "capacity": {"local_factor": 4.0, "remote_factor": 2.0}},
+        "moe": {
+            "router": router,
+            "num_experts": EXPERTS,
+            "levels": 1,
+            "capacity": {"local_factor": 4.0, "remote_factor": 2.0},
+        },
         "parallel": {**parallel, **changed},
         "train": {"steps": 20, "batch_size": 2 * ranks, "warmup_steps": 2},
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize(
@@ -51,56 +69,97 @@ def test_the_step_of_a_job(ranks, rank, router, precision):
     group = min(ranks, 16)
     replicas = ranks // group
 
-    # 16 tokens on a rank, 32 experts: ceil(4 * 16 / 32) slots for each expert of the node, ceil(2 * 16 / 32) for others.
+    # 16 tokens on a rank, 32 experts: ceil(4 * 16 / 32) slots for each expert of the node, ceil(2 *
+    # 16 / 32) for others.
     held = EXPERTS // group
     first = 0 if group == 8 else rank % 16 // 8 * 8  # place in the group of the node's first rank
     sent = [held * (2 if group == 8 or first <= place < first + 8 else 1) for place in range(group)]
     rows = [o for o in result.operations if o.kind == "AlltoAllV"]
-    assert [o.direction for o in rows].count("forward") == [o.direction for o in rows].count("backward") == 2 * SPARSE
+    assert (
+        [o.direction for o in rows].count("forward")
+        == [o.direction for o in rows].count("backward")
+        == 2 * SPARSE
+    )
     assert {o.sent for o in rows} == {tuple(sent)}
     assert {o.shape for o in rows} == {o.result for o in rows} == {(sum(sent) * HIDDEN,)}
-    assert {o.dtype for o in rows} == {{"fp32": "Float32", "fp16": "Float16", "bf16": "BFloat16"}[precision]}
+    assert {o.dtype for o in rows} == {
+        {"fp32": "Float32", "fp16": "Float16", "bf16": "BFloat16"}[precision]
+    }
 
     statistics = [o for o in result.operations if o.kind == "AllGather"]
-    assert [(o.group, o.shape, o.result) for o in statistics] == [("hccl_world_group", (1, 2 * EXPERTS), (ranks, 2 * EXPERTS))] * SPARSE
+    assert [(o.group, o.shape, o.result) for o in statistics] == [
+        ("hccl_world_group", (1, 2 * EXPERTS), (ranks, 2 * EXPERTS))
+    ] * SPARSE
 
     sums = [o for o in result.operations if o.kind == "AllReduce"]
     over_world = [o for o in sums if o.group == "hccl_world_group"]
     of_experts = SPARSE * 2 * EXPERTS * HIDDEN * INNER
-    norm_is_there = group == ranks  # the norm is summed over the expert-parallel group, here the world
-    assert sum(math.prod(o.shape) for o in over_world) == num_params(config) - of_experts + norm_is_there
+    norm_is_there = (
+        group == ranks
+    )  # the norm is summed over the expert-parallel group, here the world
+    assert (
+        sum(math.prod(o.shape) for o in over_world)
+        == num_params(config) - of_experts + norm_is_there
+    )
     shapes = Counter(o.shape for o in sums if o not in over_world)
     wanted = Counter() if norm_is_there else Counter({(1,): 1})
     if replicas > 1:
         wanted.update({(held, HIDDEN, INNER): SPARSE, (held, INNER, HIDDEN): SPARSE})
     assert shapes == wanted
     assert len(result.operations) == len(rows) + len(statistics) + len(sums)
-    assert {name: len(members) for name, members in result.groups.items() if name != "hccl_world_group"} == (
-        {} if norm_is_there else {f"ranks-{rank - rank % 16}-to-{rank - rank % 16 + 15}-by-1": 16, f"ranks-{rank % 16}-to-{ranks - 16 + rank % 16}-by-16": replicas}
+    assert {
+        name: len(members) for name, members in result.groups.items() if name != "hccl_world_group"
+    } == (
+        {}
+        if norm_is_there
+        else {
+            f"ranks-{rank - rank % 16}-to-{rank - rank % 16 + 15}-by-1": 16,
+            f"ranks-{rank % 16}-to-{ranks - 16 + rank % 16}-by-16": replicas,
+        }
     )
 
 
 def test_divided_rows_and_moments_in_several_graphs():
-    """Sequence parallelism, a sharded optimizer, fp16 and accumulation: forward and backward once, however many micro-batches there are."""
-    given = values(16, tensor_parallel=2, expert_parallel=4, sequence_parallel=True, shard_optimizer=True)
+    """Sequence parallelism, a sharded optimizer, fp16 and accumulation: forward and backward
+    once, however many micro-batches there are.
+    """
+    given = values(
+        16, tensor_parallel=2, expert_parallel=4, sequence_parallel=True, shard_optimizer=True
+    )
     given["train"].update(precision="fp16", accumulation_steps=2)
     result = check(parse_config(given), 16, 5)
     assert result.differences == []
-    place = Counter((o.kind, o.dtype) for o in result.operations if o.group == "ranks-4-to-5-by-1" and o.direction != "update")
-    # 3 attentions, 1 dense network: out and their gradients in; the head, the embedding. Two MoE layers gather their rows and their results' gradients.
-    assert place["ReduceScatter", "Float16"] == 4 + 5 and place["AllGather", "Float16"] == 4 + 5 + 2 * 2
+    place = Counter(
+        (o.kind, o.dtype)
+        for o in result.operations
+        if o.group == "ranks-4-to-5-by-1" and o.direction != "update"
+    )
+    # 3 attentions, 1 dense network: out and their gradients in; the head, the embedding. Two MoE
+    # layers gather their rows and their results' gradients.
+    assert (
+        place["ReduceScatter", "Float16"] == 4 + 5
+        and place["AllGather", "Float16"] == 4 + 5 + 2 * 2
+    )
     assert place["ReduceScatter", "Float32"] == place["AllGather", "Float32"] == 1
-    held = [o for o in result.operations if o.group == "ranks-5-to-13-by-8" and o.direction == "update"]
+    held = [
+        o for o in result.operations if o.group == "ranks-5-to-13-by-8" and o.direction == "update"
+    ]
     assert {(o.kind, o.shape, o.result) for o in held if o.kind == "ReduceScatter"} == {
         ("ReduceScatter", (HIDDEN, 8, INNER // 2), (HIDDEN // 2, 8, INNER // 2)),
         ("ReduceScatter", (INNER // 2, 8, HIDDEN), (INNER // 4, 8, HIDDEN)),
     }
-    times = {(row["kind"], row["direction"]): row["times"] for row in result.rows() if row["kind"] == "AlltoAllV"}
+    times = {
+        (row["kind"], row["direction"]): row["times"]
+        for row in result.rows()
+        if row["kind"] == "AlltoAllV"
+    }
     assert set(times.values()) == {2 * 2 * SPARSE}
 
 
 def test_tensor_parallel_groupwise_in_chunks_fused_and_recomputed():
-    """Recomputation is in the graph, so an exchange or a sum that ran twice would differ from the plan."""
+    """Recomputation is in the graph, so an exchange or a sum that ran twice would differ from
+    the plan.
+    """
     given = values(64, tensor_parallel=2, exchange="groupwise", overlap_chunks=2)
     given["train"].update(precision="bf16", fused=True, recompute=True)
     given["model"].update(num_layers=4)
@@ -108,14 +167,25 @@ def test_tensor_parallel_groupwise_in_chunks_fused_and_recomputed():
     assert result.differences == [] and result.too_large is None
     # Rank 35 is the second of its place, the second place of the second block of 16 places.
     assert {ranks for name, ranks in result.groups.items() if name != "hccl_world_group"} == {
-        (34, 35), tuple(range(33, 64, 2)), tuple(range(1, 64, 2)), (3, 35),
-    }  # fmt: skip
-    sums = [o for o in result.operations if o.group == "ranks-34-to-35-by-1" and o.kind == "AllReduce"]
-    # 4 attentions, 2 dense networks and 2 MoE layers in 2 chunks, out and their gradients in; a second input of the query layer, the head, the
+        (34, 35),
+        tuple(range(33, 64, 2)),
+        tuple(range(1, 64, 2)),
+        (3, 35),
+    }
+    sums = [
+        o for o in result.operations if o.group == "ranks-34-to-35-by-1" and o.kind == "AllReduce"
+    ]
+    # 4 attentions, 2 dense networks and 2 MoE layers in 2 chunks, out and their gradients in; a
+    # second input of the query layer, the head, the
     # embedding, two of the loss, the norm.
     assert len(sums) == 2 * (4 + 2 + 4) + 1 + 1 + 1 + 2 + 1
-    sent = {(o.kind, o.group, o.shape, o.result) for o in result.operations if o.kind != "AllReduce" and o.group != "hccl_world_group"}
-    # 32 tokens, 2 of 32 experts in each of 16 places; a node of 8 ranks is 4 places: 4 slots for each of 8 experts, 2 for 24, half of them each, in 2 chunks.
+    sent = {
+        (o.kind, o.group, o.shape, o.result)
+        for o in result.operations
+        if o.kind != "AllReduce" and o.group != "hccl_world_group"
+    }
+    # 32 tokens, 2 of 32 experts in each of 16 places; a node of 8 ranks is 4 places: 4 slots for
+    # each of 8 experts, 2 for 24, half of them each, in 2 chunks.
     assert sent == {
         ("AlltoAllV", "ranks-33-to-63-by-2", (20 * HIDDEN,), (20 * HIDDEN,)),
         ("AllGather", "ranks-34-to-35-by-1", (20, HIDDEN), (40, HIDDEN)),
@@ -140,7 +210,16 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "ascend"
 )
 def test_shipped_jobs_compile_and_fit(name, ranks, device, router, capsys):
     for rank in (0, ranks - 1):
-        flags = ["--ranks", str(ranks), "--rank", str(rank), "--device", device, "--set", f"moe.router={router}"]
+        flags = [
+            "--ranks",
+            str(ranks),
+            "--rank",
+            str(rank),
+            "--device",
+            device,
+            "--set",
+            f"moe.router={router}",
+        ]
         assert main(["check", str(CONFIGS / f"{name}.yaml"), *flags]) == 0
         text = capsys.readouterr().out
         assert "\nfits: " in text and text.endswith("the graph is what the plan says\n")
@@ -157,7 +236,9 @@ def compiled_as_planned(config, num_ranks, rank):
     """What the compilation of a job with one weight would give, without compiling."""
     weights = [{"name": "all", "shape": [num_params(config)], "kind": "whole"}]
     topology = checking.Topology.from_config(config, num_ranks)
-    planned = checking.plan(config, topology, rank, [checking.Weight("all", (num_params(config),), "whole")])
+    planned = checking.plan(
+        config, topology, rank, [checking.Weight("all", (num_params(config),), "whole")]
+    )
     return {
         "operations": [operation.to_dict() for operation in planned],
         "groups": {operation.group: list(range(num_ranks)) for operation in planned},
@@ -171,15 +252,39 @@ def test_the_verb_prints_a_table_or_json(file, monkeypatch, capsys):
     assert main(["check", str(file), "--ranks", "8"]) == 0
     text = capsys.readouterr().out
     assert "rank 0 of 8 in 1 nodes" in text and text.endswith("the graph is what the plan says\n")
-    assert main(["check", str(file), "--ranks", "8", "--rank", "7", "--json", "--set", "train.accumulation_steps=2"]) == 0
+    assert (
+        main(
+            [
+                "check",
+                str(file),
+                "--ranks",
+                "8",
+                "--rank",
+                "7",
+                "--json",
+                "--set",
+                "train.accumulation_steps=2",
+            ]
+        )
+        == 0
+    )
     result = json.loads(capsys.readouterr().out)
     assert (result["ranks"], result["rank"], result["nodes"], result["agrees"]) == (8, 7, 1, True)
     assert [(row["kind"], row["direction"], row["times"]) for row in result["operations"]] == [
-        ("AlltoAllV", "forward", 8), ("AlltoAllV", "backward", 8), ("AllGather", "forward", 4), ("AllReduce", "update", 1), ("AllReduce", "update", 1),
-    ]  # fmt: skip
+        ("AlltoAllV", "forward", 8),
+        ("AlltoAllV", "backward", 8),
+        ("AllGather", "forward", 4),
+        ("AllReduce", "update", 1),
+        ("AllReduce", "update", 1),
+    ]
     exchange = result["operations"][0]
-    # Half of the tokens in a micro-batch: one slot for each of 32 experts, 4 of them on this rank, none in another node.
-    assert (exchange["bytes"], exchange["intra_node_bytes"], exchange["inter_node_bytes"]) == (32 * HIDDEN * 4, 28 * HIDDEN * 4, 0)
+    # Half of the tokens in a micro-batch: one slot for each of 32 experts, 4 of them on this rank,
+    # none in another node.
+    assert (exchange["bytes"], exchange["intra_node_bytes"], exchange["inter_node_bytes"]) == (
+        32 * HIDDEN * 4,
+        28 * HIDDEN * 4,
+        0,
+    )
     assert result["memory"]["weights"] * 2 == result["memory"]["moments"] and result["fits"] is None
 
 
@@ -190,14 +295,27 @@ def test_a_device_that_is_too_small_fails_with_one_line(file, monkeypatch, capsy
     printed = capsys.readouterr()
     assert "fits: 0.4 GB of 32.0 GB (ascend_910a)\n" in printed.out and printed.err == ""
     # More than 7e9 parameters, all of them on this rank: the stand-in does not share them out.
-    large = ["--set", "model.hidden_size=5120", "--set", "model.ffn_size=20480", "--set", "train.batch_size=8"]
+    large = [
+        "--set",
+        "model.hidden_size=5120",
+        "--set",
+        "model.ffn_size=20480",
+        "--set",
+        "train.batch_size=8",
+    ]
     assert main([*flags, *large]) == 1
     printed = capsys.readouterr()
-    assert printed.err.startswith("pangu-locmoe: does not fit: ") and printed.err.endswith(" GB of 32.0 GB (ascend_910a, rank 0)\n")
+    assert printed.err.startswith("pangu-locmoe: does not fit: ") and printed.err.endswith(
+        " GB of 32.0 GB (ascend_910a, rank 0)\n"
+    )
     assert printed.err.count("\n") == 1 and "fits: " not in printed.out
     assert main([*flags, "--json", *large]) == 1
     result = json.loads(capsys.readouterr().out)
-    assert result["fits"] is False and result["device"]["memory_bytes"] == 32e9 and result["memory"]["total"] > 32e9
+    assert (
+        result["fits"] is False
+        and result["device"]["memory_bytes"] == 32e9
+        and result["memory"]["total"] > 32e9
+    )
 
 
 def test_a_graph_that_is_not_the_plan_fails_with_one_line(file, monkeypatch, capsys):
@@ -210,7 +328,10 @@ def test_a_graph_that_is_not_the_plan_fails_with_one_line(file, monkeypatch, cap
     assert main(["check", str(file), "--ranks", "8"]) == 1
     printed = capsys.readouterr()
     assert printed.err.count("\n") == 1
-    assert "AlltoAllV on hccl_world_group" in printed.err and "8 in the plan, 7 in the graph" in printed.err
+    assert (
+        "AlltoAllV on hccl_world_group" in printed.err
+        and "8 in the plan, 7 in the graph" in printed.err
+    )
 
 
 @pytest.mark.parametrize(
@@ -218,17 +339,41 @@ def test_a_graph_that_is_not_the_plan_fails_with_one_line(file, monkeypatch, cap
     [
         (["--ranks", "1"], "--ranks 1: must be at least 2"),
         (["--ranks", "12"], "ranks (12) must be divisible by parallel.expert_parallel (8)"),
-        (["--ranks", "8", "--set", "parallel.nodes=16"], "ranks (8) must be divisible by parallel.nodes (16)"),
-        (["--ranks", "8", "--rank", "8"], "--rank 8: must be between 0 and 7"),
-        (["--ranks", "8", "--set", "parallel.sizes=counts", "--set", "moe.capacity={}"], "parallel.sizes = 'counts'"),
-        (["--ranks", "8", "--device", "ascend_910d"], "device 'ascend_910d': must be one of"),
-        (["--ranks", "8", "--device", "emulated_cpu"], "--device emulated_cpu: its memory_bytes is not known"),
-        (["--ranks", "8", "--set", "train.fused=true"], "train.fused = True: flash attention takes fp16 and bf16 only"),
         (
-            ["--ranks", "8", "--device", "ascend_910a", "--set", "train.fused=true", "--set", "train.precision=bf16"],
+            ["--ranks", "8", "--set", "parallel.nodes=16"],
+            "ranks (8) must be divisible by parallel.nodes (16)",
+        ),
+        (["--ranks", "8", "--rank", "8"], "--rank 8: must be between 0 and 7"),
+        (
+            ["--ranks", "8", "--set", "parallel.sizes=counts", "--set", "moe.capacity={}"],
+            "parallel.sizes = 'counts'",
+        ),
+        (["--ranks", "8", "--device", "ascend_910d"], "device 'ascend_910d': must be one of"),
+        (
+            ["--ranks", "8", "--device", "emulated_cpu"],
+            "--device emulated_cpu: its memory_bytes is not known",
+        ),
+        (
+            ["--ranks", "8", "--set", "train.fused=true"],
+            "train.fused = True: flash attention takes fp16 and bf16 only",
+        ),
+        (
+            [
+                "--ranks",
+                "8",
+                "--device",
+                "ascend_910a",
+                "--set",
+                "train.fused=true",
+                "--set",
+                "train.precision=bf16",
+            ],
             "train.fused = True: ascend_910a has no flash attention for training; must be false",
         ),
-        (["--ranks", "8", "--set", "parallel.expert_parallel=16", "--set", "moe.num_experts=16"], "ranks (8) must be divisible by parallel.expert_parallel (16)"),
+        (
+            ["--ranks", "8", "--set", "parallel.expert_parallel=16", "--set", "moe.num_experts=16"],
+            "ranks (8) must be divisible by parallel.expert_parallel (16)",
+        ),
     ],
 )
 def test_refusals(file, capsys, flags, message):
@@ -252,21 +397,33 @@ def test_a_deep_stack_is_compiled_with_fewer_layers_and_said_so(monkeypatch):
         compiled.append(config.model)
         names = ["blocks.0.w", "blocks.2.moe.experts.w", "query_layer.w", "word_table"]
         topology = checking.Topology.from_config(config, num_ranks)
-        weights = [checking.Weight(name, (index + 1, 3), "expert" if "experts" in name else "whole") for index, name in enumerate(names)]
+        weights = [
+            checking.Weight(name, (index + 1, 3), "expert" if "experts" in name else "whole")
+            for index, name in enumerate(names)
+        ]
         planned = checking.plan(config, topology, rank, weights)
         return {
             "operations": [operation.to_dict() for operation in planned],
             "groups": {operation.group: list(range(num_ranks)) for operation in planned},
-            "weights": [{"name": weight.name, "shape": list(weight.shape), "kind": weight.kind} for weight in weights],
+            "weights": [
+                {"name": weight.name, "shape": list(weight.shape), "kind": weight.kind}
+                for weight in weights
+            ],
             "flash_attention": [0, 0],
         }
 
     monkeypatch.setattr(checking, "_compile", record)
     result = check(parse_config(given), 8)
     assert [(model.num_layers, model.num_moe_layers) for model in compiled] == [(5, 2)]
-    assert any(note.startswith("compiled with 5 of 20 layers, 2 of 5 sparse ones") for note in result.notes)
+    assert any(
+        note.startswith("compiled with 5 of 20 layers, 2 of 5 sparse ones") for note in result.notes
+    )
     names = [weight.name for weight in result.weights]
-    assert (names.count("word_table"), len([n for n in names if n.endswith(".moe.experts.w")]), len(names)) == (1, 5, 2 + 19)
+    assert (
+        names.count("word_table"),
+        len([n for n in names if n.endswith(".moe.experts.w")]),
+        len(names),
+    ) == (1, 5, 2 + 19)
     assert sum(o.kind == "AlltoAllV" for o in result.operations) == 5 * 4
     # The stand-in's weights are not the configuration's, which is found.
     assert len(result.differences) == 1 and "hold" in result.differences[0]

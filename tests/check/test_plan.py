@@ -18,7 +18,10 @@ from pangu_locmoe.parallel.topology import Topology
 from pangu_locmoe.train.step.graph import refuse_graph
 from pangu_locmoe.train.step.traffic import planned_traffic
 
-WEIGHTS = [Weight("word_table", (300, 16), "whole"), Weight("blocks.1.moe.experts.w_in", (2, 16, 24), "expert")]
+WEIGHTS = [
+    Weight("word_table", (300, 16), "whole"),
+    Weight("blocks.1.moe.experts.w_in", (2, 16, 24), "expert"),
+]
 
 GRAPH = """
 subgraph @f() {
@@ -50,7 +53,10 @@ def test_operators_of_a_graph():
 
 def test_an_operator_without_shapes_is_not_passed_over():
     with pytest.raises(ValueError, match="no shapes for AllReduce"):
-        communication('  %6(b) = AllReduce(%5) {instance name: sum} primitive_attrs: {group: "g"}\n      # Scope: (Default)')
+        communication(
+            '  %6(b) = AllReduce(%5) {instance name: sum} primitive_attrs: {group: "g"}\n  '
+            "    # Scope: (Default)"
+        )
 
 
 def static_config(**parallel):
@@ -62,9 +68,19 @@ def static_config(**parallel):
 
 
 def test_the_plan_in_numbers():
-    """8 ranks in 4 nodes, 16 tokens each; 2 experts on each rank: 4 slots for each local one, 1 for each remote one."""
+    """8 ranks in 4 nodes, 16 tokens each; 2 experts on each rank: 4 slots for each local one, 1
+    for each remote one.
+    """
     operations = plan(static_config(), Topology(8, 2, 4, 8), 3, WEIGHTS)
-    rows = Operation("AlltoAllV", "ranks-0-to-3-by-1", "forward", "BFloat16", (20 * 16,), (20 * 16,), (2, 2, 8, 8))
+    rows = Operation(
+        "AlltoAllV",
+        "ranks-0-to-3-by-1",
+        "forward",
+        "BFloat16",
+        (20 * 16,),
+        (20 * 16,),
+        (2, 2, 8, 8),
+    )
     assert operations == [
         *[rows] * 2,
         *[dataclasses.replace(rows, direction="backward")] * 2,
@@ -78,41 +94,72 @@ def test_the_plan_in_numbers():
 
 
 def test_tensor_parallelism_in_numbers():
-    """8 ranks, 4 places of 2 in 2 nodes: 32 tokens on each, two experts, 8 slots for each local one and 2 for each remote one."""
+    """8 ranks, 4 places of 2 in 2 nodes: 32 tokens on each, two experts, 8 slots for each local
+    one and 2 for each remote one.
+    """
     config = static_config(tensor_parallel=2, nodes=2, exchange="groupwise")
-    weights = [Weight("word_table", (150, 16), "slice"), Weight("norm.gamma", (16,), "whole"), WEIGHTS[1]]
+    weights = [
+        Weight("word_table", (150, 16), "slice"),
+        Weight("norm.gamma", (16,), "whole"),
+        WEIGHTS[1],
+    ]
     found = plan(config, Topology(8, 4, 4, 8, 2), 3, weights)
 
     def one(kind, group, direction, dtype, shape, result=None, sent=()):
         return Operation(kind, group, direction, dtype, shape, result or shape, sent)
 
-    peers, place = "ranks-1-to-7-by-2", "ranks-2-to-3-by-1"
-    exchange = [one("AlltoAllV", peers, "", "BFloat16", (20 * 16,), None, (8, 8, 2, 2)), one("AllGather", place, "", "BFloat16", (20, 16), (40, 16))]
-    wanted = [dataclasses.replace(o, direction=direction) for direction in ("forward", "backward") for o in exchange * 2]
-    wanted += [one("AllReduce", place, "forward", "Float32", shape) for shape in [(32, 16), (2, 32), (2, 32)]]  # embedding, the loss twice
-    wanted += [one("AllReduce", place, "forward", "BFloat16", (32, 16))] * 5 + [one("AllReduce", place, "forward", "BFloat16", (2, 20, 16))]
+    peers = "ranks-1-to-7-by-2"
+    place = "ranks-2-to-3-by-1"
+    exchange = [
+        one("AlltoAllV", peers, "", "BFloat16", (20 * 16,), None, (8, 8, 2, 2)),
+        one("AllGather", place, "", "BFloat16", (20, 16), (40, 16)),
+    ]
+    wanted = [
+        dataclasses.replace(o, direction=direction)
+        for direction in ("forward", "backward")
+        for o in exchange * 2
+    ]
+    wanted += [
+        one("AllReduce", place, "forward", "Float32", shape)
+        for shape in [(32, 16), (2, 32), (2, 32)]
+    ]  # embedding, the loss twice
+    wanted += [one("AllReduce", place, "forward", "BFloat16", (32, 16))] * 5 + [
+        one("AllReduce", place, "forward", "BFloat16", (2, 20, 16))
+    ]
     wanted += [one("AllReduce", place, "backward", "BFloat16", (32, 16))] * 7
     wanted += [one("AllReduce", place, "backward", "BFloat16", (2, 20, 16))]
     wanted += [one("AllGather", "hccl_world_group", "forward", "Float32", (1, 16), (8, 16))]
-    wanted += [one("AllReduce", peers, "update", "Float32", (150, 16)), one("AllReduce", "hccl_world_group", "update", "Float32", (16,))]
+    wanted += [
+        one("AllReduce", peers, "update", "Float32", (150, 16)),
+        one("AllReduce", "hccl_world_group", "update", "Float32", (16,)),
+    ]
     wanted += [one("AllReduce", group, "update", "Float32", (1,)) for group in (peers, place)]
     assert Counter(found) == Counter(wanted)  # experts are on one place only: not reduced
 
 
 def test_groupwise_sends_every_row_between_nodes_once():
     flat, groupwise = (
-        planned_traffic(static_config(tensor_parallel=2, nodes=2, exchange=exchange), Topology(8, 4, 4, 8, 2)) for exchange in ("flat", "groupwise")
+        planned_traffic(
+            static_config(tensor_parallel=2, nodes=2, exchange=exchange), Topology(8, 4, 4, 8, 2)
+        )
+        for exchange in ("flat", "groupwise")
     )
     assert groupwise.inter_node_bytes * 2 == flat.inter_node_bytes > 0
-    # In each direction: half of what went inside the node, and each rank's 20 rows to the other of its place.
+    # In each direction: half of what went inside the node, and each rank's 20 rows to the other of
+    # its place.
     assert groupwise.intra_node_bytes == flat.intra_node_bytes // 2 + 4 * 8 * 20 * 16 * 2
 
 
 def test_slots_can_be_shared_out_over_a_place():
-    """1.25 * 100 / 8 are 16 slots: 18 over three ranks. A source has at most a slot for every token."""
+    """1.25 * 100 / 8 are 16 slots: 18 over three ranks.
+
+    A source has at most a slot for every token.
+    """
     capacity = CapacityConfig(local_factor=1.25, remote_factor=1.25)
     for ranks, tokens, slots in ((1, 100, 16), (3, 100, 18), (3, 12, 3), (8, 4, 4)):
-        assert set(group_slots(capacity, Topology(2 * ranks, ranks, 2, 8, ranks), 0, tokens).reshape(-1)) == {slots}
+        assert set(
+            group_slots(capacity, Topology(2 * ranks, ranks, 2, 8, ranks), 0, tokens).reshape(-1)
+        ) == {slots}
 
 
 def test_experts_that_only_one_rank_holds_are_not_reduced():
@@ -132,7 +179,8 @@ def test_differences_have_a_line_each():
 
 def test_buffers_are_as_large_as_the_largest_message():
     assert buffer_megabytes(static_config(), 8) == 200  # HCCL's default
-    # 16 sequences of 8,192 tokens on 8 ranks: 16,384 tokens in 20,480 slots of 8,192 numbers of 2 bytes
+    # 16 sequences of 8,192 tokens on 8 ranks: 16,384 tokens in 20,480 slots of 8,192 numbers of 2
+    # bytes
     large = small_config(
         model={"seq_length": 8192, "hidden_size": 8192},
         moe={"num_experts": 8, "capacity": {"local_factor": 2.0, "remote_factor": 0.5}},
@@ -143,9 +191,17 @@ def test_buffers_are_as_large_as_the_largest_message():
 
 
 def test_pieces_of_gradients_are_scattered_and_of_weights_gathered():
-    """Eight ranks hold the words, whose 300 rows they cannot divide but their 16 features; two hold the same experts."""
-    found = Counter(operation for operation in plan(static_config(shard_optimizer=True), Topology(8, 2, 4, 8), 5, WEIGHTS) if operation.direction == "update")
-    world, replicas, group = "hccl_world_group", "ranks-1-to-5-by-4", "ranks-4-to-7-by-1"
+    """Eight ranks hold the words, whose 300 rows they cannot divide but their 16 features; two
+    hold the same experts.
+    """
+    found = Counter(
+        operation
+        for operation in plan(static_config(shard_optimizer=True), Topology(8, 2, 4, 8), 5, WEIGHTS)
+        if operation.direction == "update"
+    )
+    world = "hccl_world_group"
+    replicas = "ranks-1-to-5-by-4"
+    group = "ranks-4-to-7-by-1"
     assert found == Counter(
         [
             Operation("ReduceScatter", world, "update", "Float32", (16, 300), (2, 300)),
@@ -166,20 +222,36 @@ def test_traffic_of_one_graph_is_known_without_looking():
 
 
 def test_traffic_counts_every_micro_batch():
-    config, topology = static_config(), Topology(8, 2, 4, 8)
+    config = static_config()
+    topology = Topology(8, 2, 4, 8)
     more = config.train.model_copy(update={"accumulation_steps": 2, "batch_size": 32})
-    one, two = planned_traffic(config, topology), planned_traffic(config.model_copy(update={"train": more}), topology)
+    one = planned_traffic(config, topology)
+    two = planned_traffic(config.model_copy(update={"train": more}), topology)
     assert vars(two) == {name: 2 * value for name, value in vars(one).items()}
 
 
-@pytest.mark.parametrize("name, ranks", [("small", 8), ("paper_38b_64", 64), ("paper_38b", 128), ("paper_38b_256", 256), ("pangu_sigma", 1024)])
+@pytest.mark.parametrize(
+    "name, ranks",
+    [
+        ("small", 8),
+        ("paper_38b_64", 64),
+        ("paper_38b", 128),
+        ("paper_38b_256", 256),
+        ("pangu_sigma", 1024),
+    ],
+)
 @pytest.mark.parametrize("router", ["hash", "switch", "locmoe"])
 def test_shipped_jobs_fit_their_clusters(name, ranks, router):
-    config = load_config(Path(__file__).resolve().parents[2] / "configs" / "ascend" / f"{name}.yaml", [f"moe.router={router}"])
+    config = load_config(
+        Path(__file__).resolve().parents[2] / "configs" / "ascend" / f"{name}.yaml",
+        [f"moe.router={router}"],
+    )
     topology = Topology.from_config(config, ranks)
     refuse_graph(config)
     tokens = config.micro_batch * config.model.seq_length // topology.num_places
-    if name != "pangu_sigma":  # a place holds 5 of 640 experts, and no capacity there would hold all of its tokens
+    if (
+        name != "pangu_sigma"
+    ):  # a place holds 5 of 640 experts, and no capacity there would hold all of its tokens
         assert not list(certain_drops(config, topology, ranks - 1, tokens))
     slots_RE = group_slots(config.moe.capacity, topology, 0, tokens)
     assert not (slots_RE % topology.tensor_parallel).any()

@@ -1,4 +1,6 @@
-"""A checkpoint knows the text and the tokenizer it was trained with, and which checkpoint is used is said."""
+"""A checkpoint knows the text and the tokenizer it was trained with, and which checkpoint is
+used is said.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,12 @@ def config_of(folder: Path, steps: int = 4) -> Config:
     """A model too small to compile, on a corpus of its own in `folder`."""
     return tiny.tiny_config(
         model={"num_layers": 2, "num_moe_layers": 0},
-        data={"sources": [{"path": str(folder / "corpus" / name), "domain": name} for name in ("en", "zh")], "prepared_dir": str(folder / "prepared")},
+        data={
+            "sources": [
+                {"path": str(folder / "corpus" / name), "domain": name} for name in ("en", "zh")
+            ],
+            "prepared_dir": str(folder / "prepared"),
+        },
         train={"steps": steps, "mode": "pynative", "batch_size": 4},
         evaluation={"every": 4, "sequences": 8},
         checkpoint={"every": 2, "keep": 9},
@@ -33,7 +40,11 @@ def config_of(folder: Path, steps: int = 4) -> Config:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("made")
-    shutil.copytree(tiny.corpus(), folder / "corpus", ignore=shutil.ignore_patterns("prepared", "reference", "short"))
+    shutil.copytree(
+        tiny.corpus(),
+        folder / "corpus",
+        ignore=shutil.ignore_patterns("prepared", "reference", "short"),
+    )
     train(config_of(folder), folder / "run", progress=False)
     return folder
 
@@ -60,7 +71,9 @@ def stopped(home: Path) -> Path:
 
 def change_text(home: Path) -> None:
     for file in (home / "corpus" / "en").iterdir():
-        file.write_text(file.read_text(encoding="utf-8").replace("router", "hunter"), encoding="utf-8")
+        file.write_text(
+            file.read_text(encoding="utf-8").replace("router", "hunter"), encoding="utf-8"
+        )
 
 
 def forget_identity(run: Path) -> None:
@@ -85,8 +98,13 @@ def test_resuming_with_the_same_text_elsewhere_is_the_same_run(home, made, capsy
     run = stopped(home)
     (home / "corpus").rename(home / "elsewhere")
     moved = config_of(home)
-    sources = [source.model_copy(update={"path": source.path.replace("corpus", "elsewhere")}) for source in moved.data.sources]
-    data = moved.data.model_copy(update={"sources": sources, "prepared_dir": str(home / "prepared-again")})
+    sources = [
+        source.model_copy(update={"path": source.path.replace("corpus", "elsewhere")})
+        for source in moved.data.sources
+    ]
+    data = moved.data.model_copy(
+        update={"sources": sources, "prepared_dir": str(home / "prepared-again")}
+    )
     train(moved.model_copy(update={"data": data}), run, resume=True, progress=False)
     assert "resuming after step 2" in capsys.readouterr().out
     assert tiny.rows(run) == tiny.rows(made / "run")
@@ -97,7 +115,9 @@ def test_a_checkpoint_that_does_not_know_its_text_goes_on_with_a_note(home, caps
     forget_identity(run)
     moved = config_of(home)
     data = moved.data.model_copy(update={"sources": moved.data.sources[::-1]})
-    with pytest.raises(ConfigError, match=r"^data\.sources = "):  # nothing else tells whether it is the same text
+    with pytest.raises(
+        ConfigError, match=r"^data\.sources = "
+    ):  # nothing else tells whether it is the same text
         train(moved.model_copy(update={"data": data}), run, resume=True, progress=False)
     train(config_of(home), run, resume=True, progress=False)
     assert "note: " in capsys.readouterr().out
@@ -108,9 +128,17 @@ def test_evaluating_says_which_checkpoint_on_what(home, capsys):
     run = run_of(home)
     newest = run / "checkpoints" / "step-00000004"
     row = evaluate_checkpoint(run)
-    assert (row["checkpoint"], row["step"], row["notes"], row["other_data"]) == (str(newest), 4, [], [])
+    assert (row["checkpoint"], row["step"], row["notes"], row["other_data"]) == (
+        str(newest),
+        4,
+        [],
+        [],
+    )
     final = json.loads((run / "summary.json").read_text(encoding="utf-8"))["final"]
-    assert row["validation_loss"] == pytest.approx(final["validation_loss"], rel=1e-6) and row["measured_on"] == final["measured_on"]
+    assert (
+        row["validation_loss"] == pytest.approx(final["validation_loss"], rel=1e-6)
+        and row["measured_on"] == final["measured_on"]
+    )
     low, high = row["validation_loss_interval"]
     assert low < row["validation_loss"] < high
     assert main(["evaluate", str(run)]) == 0
@@ -124,7 +152,12 @@ def test_evaluating_on_other_text_says_so(home):
     change_text(home)
     row = evaluate_checkpoint(run)
     assert row["other_data"] == ["the training text of en", "the validation text of en"]
-    assert row["notes"] == ["not the data the checkpoint was trained on: the training text of en, the validation text of en changed"]
+    assert row["notes"] == [
+        (
+            "not the data the checkpoint was trained on: the training text of en, the "
+            "validation text of en changed"
+        )
+    ]
     forget_identity(run)
     row = evaluate_checkpoint(run)
     assert row["other_data"] is None and "does not say" in row["notes"][0]
@@ -151,7 +184,9 @@ def test_falling_back_to_older_weights_is_said(home, capsys):
     weights = run / "checkpoints" / "step-00000004" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-5])
     row = evaluate_checkpoint(run)
-    assert row["step"] == 2 and row["notes"][0].startswith(f"step-00000004 is passed over: {weights} ")
+    assert row["step"] == 2 and row["notes"][0].startswith(
+        f"step-00000004 is passed over: {weights} "
+    )
     train(config_of(home), run, resume=True, progress=False)
     assert f"note: step-00000004 is passed over: {weights} " in capsys.readouterr().out
     for file in run.glob("checkpoints/*/model.safetensors"):
@@ -166,7 +201,10 @@ def test_an_exchanged_tokenizer_is_refused(home):
     file = run / "checkpoints" / "step-00000004" / "tokenizer.json"
     file.write_text(file.read_text(encoding="utf-8") + " ", encoding="utf-8")
     for use in (evaluate_checkpoint, restore_generator):
-        with pytest.raises(CheckpointError, match=r"tokenizer\.json is not the tokenizer the checkpoint was trained with"):
+        with pytest.raises(
+            CheckpointError,
+            match=r"tokenizer\.json is not the tokenizer the checkpoint was trained with",
+        ):
             use(run)
 
 
@@ -182,4 +220,6 @@ def test_a_report_of_runs_on_other_data_says_so(home, made):
     page = build_report([made / "run", run], home / "report.html").read_text(encoding="utf-8")
     assert "their losses cannot be compared: the validation text of zh differ" in page
     (run / "data.json").write_text("[]", encoding="utf-8")
-    assert "does not say what data it was trained on" in build_report([made / "run", run], home / "report.html").read_text(encoding="utf-8")
+    assert "does not say what data it was trained on" in build_report(
+        [made / "run", run], home / "report.html"
+    ).read_text(encoding="utf-8")

@@ -1,4 +1,6 @@
-"""The command line: exit codes, what each verb prints, and errors of one line without a traceback."""
+"""The command line: exit codes, what each verb prints, and errors of one line without a
+traceback.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,18 @@ from pangu_locmoe.cli.main import main
 from pangu_locmoe.data.prepared import prepare
 from pangu_locmoe.model.sigma import PanguSigma
 
-VERBS = ("prepare", "train", "evaluate", "generate", "capacity", "report", "inherit", "extract", "check", "simulate")
+VERBS = (
+    "prepare",
+    "train",
+    "evaluate",
+    "generate",
+    "capacity",
+    "report",
+    "inherit",
+    "extract",
+    "check",
+    "simulate",
+)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +41,9 @@ def checkpoint():
     """A checkpoint of random weights."""
     config = tiny.tiny_config(moe={"router": "hash"})
     folder = tiny.corpus() / "cli"
-    save_checkpoint(folder, config, prepare(config, False).path / "tokenizer.json", PanguSigma(config))
+    save_checkpoint(
+        folder, config, prepare(config, False).path / "tokenizer.json", PanguSigma(config)
+    )
     return folder
 
 
@@ -47,7 +62,9 @@ def exit_code(*arguments: object) -> int:
 
 
 def refused(capsys, *arguments: object) -> str:
-    """The one line on standard error of a call that ends with exit code 2 and prints nothing else."""
+    """The one line on standard error of a call that ends with exit code 2 and prints nothing
+    else.
+    """
     assert exit_code(*arguments) == 2
     output, error = capsys.readouterr()
     assert output == ""
@@ -69,18 +86,38 @@ def test_help_of_each_verb(capsys, verb):
     assert exit_code(verb, "--help") == 0
     text = capsys.readouterr().out
     assert text.startswith(f"usage: pangu-locmoe {verb}")
-    source = (Path(__file__).parents[2] / "pangu_locmoe" / "cli" / "main.py").read_text(encoding="utf-8")
-    after = source.split(f'_add(verbs, "{verb}"')[1].split("_add(verbs")[0].split("return parser")[0]
+    source = (Path(__file__).parents[2] / "pangu_locmoe" / "cli" / "main.py").read_text(
+        encoding="utf-8"
+    )
+    after = (
+        source.split(f'_add(verbs, "{verb}"')[1].split("_add(verbs")[0].split("return parser")[0]
+    )
     for flag in re.findall(r'add_argument\("(--[a-z-]+)"', after):
         assert flag in text
 
 
 def test_the_module_and_the_console_script_are_the_same():
-    module = subprocess.run([sys.executable, "-m", "pangu_locmoe", "--help"], env=tiny.environment(), capture_output=True, text=True)
+    module = subprocess.run(
+        [sys.executable, "-m", "pangu_locmoe", "--help"],
+        env=tiny.environment(),
+        capture_output=True,
+        text=True,
+    )
     script = "import sys; from importlib.metadata import EntryPoint; sys.argv[0] = 'pangu-locmoe'; "
-    script += f"sys.exit(EntryPoint('pangu-locmoe', {_entry_point()!r}, 'console_scripts').load()())"
-    console = subprocess.run([sys.executable, "-c", script, "--help"], env=tiny.environment(), capture_output=True, text=True)
-    assert (module.returncode, module.stdout) == (console.returncode, console.stdout) == (0, module.stdout)
+    script += (
+        f"sys.exit(EntryPoint('pangu-locmoe', {_entry_point()!r}, 'console_scripts').load()())"
+    )
+    console = subprocess.run(
+        [sys.executable, "-c", script, "--help"],
+        env=tiny.environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        (module.returncode, module.stdout)
+        == (console.returncode, console.stdout)
+        == (0, module.stdout)
+    )
     assert module.stdout.startswith("usage: pangu-locmoe")
 
 
@@ -110,18 +147,27 @@ def test_errors_of_the_process_are_one_line():
 )
 def test_bad_usage_is_one_line(capsys, arguments, message):
     line = refused(capsys, *arguments)
-    assert line.startswith("pangu-locmoe") and message in line and line.endswith("--help lists what there is")
+    assert (
+        line.startswith("pangu-locmoe")
+        and message in line
+        and line.endswith("--help lists what there is")
+    )
 
 
 def test_a_configuration_that_is_not_there(capsys):
     for verb in ("train", "prepare"):
-        assert refused(capsys, verb, "/absent/c.yaml") == "pangu-locmoe: /absent/c.yaml: cannot be read: No such file or directory"
+        assert (
+            refused(capsys, verb, "/absent/c.yaml")
+            == "pangu-locmoe: /absent/c.yaml: cannot be read: No such file or directory"
+        )
 
 
 def test_an_unknown_key_names_the_nearest(capsys, config_file):
     line = refused(capsys, "train", config_file, "--set", "moe.rooter=hash")
     assert line == "pangu-locmoe: moe.rooter = 'hash': unknown key; did you mean moe.router?"
-    assert "moe.router = 'hach'" in refused(capsys, "train", config_file, "--set", "moe.router=hach")
+    assert "moe.router = 'hach'" in refused(
+        capsys, "train", config_file, "--set", "moe.router=hach"
+    )
     assert "must be KEY=VALUE" in refused(capsys, "prepare", config_file, "--set", "moe.router")
 
 
@@ -140,13 +186,22 @@ def test_a_run_directory_that_is_taken(capsys, config_file, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("{}", encoding="utf-8")
     line = refused(capsys, "train", config_file, "--run-dir", tmp_path / "run")
-    assert line == f"pangu-locmoe: --run-dir {tmp_path / 'run'}: holds a run already; give another directory, or --resume auto to continue it"
+    assert line == (
+        f"pangu-locmoe: --run-dir {tmp_path / 'run'}: holds a run already; give another "
+        "directory, or --resume auto to continue it"
+    )
 
 
 def test_a_run_directory_that_cannot_be_made(capsys, config_file, tmp_path):
     (tmp_path / "file").write_text("", encoding="utf-8")
-    assert exit_code("train", config_file, "--run-dir", tmp_path / "file" / "run", "--no-progress") == 2
-    assert re.fullmatch(r"pangu-locmoe: .*/file/run.* cannot be written: Not a directory", capsys.readouterr().err.splitlines()[-1])
+    assert (
+        exit_code("train", config_file, "--run-dir", tmp_path / "file" / "run", "--no-progress")
+        == 2
+    )
+    assert re.fullmatch(
+        r"pangu-locmoe: .*/file/run.* cannot be written: Not a directory",
+        capsys.readouterr().err.splitlines()[-1],
+    )
 
 
 def test_what_is_not_a_checkpoint(capsys, tmp_path, config_file):
@@ -160,7 +215,9 @@ def test_what_is_not_a_checkpoint(capsys, tmp_path, config_file):
     )
     for call in calls:
         assert refused(capsys, *call) == wanted
-    assert exit_code("train", config_file, "--run-dir", tmp_path / "run", "--init-from", tmp_path) == 2
+    assert (
+        exit_code("train", config_file, "--run-dir", tmp_path / "run", "--init-from", tmp_path) == 2
+    )
     assert capsys.readouterr().err == wanted + "\n"
 
 
@@ -182,14 +239,47 @@ def test_values_that_generate_cannot_use(capsys, checkpoint, flag, value, rule):
 
 
 def test_a_domain_that_generate_does_not_know(capsys, checkpoint):
-    assert refused(capsys, "generate", checkpoint, "--domain", "klingon") == "pangu-locmoe: --domain klingon: the model knows en, zh, code"
+    assert (
+        refused(capsys, "generate", checkpoint, "--domain", "klingon")
+        == "pangu-locmoe: --domain klingon: the model knows en, zh, code"
+    )
 
 
 def test_generate_prints_the_prompt_and_a_continuation(capsys, checkpoint):
-    assert exit_code("generate", checkpoint, "--prompt", "专家", "--domain", "zh", "--tokens", 5, "--temperature", 0) == 0
+    assert (
+        exit_code(
+            "generate",
+            checkpoint,
+            "--prompt",
+            "专家",
+            "--domain",
+            "zh",
+            "--tokens",
+            5,
+            "--temperature",
+            0,
+        )
+        == 0
+    )
     first = capsys.readouterr().out
     assert first.startswith("专家") and first.endswith("\n")
-    assert exit_code("generate", checkpoint, "--prompt", "专家", "--domain", "zh", "--tokens", 5, "--temperature", 0, "--seed", 9) == 0
+    assert (
+        exit_code(
+            "generate",
+            checkpoint,
+            "--prompt",
+            "专家",
+            "--domain",
+            "zh",
+            "--tokens",
+            5,
+            "--temperature",
+            0,
+            "--seed",
+            9,
+        )
+        == 0
+    )
     assert capsys.readouterr().out == first
 
 
@@ -199,11 +289,16 @@ def test_evaluate_prints_json_or_a_table(capsys, checkpoint):
     bigram = prepare(read_config(checkpoint), False).bigram_bits_per_byte
     assert row["bigram_bits_per_byte"] == bigram
     assert row["perplexity"] == pytest.approx(math.exp(row["validation_loss"]))
-    assert row["perplexity_by_domain"]["zh"] == pytest.approx(math.exp(row["validation_loss_by_domain"]["zh"]))
+    assert row["perplexity_by_domain"]["zh"] == pytest.approx(
+        math.exp(row["validation_loss_by_domain"]["zh"])
+    )
     assert exit_code("evaluate", checkpoint, "--sequences", 2) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:5]] == ["en", "zh", "code", "all"]
-    assert lines[4].split()[1] == f"{row['validation_loss']:.3f}" and lines[4].split()[4] == f"{bigram['all']:.3f}"
+    assert (
+        lines[4].split()[1] == f"{row['validation_loss']:.3f}"
+        and lines[4].split()[4] == f"{bigram['all']:.3f}"
+    )
     assert lines[-1] == f"checkpoint {checkpoint}, step 0"
     assert "must be at least 1" in refused(capsys, "evaluate", checkpoint, "--sequences", 0)
 
@@ -216,9 +311,17 @@ def test_prepare_says_where_it_is(capsys, config_file):
 
 
 def test_train_with_set_to_the_report(capsys, config_file, tmp_path):
-    """The whole of a run: what --set changes, the files, the samples, the figures, and a report that says so."""
+    """The whole of a run: what --set changes, the files, the samples, the figures, and a report
+    that says so.
+    """
     run_dir = tmp_path / "run"
-    changes = ["train.steps=4", "moe.router=switch", "sample.tokens=3", "evaluation.every=4", "evaluation.sequences=1"]
+    changes = [
+        "train.steps=4",
+        "moe.router=switch",
+        "sample.tokens=3",
+        "evaluation.every=4",
+        "evaluation.sequences=1",
+    ]
     flags = [part for change in changes for part in ("--set", change)]
     assert exit_code("train", config_file, "--run-dir", run_dir, "--no-progress", *flags) == 0
     text = capsys.readouterr().out
@@ -234,12 +337,30 @@ def test_train_with_set_to_the_report(capsys, config_file, tmp_path):
 
 
 def test_a_report_of_what_is_no_run(capsys, tmp_path):
-    assert refused(capsys, "report", tmp_path) == f"pangu-locmoe: {tmp_path}: not a run directory: it has no config.yaml"
-    assert refused(capsys, "report", tmp_path / "absent").endswith("not a run directory: it does not exist")
+    assert (
+        refused(capsys, "report", tmp_path)
+        == f"pangu-locmoe: {tmp_path}: not a run directory: it has no config.yaml"
+    )
+    assert refused(capsys, "report", tmp_path / "absent").endswith(
+        "not a run directory: it does not exist"
+    )
 
 
-def capacity(capsys, cosine: float, hidden_size: int = 5120, num_experts: int = 16) -> dict[str, float]:
-    assert exit_code("capacity", "--hidden-size", hidden_size, "--num-experts", num_experts, "--cosine", cosine) == 0
+def capacity(
+    capsys, cosine: float, hidden_size: int = 5120, num_experts: int = 16
+) -> dict[str, float]:
+    assert (
+        exit_code(
+            "capacity",
+            "--hidden-size",
+            hidden_size,
+            "--num-experts",
+            num_experts,
+            "--cosine",
+            cosine,
+        )
+        == 0
+    )
     return json.loads(capsys.readouterr().out)
 
 
@@ -253,7 +374,9 @@ def capacity(capsys, cosine: float, hidden_size: int = 5120, num_experts: int = 
     ],
 )
 def test_capacity_gives_the_values_of_the_paper(capsys, cosine, printed):
-    """To 1e-6 of the theorem's formulas in 40 digits, and rounded to the reference values' digits."""
+    """To 1e-6 of the theorem's formulas in 40 digits, and rounded to the reference values'
+    digits.
+    """
     got = capacity(capsys, cosine)
     mpmath.mp.dps = 40
     squared = mpmath.mpf(cosine) ** 2
@@ -280,6 +403,13 @@ def test_capacity_beyond_a_double_is_infinite(capsys):
 
 def test_capacity_refuses_what_is_no_cosine(capsys):
     sizes = ("--hidden-size", 64, "--num-experts", 4)
-    assert refused(capsys, "capacity", *sizes, "--cosine", 1.5) == "pangu-locmoe: cosine (1.5) must be between -1 and 1"
-    assert "must be at least 1" in refused(capsys, "capacity", "--hidden-size", 0, "--num-experts", 4, "--cosine", 0.1)
-    assert refused(capsys, "capacity", *sizes, "--cosine", "nan").startswith("pangu-locmoe: cosine (nan)")
+    assert (
+        refused(capsys, "capacity", *sizes, "--cosine", 1.5)
+        == "pangu-locmoe: cosine (1.5) must be between -1 and 1"
+    )
+    assert "must be at least 1" in refused(
+        capsys, "capacity", "--hidden-size", 0, "--num-experts", 4, "--cosine", 0.1
+    )
+    assert refused(capsys, "capacity", *sizes, "--cosine", "nan").startswith(
+        "pangu-locmoe: cosine (nan)"
+    )

@@ -23,11 +23,19 @@ def corpus(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def make_config(tmp_path: Path, corpus: Path) -> Callable[..., Config]:
-    def make(sources: Any = None, vocab_size: int = 400, seq_length: int = 32, **data: Any) -> Config:
+    def make(
+        sources: Any = None, vocab_size: int = 400, seq_length: int = 32, **data: Any
+    ) -> Config:
         if sources is None:
             sources = [(corpus / "en", "en"), (corpus / "zh", "zh")]
-        values = {"sources": [{"path": str(p), "domain": d} for p, d in sources], "prepared_dir": str(tmp_path / "prepared"), **data}
-        return Config.model_validate({"data": values, "model": {"vocab_size": vocab_size, "seq_length": seq_length}})
+        values = {
+            "sources": [{"path": str(p), "domain": d} for p, d in sources],
+            "prepared_dir": str(tmp_path / "prepared"),
+            **data,
+        }
+        return Config.model_validate(
+            {"data": values, "model": {"vocab_size": vocab_size, "seq_length": seq_length}}
+        )
 
     return make
 

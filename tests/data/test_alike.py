@@ -30,7 +30,9 @@ def edited(text: str, kind: str) -> str:
     rng = random.Random(7)
     words = text.split(" ")
     changes = {
-        "one word in fifty": lambda: " ".join("other" if rng.random() < 0.02 else word for word in words),
+        "one word in fifty": lambda: " ".join(
+            "other" if rng.random() < 0.02 else word for word in words
+        ),
         "other lines": lambda: text.replace("\n", " ").replace(" the ", "\nthe "),
         "capitals": lambda: text.upper(),
         "header": lambda: "Copyright of somebody else, all rights reserved.\n" + text,
@@ -39,7 +41,9 @@ def edited(text: str, kind: str) -> str:
     return changes[kind]()
 
 
-@pytest.mark.parametrize("kind", ["one word in fifty", "other lines", "capitals", "header", "end cut off"])
+@pytest.mark.parametrize(
+    "kind", ["one word in fifty", "other lines", "capitals", "header", "end cut off"]
+)
 def test_near_copies_are_alike_and_other_documents_are_not(kind: str) -> None:
     originals = [make_text("en", i, 600) for i in range(10)]
     found = groups([*originals, *(edited(text, kind) for text in originals)])
@@ -59,7 +63,9 @@ def test_groups_do_not_depend_on_the_order_and_join_through_a_third() -> None:
 
 def covered(held_out: list[int], training: list[list[int]]) -> int:
     """By the definition: tokens in a stretch of RUN tokens that a training document has too."""
-    known = {tuple(tokens[i : i + RUN]) for tokens in training for i in range(len(tokens) - RUN + 1)}
+    known = {
+        tuple(tokens[i : i + RUN]) for tokens in training for i in range(len(tokens) - RUN + 1)
+    }
     starts = [i for i in range(len(held_out) - RUN + 1) if tuple(held_out[i : i + RUN]) in known]
     return len({i + j for i in starts for j in range(RUN)})
 
@@ -72,8 +78,14 @@ def test_copied_runs_are_counted_exactly(seed: int) -> None:
         return [rng.randrange(1, 50) for _ in range(rng.choice([1, 20, RUN - 1, RUN, RUN + 1, 90]))]
 
     shared = [stretch() for _ in range(3)]
-    held_out = [[token for part in rng.choices([*shared, stretch()], k=3) for token in part] for _ in range(4)]
-    training = [[token for part in rng.choices([*shared, stretch()], k=3) for token in part] for _ in range(4)]
+    held_out = [
+        [token for part in rng.choices([*shared, stretch()], k=3) for token in part]
+        for _ in range(4)
+    ]
+    training = [
+        [token for part in rng.choices([*shared, stretch()], k=3) for token in part]
+        for _ in range(4)
+    ]
     runs = CopiedRuns([100, 100])
     for i, tokens in enumerate(held_out):
         runs.hold(i % 2, [b"x"], [np.array(tokens, np.int32)])
@@ -81,7 +93,9 @@ def test_copied_runs_are_counted_exactly(seed: int) -> None:
         runs.search([np.array(tokens, np.int32)], 0)
     for domain, (searched, copied) in enumerate(runs.counts()):
         mine = held_out[domain::2]
-        assert searched == sum(map(len, mine)) and copied == sum(covered(tokens, training) for tokens in mine)
+        assert searched == sum(map(len, mine)) and copied == sum(
+            covered(tokens, training) for tokens in mine
+        )
 
 
 def test_runs_do_not_reach_over_the_end_of_a_document_and_a_sample_bounds_the_memory() -> None:

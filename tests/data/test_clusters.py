@@ -26,7 +26,9 @@ def test_clusters_do_not_mix_two_languages(make_config, corpus):
     np.testing.assert_array_equal(clusters_by_content(prepared, 4, seed=1)[0], clusters)
     rows = prepared.sequences("train", 0, range(len(clusters)))
     texts = [prepared.tokenizer.decode(row.tolist()) for row in rows]
-    chinese = np.array([sum("\u4e00" <= c <= "\u9fff" for c in text) > len(text) / 3 for text in texts])
+    chinese = np.array(
+        [sum("\u4e00" <= c <= "\u9fff" for c in text) > len(text) / 3 for text in texts]
+    )
     assert 0.2 < chinese.mean() < 0.8
     for cluster in np.unique(clusters):
         share = chinese[clusters == cluster].mean()
@@ -46,7 +48,8 @@ def test_cluster_sharding_changes_the_places_in_a_batch_only():
     sharded = BatchSampler([30, 10], 8, seed=1, nodes=2, sharding="cluster", home_of_sequence=homes)
     seen = []
     for _ in range(5):
-        expected, batch = next(plain), next(sharded)
+        expected = next(plain)
+        batch = next(sharded)
         assert sorted(expected) == sorted(batch)
         at_home = [homes[domain][sequence] for domain, sequence in batch]
         for node in (0, 1):

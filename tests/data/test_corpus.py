@@ -26,15 +26,22 @@ def scanned(config: Config) -> Corpus:
 
 
 def sides(corpus: Corpus) -> dict[str, set[str]]:
-    return {split: {"".join(parts) for _, _, parts in corpus.documents(split)} for split in ("train", "validation")}
+    return {
+        split: {"".join(parts) for _, _, parts in corpus.documents(split)}
+        for split in ("train", "validation")
+    }
 
 
 def test_split_is_by_document_without_leaks_and_repeatable(make_config: Make) -> None:
     first = scanned(make_config(validation_fraction=0.2))
     split = sides(first)
-    assert not split["train"] & split["validation"] and len(split["train"] | split["validation"]) == 60
+    assert (
+        not split["train"] & split["validation"] and len(split["train"] | split["validation"]) == 60
+    )
     assert {d for d, s, _ in first.documents() if s == "validation"} == {0, 1}
-    assert list(first.documents()) == list(scanned(make_config(validation_fraction=0.2)).documents())
+    assert list(first.documents()) == list(
+        scanned(make_config(validation_fraction=0.2)).documents()
+    )
 
 
 def test_split_is_stable_when_documents_come(make_config: Make, corpus: Path) -> None:
@@ -52,10 +59,20 @@ def test_each_side_has_a_document_whatever_the_fraction(make_config: Make) -> No
 
 
 def test_pieces_of_a_document_are_on_one_side(make_config: Make, tmp_path: Path) -> None:
-    lines = [json.dumps({"text": "".join(f"document {i} line {j}\n" for j in range(50))}) for i in range(20)]
+    lines = [
+        json.dumps({"text": "".join(f"document {i} line {j}\n" for j in range(50))})
+        for i in range(20)
+    ]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    corpus = scanned(make_config(sources=[(tmp_path / "a.jsonl", "en")], max_document_bytes=100, validation_fraction=0.3))
-    owners = {split: {part.split()[1] for _, _, parts in corpus.documents(split) for part in parts} for split in ("train", "validation")}
+    corpus = scanned(
+        make_config(
+            sources=[(tmp_path / "a.jsonl", "en")], max_document_bytes=100, validation_fraction=0.3
+        )
+    )
+    owners = {
+        split: {part.split()[1] for _, _, parts in corpus.documents(split) for part in parts}
+        for split in ("train", "validation")
+    }
     assert corpus.report.cut == 20 and not owners["train"] & owners["validation"]
     assert all(len(part.encode()) <= 100 for _, _, parts in corpus.documents() for part in parts)
 
@@ -86,7 +103,10 @@ def test_bad_files_are_counted(make_config: Make, corpus: Path) -> None:
         "huge": 1,
     }
     assert len(list(corpus_read.documents())) == 60
-    assert CorpusReport.from_dict(json.loads(json.dumps(corpus_read.report.to_dict()))) == corpus_read.report
+    assert (
+        CorpusReport.from_dict(json.loads(json.dumps(corpus_read.report.to_dict())))
+        == corpus_read.report
+    )
     assert "3 files that are not UTF-8 text, e.g." in corpus_read.report.summary()
 
 
@@ -111,7 +131,9 @@ def test_json_lines_gz_and_domains(make_config: Make, tmp_path: Path) -> None:
     ]
     content = "\n".join(json.dumps(line) for line in lines) + '\nno json\n\n{"text": "last"}'
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(content.encode() + b'\n{"text": "\xff"}\n'))
-    corpus = scanned(make_config(sources=[(tmp_path / "a.jsonl.gz", "en"), (tmp_path / "corpus" / "zh", "zh")]))
+    corpus = scanned(
+        make_config(sources=[(tmp_path / "a.jsonl.gz", "en"), (tmp_path / "corpus" / "zh", "zh")])
+    )
     got = {"".join(parts): domain for domain, _, parts in corpus.documents()}
     assert got["text 0"] == 0 and got["text 1"] == 1 and got["last"] == 0
     assert dict(corpus.report.problems) == {"bad_line": 8, "empty": 1}
@@ -119,7 +141,9 @@ def test_json_lines_gz_and_domains(make_config: Make, tmp_path: Path) -> None:
 
 def test_a_huge_json_line_is_skipped_and_the_next_read(make_config: Make, tmp_path: Path) -> None:
     good = [json.dumps({"text": f"good {i}"}) for i in range(3)]
-    (tmp_path / "a.jsonl").write_text("\n".join([good[0], json.dumps({"text": "x" * 30_000}), *good[1:]]))
+    (tmp_path / "a.jsonl").write_text(
+        "\n".join([good[0], json.dumps({"text": "x" * 30_000}), *good[1:]])
+    )
     corpus = scanned(make_config(sources=[(tmp_path / "a.jsonl", "en")], max_document_bytes=64))
     assert dict(corpus.report.problems) == {"huge": 1} and len(list(corpus.documents())) == 3
 
@@ -152,11 +176,19 @@ def test_no_sources(make_config: Make) -> None:
 def test_the_limit_takes_from_everywhere_and_holds_on_both_sides(make_config: Make) -> None:
     corpus = scanned(make_config(max_bytes_per_domain=8000, validation_fraction=0.2))
     for domain in (0, 1):
-        size = sum(len(part.encode()) for d, _, parts in corpus.documents() for part in parts if d == domain)
+        size = sum(
+            len(part.encode())
+            for d, _, parts in corpus.documents()
+            for part in parts
+            if d == domain
+        )
         assert 7000 < size <= 8000
     numbers = [int(parts[0].split("\n")[0]) for d, _, parts in corpus.documents() if d == 0]
     assert max(numbers) > 15 and corpus.report.over_limit["en"] > 0
-    assert {split: set(counts) for split, counts in corpus.report.documents.items()} == {"train": {"en", "zh"}, "validation": {"en", "zh"}}
+    assert {split: set(counts) for split, counts in corpus.report.documents.items()} == {
+        "train": {"en", "zh"},
+        "validation": {"en", "zh"},
+    }
 
 
 def test_a_file_that_changes_while_it_is_read(make_config: Make, corpus: Path) -> None:
@@ -170,7 +202,9 @@ def near_copy(text: str) -> str:
     return text.replace("cluster", "machine", 1) + "\nThe end."
 
 
-def test_near_copies_are_on_one_side_whatever_the_order_and_the_domain(make_config: Make, corpus: Path) -> None:
+def test_near_copies_are_on_one_side_whatever_the_order_and_the_domain(
+    make_config: Make, corpus: Path
+) -> None:
     for i in range(30):
         text = make_text("en", i, 600)
         (corpus / "en" / f"{i:02d}.txt").write_text(text)
@@ -178,14 +212,26 @@ def test_near_copies_are_on_one_side_whatever_the_order_and_the_domain(make_conf
     found = scanned(make_config(validation_fraction=0.5))
     split = sides(found)
     assert found.report.alike == 60
-    assert all((make_text("en", i, 600) in split["train"]) == (near_copy(make_text("en", i, 600)) in split["train"]) for i in range(30))
-    swapped = sides(scanned(make_config(validation_fraction=0.5, sources=[(corpus / "zh", "zh"), (corpus / "en", "en")])))
+    assert all(
+        (make_text("en", i, 600) in split["train"])
+        == (near_copy(make_text("en", i, 600)) in split["train"])
+        for i in range(30)
+    )
+    swapped = sides(
+        scanned(
+            make_config(
+                validation_fraction=0.5, sources=[(corpus / "zh", "zh"), (corpus / "en", "en")]
+            )
+        )
+    )
     assert swapped == split
     assert 0.2 < found.report.documents["validation"]["en"] / 30 < 0.8
     assert CorpusReport.from_dict(json.loads(json.dumps(found.report.to_dict()))) == found.report
 
 
-def test_a_domain_of_near_copies_only_still_has_two_sides(make_config: Make, tmp_path: Path) -> None:
+def test_a_domain_of_near_copies_only_still_has_two_sides(
+    make_config: Make, tmp_path: Path
+) -> None:
     (tmp_path / "alike").mkdir()
     for i in range(5):
         (tmp_path / "alike" / f"{i}.txt").write_text(make_text("en", 1, 600) + str(i))
@@ -194,7 +240,9 @@ def test_a_domain_of_near_copies_only_still_has_two_sides(make_config: Make, tmp
 
 
 def links(folder: Path, tmp_path: Path) -> None:
-    """A folder with a link to another, with links in circles, one to a folder twice, and one that leads nowhere."""
+    """A folder with a link to another, with links in circles, one to a folder twice, and one
+    that leads nowhere.
+    """
     other = tmp_path / "other"
     (other / "deep").mkdir(parents=True)
     for i in range(3):
@@ -207,11 +255,15 @@ def links(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pattern", ["", "**", "**/*.txt", "*", "../e[n]"])
-def test_links_are_followed_once_and_what_is_passed_over_is_counted(make_config: Make, corpus: Path, tmp_path: Path, pattern: str) -> None:
+def test_links_are_followed_once_and_what_is_passed_over_is_counted(
+    make_config: Make, corpus: Path, tmp_path: Path, pattern: str
+) -> None:
     links(corpus / "en", tmp_path)
     os.mkfifo(corpus / "en" / "pipe.txt")
     (corpus / "en" / ".hidden.txt").write_text("hidden")
-    found = scanned(make_config(sources=[(f"{corpus / 'en'}/{pattern}" if pattern else corpus / "en", "en")]))
+    found = scanned(
+        make_config(sources=[(f"{corpus / 'en'}/{pattern}" if pattern else corpus / "en", "en")])
+    )
     assert found.report.documents["train"]["en"] + found.report.documents["validation"]["en"] == 33
     expected = {"special": 1, "hidden": 1, "dangling": 1 if pattern == "**/*.txt" else 2}
     if pattern == "*":  # the link `up` comes by what the pattern named already
@@ -221,7 +273,9 @@ def test_links_are_followed_once_and_what_is_passed_over_is_counted(make_config:
     assert all(problem in documents.PROBLEMS for problem in found.report.problems)
 
 
-def test_a_folder_that_cannot_be_read_is_counted(make_config: Make, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_read_is_counted(
+    make_config: Make, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (corpus / "en" / "closed").mkdir()
     listdir = os.listdir
 
@@ -235,16 +289,28 @@ def test_a_folder_that_cannot_be_read_is_counted(make_config: Make, corpus: Path
         assert scanned(make_config(sources=[(path, "en")])).report.problems["unreadable"] == 1
 
 
-def test_globs_find_folders_and_hidden_names_that_they_spell(make_config: Make, corpus: Path) -> None:
+def test_globs_find_folders_and_hidden_names_that_they_spell(
+    make_config: Make, corpus: Path
+) -> None:
     (corpus / ".cache").mkdir()
     (corpus / ".cache" / "x.txt").write_text(make_text("en", 200))
-    for pattern, count in (("*", 60), ("e*/", 30), ("**/en", 30), ("*/*[0-4].txt", 30), (".c*/x.txt", 1), ("./../corpus/z*", 30)):
+    for pattern, count in (
+        ("*", 60),
+        ("e*/", 30),
+        ("**/en", 30),
+        ("*/*[0-4].txt", 30),
+        (".c*/x.txt", 1),
+        ("./../corpus/z*", 30),
+    ):
         assert len(documents.source_files(f"{corpus}/{pattern}", CorpusReport())) == count
 
 
 def test_a_source_of_which_nothing_can_be_read_says_why(make_config: Make, tmp_path: Path) -> None:
     (tmp_path / "gone.txt").symlink_to("/nonexistent")
-    with pytest.raises(DataError, match=r"gone\.txt: no file that can be read \(left out: 1 links that lead nowhere\)"):
+    with pytest.raises(
+        DataError,
+        match=r"gone\.txt: no file that can be read \(left out: 1 links that lead nowhere\)",
+    ):
         scanned(make_config(sources=[(tmp_path / "gone.txt", "en")]))
 
 
@@ -256,12 +322,21 @@ def test_json_lines_by_any_name(make_config: Make, tmp_path: Path, suffix: str) 
     assert len(list(scanned(make_config(sources=[(path, "en")])).documents())) == 5
 
 
-@pytest.mark.parametrize("name", [b"caf\xe9.bin", b"line\nend.bin", b"\xff\xfe\x1b[31m.bin", "中文é.bin".encode()])
+@pytest.mark.parametrize(
+    "name", [b"caf\xe9.bin", b"line\nend.bin", b"\xff\xfe\x1b[31m.bin", "中文é.bin".encode()]
+)
 def test_a_file_name_is_any_bytes(make_config: Make, corpus: Path, name: bytes) -> None:
-    for content, ending in ((b"\xff\xfe", b""), (make_text("en", 300).encode(), b".txt"), (b'{"no": 1}', b".jsonl")):
+    for content, ending in (
+        (b"\xff\xfe", b""),
+        (make_text("en", 300).encode(), b".txt"),
+        (b'{"no": 1}', b".jsonl"),
+    ):
         Path(os.fsdecode(os.fsencode(corpus / "en") + b"/" + name + ending)).write_bytes(content)
     prepared = prepare(make_config(), progress=False)
-    assert prepared.report.problems == {"undecodable": 1, "bad_line": 1} and prepared.report.files == 63
+    assert (
+        prepared.report.problems == {"undecodable": 1, "bad_line": 1}
+        and prepared.report.files == 63
+    )
     for places in prepared.report.examples.values():
         assert places[0].isprintable() and places[0].encode("utf-8")
     assert prepared.summary().encode("utf-8")

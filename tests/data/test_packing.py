@@ -13,7 +13,11 @@ documents = st.lists(st.lists(st.integers(1, 9), max_size=20), max_size=10)
 @given(documents=documents, length=st.integers(1, 12), chunk=st.integers(1, 4))
 def test_windows_of_the_stream(documents: list[list[int]], length: int, chunk: int) -> None:
     packer = Packer(length, END)
-    got = [row.tolist() for i in range(0, len(documents), chunk) for row in packer.add(documents[i : i + chunk])]
+    got = [
+        row.tolist()
+        for i in range(0, len(documents), chunk)
+        for row in packer.add(documents[i : i + chunk])
+    ]
     stream = [token for document in documents for token in [END, *document]]
     expected = [stream[i : i + length + 1] for i in range(0, len(stream) - length, length)]
     assert got == expected
@@ -22,7 +26,9 @@ def test_windows_of_the_stream(documents: list[list[int]], length: int, chunk: i
 
 
 @given(documents=documents, length=st.integers(1, 12))
-def test_padded_every_token_but_the_first_is_a_target_once(documents: list[list[int]], length: int) -> None:
+def test_padded_every_token_but_the_first_is_a_target_once(
+    documents: list[list[int]], length: int
+) -> None:
     packer = Packer(length, END)
     rows = np.concatenate([packer.add(documents), packer.pad()])
     assert rows.dtype == np.int32
@@ -34,7 +40,13 @@ def test_padded_every_token_but_the_first_is_a_target_once(documents: list[list[
     assert packer.unused_tokens == 0 and packer.sequences == len(rows)
 
 
-@given(rows=st.integers(1, 12).flatmap(lambda n: st.lists(st.lists(st.integers(0, 2), min_size=n, max_size=n), min_size=1, max_size=4)))
+@given(
+    rows=st.integers(1, 12).flatmap(
+        lambda n: st.lists(
+            st.lists(st.integers(0, 2), min_size=n, max_size=n), min_size=1, max_size=4
+        )
+    )
+)
 def test_positions_and_segments(rows: list[list[int]]) -> None:
     tokens = np.array(rows, np.int32)
     positions, segments = positions_and_segments(tokens, END, reset=True)

@@ -18,7 +18,11 @@ def test_any_order_across_files_after_a_move(tmp_path: Path) -> None:
     for start in range(0, 3000, 700):
         writer.write(rows[start : start + 700])
     names = [path.name for path in writer.close()]
-    assert names == ["train-0-00000.mindrecord", "train-0-00001.mindrecord", "train-0-00002.mindrecord"]
+    assert names == [
+        "train-0-00000.mindrecord",
+        "train-0-00001.mindrecord",
+        "train-0-00002.mindrecord",
+    ]
     (tmp_path / "a").rename(tmp_path / "b")
     files = [tmp_path / "b" / name for name in names]
     wanted = [*random.Random(1).sample(range(3000), 500), 5, 5, 2999]
@@ -48,16 +52,27 @@ def test_no_rows_no_files(tmp_path: Path) -> None:
 def test_bigrams_count_by_hand() -> None:
     counts = count_bigrams([b"aba", b"", b"b", b""])
     assert counts.sum() == 4
-    assert counts[256, ord("a")] == counts[256, ord("b")] == counts[ord("a"), ord("b")] == counts[ord("b"), ord("a")] == 1
+    assert (
+        counts[256, ord("a")]
+        == counts[256, ord("b")]
+        == counts[ord("a"), ord("b")]
+        == counts[ord("b"), ord("a")]
+        == 1
+    )
     assert count_bigrams([]).shape == (257, 256)
 
 
 def test_bigram_bits_against_a_loop() -> None:
-    training, text = [b"hello world", b"hell"], [b"help", b"ow"]
+    training = [b"hello world", b"hell"]
+    text = [b"help", b"ow"]
     pairs = [pair for document in training for pair in zip([256, *document], document)]
     expected = 0.0
     for document in text:
         for before, byte in zip([256, *document], document):
-            expected -= np.log2((pairs.count((before, byte)) + 1) / (sum(b == before for b, _ in pairs) + 256))
-    assert bits_per_byte(count_bigrams(training), count_bigrams(text)) == pytest.approx(expected / 6)
+            expected -= np.log2(
+                (pairs.count((before, byte)) + 1) / (sum(b == before for b, _ in pairs) + 256)
+            )
+    assert bits_per_byte(count_bigrams(training), count_bigrams(text)) == pytest.approx(
+        expected / 6
+    )
     assert np.isnan(bits_per_byte(count_bigrams(training), count_bigrams([])))

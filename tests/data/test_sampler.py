@@ -15,7 +15,11 @@ def picks(sampler: BatchSampler, batches: int) -> list[tuple[int, int]]:
     return [pick for _ in range(batches) for pick in next(sampler)]
 
 
-@given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=5), seed=st.integers(0, 5), epochs=st.integers(1, 3))
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=5),
+    seed=st.integers(0, 5),
+    epochs=st.integers(1, 3),
+)
 def test_every_sequence_once_per_epoch(sizes: list[int], seed: int, epochs: int) -> None:
     total = sum(sizes)
     got = picks(BatchSampler(sizes, 1, seed=seed), epochs * total)
@@ -43,31 +47,44 @@ def test_resuming_continues_identically(stop: int, sharding: str) -> None:
     def make() -> BatchSampler:
         return BatchSampler([5, 11], 4, seed=3, nodes=2, sharding=sharding)
 
-    first, second = make(), make()
+    first = make()
+    second = make()
     picks(first, stop)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert second.batches == stop and picks(first, 10) == picks(second, 10)
 
 
 def test_another_seed_another_order_and_a_foreign_state_is_refused() -> None:
-    one, two = BatchSampler([50], 8, seed=1), BatchSampler([50], 8, seed=2)
+    one = BatchSampler([50], 8, seed=1)
+    two = BatchSampler([50], 8, seed=2)
     with pytest.raises(DataError, match="seed was 1, now it is 2"):
         two.load_state_dict(one.state_dict())
     assert picks(one, 5) != picks(two, 5)
 
 
 def test_a_batch_is_shuffled() -> None:
-    batches = [[domain for domain, _ in next(sampler)] for sampler in [BatchSampler([50, 50], 8, seed=1)] for _ in range(10)]
+    batches = [
+        [domain for domain, _ in next(sampler)]
+        for sampler in [BatchSampler([50, 50], 8, seed=1)]
+        for _ in range(10)
+    ]
     assert len({tuple(batch) for batch in batches}) > 5
 
 
-@given(sizes=st.lists(st.integers(1, 50), min_size=2, max_size=4), nodes=st.sampled_from([2, 4]), data=st.data())
-def test_domain_sharding_fills_equal_blocks_with_own_domains_first(sizes: list[int], nodes: int, data: st.DataObject) -> None:
+@given(
+    sizes=st.lists(st.integers(1, 50), min_size=2, max_size=4),
+    nodes=st.sampled_from([2, 4]),
+    data=st.data(),
+)
+def test_domain_sharding_fills_equal_blocks_with_own_domains_first(
+    sizes: list[int], nodes: int, data: st.DataObject
+) -> None:
     homes = data.draw(st.lists(st.integers(0, nodes - 1), min_size=len(sizes), max_size=len(sizes)))
     plain = BatchSampler(sizes, 8, seed=1)
     sharded = BatchSampler(sizes, 8, seed=1, nodes=nodes, sharding="domain", home_node=homes)
     for _ in range(5):
-        expected, batch = next(plain), next(sharded)
+        expected = next(plain)
+        batch = next(sharded)
         assert sorted(expected) == sorted(batch)
         share = 8 // nodes
         for node in range(nodes):

@@ -1,4 +1,6 @@
-"""The number of processes changes nothing: the same batches give the same losses, counts and gradients as one process."""
+"""The number of processes changes nothing: the same batches give the same losses, counts and
+gradients as one process.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,16 @@ PAIRS = [(4, "locmoe, nodes")]
 
 def single(name: str, steps: int) -> list[dict[str, Any]]:
     """The rows of one process; cases that differ only in how a job does them share it."""
-    alone = replace(cases.CASES[name], exchange="flat", expert_parallel=None, tensor=1, shard=False, rows=False, moves=False, static=False)
+    alone = replace(
+        cases.CASES[name],
+        exchange="flat",
+        expert_parallel=None,
+        tensor=1,
+        shard=False,
+        rows=False,
+        moves=False,
+        static=False,
+    )
     return _alone(json.dumps(asdict(alone))).rows(steps)
 
 
@@ -34,7 +45,8 @@ def losses(rows: list[dict[str, Any]]) -> np.ndarray:
 
 
 def assert_same_as_one_process(found: list[dict[str, Any]], name: str, steps: int) -> None:
-    rows, wanted = found[0][name]["rows"], single(name, steps)
+    rows = found[0][name]["rows"]
+    wanted = single(name, steps)
     half = cases.CASES[name].train.get("precision") == "fp16"
     assert len(rows) == len(wanted) == steps
     difference = np.abs(losses(rows) - losses(wanted)).max()
@@ -44,7 +56,9 @@ def assert_same_as_one_process(found: list[dict[str, Any]], name: str, steps: in
         if not half:
             np.testing.assert_array_equal(row["load"], one["load"])
             np.testing.assert_array_equal(row["dropped"], one["dropped"])
-            assert row["unrouted"] == (None if one["unrouted"] is None else pytest.approx(one["unrouted"], abs=1e-6))
+            assert row["unrouted"] == (
+                None if one["unrouted"] is None else pytest.approx(one["unrouted"], abs=1e-6)
+            )
     for rank in found:
         assert rank[name]["digest"] == found[0][name]["digest"], "the ranks' dense weights differ"
         assert rank[name]["rows"] == found[0][name]["rows"], "the ranks report different things"
@@ -65,13 +79,18 @@ def test_nor_in_any_other_case_nor_later(ranks, name):
 def test_the_cases_test_something(ranks, name):
     """The loss falls, tokens are dropped where they should be, and idle experts are idle."""
     steps = cases.EVERYDAY[ranks][name]
-    case, rows = cases.CASES[name], single(name, steps)
+    case = cases.CASES[name]
+    rows = single(name, steps)
     dropped = sum(np.sum(row["dropped"]) for row in rows)
-    assert (dropped == 0) == (case.moe["capacity"]["policy"] == "dropless" if "policy" in case.moe["capacity"] else False)
+    assert (dropped == 0) == (
+        case.moe["capacity"]["policy"] == "dropless" if "policy" in case.moe["capacity"] else False
+    )
     loads = np.array([row["load"] for row in rows])
     tokens = steps * cases.BATCH * cases.LENGTH * case.model.get("num_moe_layers", 1)
     if case.moe.get("router") == "locmoe_plus":
-        assert 1.2 * tokens < loads.sum() < 2.8 * tokens and all(row["unrouted"] > 0 for row in rows)
+        assert 1.2 * tokens < loads.sum() < 2.8 * tokens and all(
+            row["unrouted"] > 0 for row in rows
+        )
     else:
         assert loads.sum() == tokens
     assert (loads[..., 1:].sum() == 0) == case.idle
@@ -82,12 +101,14 @@ def test_the_cases_test_something(ranks, name):
 @pytest.mark.parametrize("ranks, name", PAIRS)
 def test_hierarchical_is_bitwise_flat_with_fewer_messages_between_nodes(ranks, name):
     found = runs.job(ranks)[1][0]
-    hierarchical, nodes = found[f"{name}, hierarchical"]["rows"], cases.CASES[name].nodes
+    hierarchical = found[f"{name}, hierarchical"]["rows"]
+    nodes = cases.CASES[name].nodes
     flat = found[name]["rows"][: len(hierarchical)]
     np.testing.assert_array_equal(losses(hierarchical), losses(flat))
     for one, other in zip(flat, hierarchical):
         assert other["inter_node_bytes"] == one["inter_node_bytes"] > 0
-        # Tokens there, their affinity there, outputs back, and the gradients of both: five exchanges.
+        # Tokens there, their affinity there, outputs back, and the gradients of both: five
+        # exchanges.
         assert other["inter_node_messages"] == 5 * nodes * (nodes - 1)
         assert ranks == nodes or other["inter_node_messages"] < one["inter_node_messages"]
 
@@ -95,7 +116,8 @@ def test_hierarchical_is_bitwise_flat_with_fewer_messages_between_nodes(ranks, n
 def test_groupwise_is_flat_with_half_the_bytes_between_nodes():
     """Two ranks to a place: each carries half of what both have."""
     found = runs.job(4)[1][0]
-    flat, groupwise = found["tensor and expert parallel"], found["tensor and expert parallel, groupwise"]
+    flat = found["tensor and expert parallel"]
+    groupwise = found["tensor and expert parallel, groupwise"]
     np.testing.assert_array_equal(losses(groupwise["rows"]), losses(flat["rows"]))
     assert groupwise["digest"] == flat["digest"]
     for one, other in zip(flat["rows"], groupwise["rows"]):
@@ -110,21 +132,30 @@ def test_moving_experts_changes_where_and_never_what():
     np.testing.assert_allclose(losses(moved), losses(still), rtol=0, atol=1e-6)
     for one, other in zip(still, moved):
         assert (other["load"], other["dropped"]) == (one["load"], one["dropped"])
-    bytes_still, bytes_moved = ([row["inter_node_bytes"] for row in rows] for rows in (still, moved))
+    bytes_still, bytes_moved = (
+        [row["inter_node_bytes"] for row in rows] for rows in (still, moved)
+    )
     assert bytes_moved[:4] == bytes_still[:4]
     assert all(one != other for one, other in zip(bytes_still[4:], bytes_moved[4:]))
 
 
 @pytest.mark.parametrize("ranks, name", [(3, "three nodes"), (2, "two levels")])
 def test_the_ledger_counts_exactly_the_routed_tokens(ranks, name):
-    """With one node for each rank, what crosses follows from the counts alone: four times a token's bytes."""
-    case, row = cases.CASES[name], runs.job(ranks)[1][0][name]["rows"][0]
-    load_NE, hidden = np.array(row["load"][0]), 48
+    """With one node for each rank, what crosses follows from the counts alone: four times a
+    token's bytes.
+    """
+    case = cases.CASES[name]
+    row = runs.job(ranks)[1][0][name]["rows"][0]
+    load_NE = np.array(row["load"][0])
+    hidden = 48
     held = np.arange(cases.EXPERTS) // (cases.EXPERTS // ranks)
     away = load_NE[held[None] != np.arange(ranks)[:, None]].sum()
     affinity = 4 * away
     assert case.nodes == ranks
-    assert (row["intra_node_bytes"], row["inter_node_bytes"]) == (0, away * 4 * hidden * 4 + affinity)
+    assert (row["intra_node_bytes"], row["inter_node_bytes"]) == (
+        0,
+        away * 4 * hidden * 4 + affinity,
+    )
 
 
 @pytest.mark.parametrize("name", cases.GRADIENTS)
@@ -133,7 +164,11 @@ def test_reduced_gradients_equal_those_of_one_process(name):
     found: dict[str, np.ndarray] = {}
     for rank in (0, 1):
         with np.load(folder / f"gradients-{rank}.npz") as archive:
-            own = {key.removeprefix(f"{name}: "): archive[key] for key in archive.files if key.startswith(f"{name}: ")}
+            own = {
+                key.removeprefix(f"{name}: "): archive[key]
+                for key in archive.files
+                if key.startswith(f"{name}: ")
+            }
         for weight in found.keys() & own.keys():
             np.testing.assert_array_equal(own[weight], found[weight], err_msg=weight)
         found.update(own)
@@ -142,7 +177,14 @@ def test_reduced_gradients_equal_those_of_one_process(name):
     whole = np.sqrt(sum(np.sum(value.astype(float) ** 2) for value in wanted.values()))
     for weight, value in wanted.items():
         difference = np.linalg.norm((found[weight] - value).astype(float))
-        # A weight's small gradient is a sum of terms that cancel: its rounding is that of the terms, not of the sum.
-        assert difference <= 1e-6 * max(np.linalg.norm(value.astype(float)), 0.05 * whole), f"{weight}: {difference} of {np.linalg.norm(value)}"
+        # A weight's small gradient is a sum of terms that cancel: its rounding is that of the
+        # terms, not of the sum.
+        assert difference <= 1e-6 * max(np.linalg.norm(value.astype(float)), 0.05 * whole), (
+            f"{weight}: {difference} of {np.linalg.norm(value)}"
+        )
     if name == "idle":
-        assert all(not value.any() for weight, value in found.items() if ".experts." in weight and not weight.endswith(".0"))
+        assert all(
+            not value.any()
+            for weight, value in found.items()
+            if ".experts." in weight and not weight.endswith(".0")
+        )

@@ -1,4 +1,6 @@
-"""One configuration, unchanged, on one process, on several and on the emulated cluster: the same losses."""
+"""One configuration, unchanged, on one process, on several and on the emulated cluster: the same
+losses.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +19,23 @@ pytestmark = [pytest.mark.alone, pytest.mark.slow]
 
 
 def losses(run_dir: Path) -> list[float]:
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [row["loss"] for row in rows if "loss" in row] + [row["validation_loss"] for row in rows if "validation_loss" in row]
+    rows = [
+        json.loads(line)
+        for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    return [row["loss"] for row in rows if "loss" in row] + [
+        row["validation_loss"] for row in rows if "validation_loss" in row
+    ]
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory) -> tuple[Path, list[float]]:
     folder = tmp_path_factory.mktemp("one-file")
     config = tiny.tiny_config(
-        moe={"locality_loss": 0.1}, data={"sharding": "domain"}, parallel={"nodes": 2}, train={"steps": 6, "epsilon": 1e-6, "learning_rate": 5e-4}
+        moe={"locality_loss": 0.1},
+        data={"sharding": "domain"},
+        parallel={"nodes": 2},
+        train={"steps": 6, "epsilon": 1e-6, "learning_rate": 5e-4},
     )
     file = tiny.write(config, folder)
     assert main(["train", str(file), "--run-dir", str(folder / "one"), "--no-progress"]) == 0
@@ -33,7 +43,15 @@ def one(tmp_path_factory) -> tuple[Path, list[float]]:
 
 
 def script(file: Path, run_dir: Path, name: str, *flags: str) -> list[float]:
-    command = ["bash", f"scripts/{name}.sh", str(file), "--run-dir", str(run_dir), "--no-progress", *flags]
+    command = [
+        "bash",
+        f"scripts/{name}.sh",
+        str(file),
+        "--run-dir",
+        str(run_dir),
+        "--no-progress",
+        *flags,
+    ]
     done = subprocess.run(command, cwd=jobs.ROOT, text=True, capture_output=True, timeout=500)
     assert done.returncode == 0, done.stderr + jobs.logs(run_dir)
     return losses(run_dir)
@@ -41,10 +59,17 @@ def script(file: Path, run_dir: Path, name: str, *flags: str) -> list[float]:
 
 def test_four_processes(one, tmp_path):
     file, wanted = one
-    assert script(file, tmp_path / "run", "train_cpu_cluster", "--port", str(jobs.free_port())) == pytest.approx(wanted, abs=1e-4)
+    assert script(
+        file, tmp_path / "run", "train_cpu_cluster", "--port", str(jobs.free_port())
+    ) == pytest.approx(wanted, abs=1e-4)
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("ip") or not shutil.which("tc"), reason="network namespaces need root and iproute2")
+@pytest.mark.skipif(
+    os.geteuid() != 0 or not shutil.which("ip") or not shutil.which("tc"),
+    reason="network namespaces need root and iproute2",
+)
 def test_the_emulated_cluster(one, tmp_path):
     file, wanted = one
-    assert script(file, tmp_path / "run", "emulate_cluster", "--rate", "1gbit") == pytest.approx(wanted, abs=1e-4)
+    assert script(file, tmp_path / "run", "emulate_cluster", "--rate", "1gbit") == pytest.approx(
+        wanted, abs=1e-4
+    )

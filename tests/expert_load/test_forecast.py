@@ -24,7 +24,9 @@ def trace_of(share_KLE: np.ndarray, stride: int = 1, tokens: int = 10**9) -> Tra
     return Trace(1 + stride * np.arange(len(share_KLE)), load_KLE)
 
 
-def random_trace(rows: int, layers: int = 2, experts: int = 5, stride: int = 1, seed: int = 0) -> Trace:
+def random_trace(
+    rows: int, layers: int = 2, experts: int = 5, stride: int = 1, seed: int = 0
+) -> Trace:
     random = np.random.default_rng(seed)
     walk_KLE = np.cumsum(random.normal(0, 0.1, (rows, layers, experts)), axis=0)
     share_KLE = np.exp(walk_KLE) / np.exp(walk_KLE).sum(axis=2, keepdims=True)
@@ -48,24 +50,33 @@ def test_last_and_window_mean_and_drift():
     trace = one_series(WAVE)
     np.testing.assert_allclose(first(trace, 3, "last"), WAVE[-1], atol=1e-8)
     np.testing.assert_allclose(first(trace, 3, "window_mean(width=4)"), WAVE[-4:].mean(), atol=1e-8)
-    np.testing.assert_allclose(first(trace, 3, "window_mean(width=0.5)"), WAVE[-15:].mean(), atol=1e-8)
+    np.testing.assert_allclose(
+        first(trace, 3, "window_mean(width=0.5)"), WAVE[-15:].mean(), atol=1e-8
+    )
     slope = (WAVE[-1] - WAVE[0]) / 29
-    np.testing.assert_allclose(first(trace, 3, "drift"), WAVE[-1] + slope * np.array([1, 2, 3]), atol=1e-8)
+    np.testing.assert_allclose(
+        first(trace, 3, "drift"), WAVE[-1] + slope * np.array([1, 2, 3]), atol=1e-8
+    )
 
 
 def test_sw_avg_pushes_its_own_mean_back_into_the_window():
     trace = one_series(WAVE)
     np.testing.assert_allclose(first(trace, 5, "sw_avg(window=1)"), WAVE[-1], atol=1e-8)
-    # x_n+1 = (x_n + x_n-1) / 2 with x_-1 = a, x_0 = b has the solution (a + 2 b) / 3 + (b - a) / 3 * (-1/2)^n
+    # x_n+1 = (x_n + x_n-1) / 2 with x_-1 = a, x_0 = b has the solution (a + 2 b) / 3 + (b - a) / 3
+    # * (-1/2)^n
     a, b = WAVE[-2:]
     n = np.arange(1.0, 21.0)
-    np.testing.assert_allclose(first(trace, 20, "sw_avg(window=2)"), (a + 2 * b) / 3 + (b - a) / 3 * (-0.5) ** n, atol=1e-8)
+    np.testing.assert_allclose(
+        first(trace, 20, "sw_avg(window=2)"), (a + 2 * b) / 3 + (b - a) / 3 * (-0.5) ** n, atol=1e-8
+    )
     window = list(WAVE[-10:])
     for _ in range(25):
         window.append(np.mean(window[-10:]))
     np.testing.assert_allclose(first(trace, 25, "sw_avg(window=10)"), window[10:], atol=1e-8)
     weights = np.arange(1, 11) / 55
-    assert first(trace, 500, "sw_avg(window=10)")[-1] == pytest.approx(WAVE[-10:] @ weights, abs=1e-8)
+    assert first(trace, 500, "sw_avg(window=10)")[-1] == pytest.approx(
+        WAVE[-10:] @ weights, abs=1e-8
+    )
 
 
 def test_ses_follows_its_recursion_and_keeps_a_constant():
@@ -86,7 +97,9 @@ def test_theta_is_the_mean_of_its_two_lines(stride):
     for value in 2 * WAVE[1:] - line[1:]:
         level = 0.2 * value + 0.8 * level
     expected = (intercept + slope * np.arange(30, 36) + level) / 2
-    np.testing.assert_allclose(first(trace, 6 * stride, "theta(alpha=0.2, span=1.0)"), expected, atol=1e-8)
+    np.testing.assert_allclose(
+        first(trace, 6 * stride, "theta(alpha=0.2, span=1.0)"), expected, atol=1e-8
+    )
 
 
 def test_trends_are_exact_on_their_own_clock():
@@ -94,10 +107,20 @@ def test_trends_are_exact_on_their_own_clock():
     values = 0.2 + 0.05 * np.log(step)
     trace = one_series(values, 10)
     future = 1 + 10 * np.arange(60, 80)
-    np.testing.assert_allclose(first(trace, 200, "log_trend(span=1.0, strength=1.0)"), 0.2 + 0.05 * np.log(future), atol=1e-7)
+    np.testing.assert_allclose(
+        first(trace, 200, "log_trend(span=1.0, strength=1.0)"),
+        0.2 + 0.05 * np.log(future),
+        atol=1e-7,
+    )
     straight = one_series(0.2 + 0.0005 * step, 10)
-    np.testing.assert_allclose(first(straight, 200, "linear_trend(span=20, strength=1.0)"), 0.2 + 0.0005 * future, atol=1e-7)
-    np.testing.assert_allclose(first(trace, 200, "log_trend(span=20, strength=0)"), values[-20:].mean(), atol=1e-8)
+    np.testing.assert_allclose(
+        first(straight, 200, "linear_trend(span=20, strength=1.0)"),
+        0.2 + 0.0005 * future,
+        atol=1e-7,
+    )
+    np.testing.assert_allclose(
+        first(trace, 200, "log_trend(span=20, strength=0)"), values[-20:].mean(), atol=1e-8
+    )
 
 
 def test_a_combination_is_the_mean_of_its_parts():
@@ -110,20 +133,30 @@ def test_a_combination_is_the_mean_of_its_parts():
 
 @pytest.mark.parametrize("method", QUICK)
 @settings(max_examples=15, deadline=None)
-@given(rows=st.integers(2, 120), stride=st.sampled_from((1, 3, 10)), seed=st.integers(0, 99), rows_ahead=st.integers(1, 60))
+@given(
+    rows=st.integers(2, 120),
+    stride=st.sampled_from((1, 3, 10)),
+    seed=st.integers(0, 99),
+    rows_ahead=st.integers(1, 60),
+)
 def test_shares_are_shares_and_only_the_past_counts(method, rows, stride, seed, rows_ahead):
     trace = random_trace(rows + 20, stride=stride, seed=seed)
-    origin, horizon = int(trace.step_K[rows]), rows_ahead * stride
+    origin = int(trace.step_K[rows])
+    horizon = rows_ahead * stride
     result = forecast(trace, origin, horizon, method)
     assert result.share_FLE.dtype == np.float64 and result.share_FLE.min() >= 0
     np.testing.assert_allclose(result.share_FLE.sum(axis=2), 1, rtol=1e-12)
     np.testing.assert_array_equal(result.step_F, origin + stride * np.arange(rows_ahead))
 
     other = Trace(trace.step_K[:rows], trace.load_KLE[:rows])
-    np.testing.assert_array_equal(forecast(other, origin, horizon, method).share_FLE, result.share_FLE)
+    np.testing.assert_array_equal(
+        forecast(other, origin, horizon, method).share_FLE, result.share_FLE
+    )
     changed = trace.load_KLE.copy()
     changed[rows:] = changed[rows:, :, ::-1] + 7
-    np.testing.assert_array_equal(forecast(Trace(trace.step_K, changed), origin, horizon, method).share_FLE, result.share_FLE)
+    np.testing.assert_array_equal(
+        forecast(Trace(trace.step_K, changed), origin, horizon, method).share_FLE, result.share_FLE
+    )
 
     order = np.random.default_rng(seed).permutation(trace.load_KLE.shape[2])
     turned = forecast(Trace(trace.step_K, trace.load_KLE[:, :, order]), origin, horizon, method)
@@ -155,7 +188,10 @@ def test_auto_says_what_it_chose_and_the_choice_can_be_typed():
     result = forecast(trace, 251, 40)
     weights = [weight for _, weight in result.chosen]
     assert len(weights) == 5 and weights == sorted(weights, reverse=True) and sum(weights) <= 1
-    assert result.notes["state"] in ("transient", "stable") and len(result.notes["backtest_origins"]) >= 3
+    assert (
+        result.notes["state"] in ("transient", "stable")
+        and len(result.notes["backtest_origins"]) >= 3
+    )
     for method, _ in result.chosen:
         forecast(trace, 251, 40, method)
     json.dumps(result.to_dict())
@@ -168,14 +204,19 @@ def test_auto_finds_the_obvious():
     step = np.arange(1, 601)
     moving = one_series(0.1 + 0.1 * np.log(step))
     future = 0.1 + 0.1 * np.log(np.arange(601, 801))
-    assert abs(first(moving, 200, "auto") - future).mean() < 0.5 * abs(first(moving, 200, "window_mean") - future).mean()
+    assert (
+        abs(first(moving, 200, "auto") - future).mean()
+        < 0.5 * abs(first(moving, 200, "window_mean") - future).mean()
+    )
 
 
 def test_auto_looks_at_origins_of_the_present_state():
     trace = random_trace(600)
     every = forecast(trace, 601, 100, stable_from=1).notes
     stable = forecast(trace, 601, 100, stable_from=450).notes
-    assert every["backtest_origins"] == [201, 321, 401, 461, 501, 551] and every["state"] == "stable"
+    assert (
+        every["backtest_origins"] == [201, 321, 401, 461, 501, 551] and every["state"] == "stable"
+    )
     assert stable["backtest_origins"] == [461, 501, 551]
     too_young = forecast(trace, 601, 100, stable_from=560).notes  # one origin would be no back-test
     assert too_young["backtest_origins"] == every["backtest_origins"]
@@ -191,14 +232,20 @@ def test_errors_by_hand():
     # forecast .6 .4, came .8 .2 and .4 .6: every |e| is .2; the past changed by .1
     assert pooled["mae_points"] == pytest.approx(20) and pooled["wape"] == pytest.approx(0.4)
     assert pooled["total_variation"] == pytest.approx(0.2) and pooled["mase"] == pytest.approx(2)
-    assert pooled["relative_to_last"] == pytest.approx(1) and pooled["mean_wape"] == pytest.approx(0, abs=1e-12)
+    assert pooled["relative_to_last"] == pytest.approx(1) and pooled["mean_wape"] == pytest.approx(
+        0, abs=1e-12
+    )
     assert pooled["hindsight_wape"] == pytest.approx(0.4)
     json.dumps(found)
 
 
 def test_errors_are_none_beyond_the_trace():
     trace = random_trace(30)
-    assert errors(forecast(trace, 25, 7, "last"), trace) == {"rows": 0, "pooled": None, "layers": None}
+    assert errors(forecast(trace, 25, 7, "last"), trace) == {
+        "rows": 0,
+        "pooled": None,
+        "layers": None,
+    }
     assert errors(forecast(trace, 25, 6, "last"), trace)["rows"] == 6
 
 
@@ -213,7 +260,9 @@ def test_sampling_floor_is_what_independent_tokens_cost():
 
 def test_backtest_covers_what_the_trace_covers():
     trace = random_trace(100)
-    cases = backtest(trace, ["last", "sw_avg(window=5)"], [10, 50], range(20, 100, 20), stable_from=60)
+    cases = backtest(
+        trace, ["last", "sw_avg(window=5)"], [10, 50], range(20, 100, 20), stable_from=60
+    )
     assert len(cases) == 2 * (4 + 2)
     rows = {(row["method"], row["horizon"], row["state"]): row for row in table(cases)}
     assert rows["last", 10, "all"]["origins"] == 4 and rows["last", 10, "stable"]["origins"] == 2
@@ -237,7 +286,11 @@ def test_a_forecast_is_written_whole(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     (
-        ((1, 5, "last"), {}, "origin 1: a forecast needs 2 rows before it, there are 0; the trace begins at step 1"),
+        (
+            (1, 5, "last"),
+            {},
+            "origin 1: a forecast needs 2 rows before it, there are 0; the trace begins at step 1",
+        ),
         ((50, 9, "last"), {}, "horizon 9: must be at least 10, the steps from one row"),
         ((50, 10, "sw-avg"), {}, "method 'sw-avg': did you mean sw_avg?"),
         ((50, 10, "sw_avg(3)"), {}, r"method 'sw_avg\(3\)': write a name or name\(option=value\)"),
@@ -269,13 +322,18 @@ def test_a_window_longer_than_the_past_is_shortened_and_said():
     trace = random_trace(20)
     result = forecast(trace, 11, 5, "sw_avg", window=100)
     assert result.notes == {"window": "100 shortened to the 10 rows there are"}
-    np.testing.assert_array_equal(result.share_FLE, forecast(trace, 11, 5, "sw_avg", window=10).share_FLE)
+    np.testing.assert_array_equal(
+        result.share_FLE, forecast(trace, 11, 5, "sw_avg", window=10).share_FLE
+    )
 
 
 def test_missing_libraries_are_named(monkeypatch):
     import sys
 
-    for module in ("pangu_locmoe.expert_load.forecast.arima", "pangu_locmoe.expert_load.forecast.lstm"):
+    for module in (
+        "pangu_locmoe.expert_load.forecast.arima",
+        "pangu_locmoe.expert_load.forecast.lstm",
+    ):
         monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, "statsforecast", None)
     monkeypatch.setitem(sys.modules, "statsforecast.models", None)

@@ -1,4 +1,6 @@
-"""`auto` on the runs the project recorded: never far behind the best fixed method, which only hindsight knows."""
+"""`auto` on the runs the project recorded: never far behind the best fixed method, which only
+hindsight knows.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,10 @@ def read(path: Path) -> Trace:
 
 
 def test_there_are_recorded_traces():
-    assert TRACES, f"{FOLDER} has no traces: copy the load.npz of finished runs there as locmoe-1.npz, switch-1.npz, ..."
+    assert TRACES, (
+        f"{FOLDER} has no traces: copy the load.npz of finished runs there as "
+        "locmoe-1.npz, switch-1.npz, ..."
+    )
 
 
 @pytest.mark.parametrize("horizon", HORIZONS)
@@ -37,27 +42,41 @@ def test_there_are_recorded_traces():
 def test_auto_is_at_most_5_percent_worse_than_the_best_fixed_method(path, horizon):
     trace = read(path)
     share_KLE = trace.share_KLE
-    origins = [origin for origin in range(200, int(trace.step_K[-1]), 200) if origin + horizon - 1 <= trace.step_K[-1]]
+    origins = [
+        origin
+        for origin in range(200, int(trace.step_K[-1]), 200)
+        if origin + horizon - 1 <= trace.step_K[-1]
+    ]
     if not origins:
-        pytest.skip(f"{path.name} ends at step {trace.step_K[-1]}, before the first origin and horizon")
+        pytest.skip(
+            f"{path.name} ends at step {trace.step_K[-1]}, before the first origin and horizon"
+        )
 
     def wape(method: str) -> np.ndarray:
-        """Of each origin; a layer's shares sum to 1, so the mean over rows and layers of the summed errors is the WAPE."""
+        """Of each origin; a layer's shares sum to 1, so the mean over rows and layers of the
+        summed errors is the WAPE.
+        """
         found = [forecast(trace, origin, horizon, method) for origin in origins]
         came = [share_KLE[np.searchsorted(trace.step_K, result.step_F)] for result in found]
-        return np.array([np.abs(result.share_FLE - row).sum(axis=2).mean() for result, row in zip(found, came)])
+        return np.array(
+            [np.abs(result.share_FLE - row).sum(axis=2).mean() for result, row in zip(found, came)]
+        )
 
     fixed_MO = np.array([wape(method) for method in FIXED])
     auto_O = wape("auto")
     best = int(fixed_MO.mean(axis=1).argmin())
-    assert auto_O.mean() <= 1.05 * fixed_MO[best].mean(), f"auto {auto_O.mean():.4f}, {FIXED[best]} {fixed_MO[best].mean():.4f}"
+    assert auto_O.mean() <= 1.05 * fixed_MO[best].mean(), (
+        f"auto {auto_O.mean():.4f}, {FIXED[best]} {fixed_MO[best].mean():.4f}"
+    )
     # From any single origin hindsight may pick another method each time; that is a harder mark.
     assert (auto_O / fixed_MO.min(axis=0)).max() <= 1.1
 
 
 @pytest.mark.slow
 def test_a_forecast_of_768_series_takes_milliseconds():
-    """24 layers x 32 experts, 2,400 rows of past, 1,000 steps ahead: under 50 ms of this thread: the wall clock of an idle machine."""
+    """24 layers x 32 experts, 2,400 rows of past, 1,000 steps ahead: under 50 ms of this thread:
+    the wall clock of an idle machine.
+    """
     random = np.random.default_rng(0)
     load_KLE = random.poisson(4096 * random.dirichlet(np.ones(32) * 3, 24), (2400, 24, 32))
     trace = Trace(np.arange(1, 2401), load_KLE)

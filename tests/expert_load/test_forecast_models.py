@@ -1,4 +1,6 @@
-"""The paper's two fitted models, on small series: ARIMA (the extra `forecast`) and the LSTM (MindSpore)."""
+"""The paper's two fitted models, on small series: ARIMA (the extra `forecast`) and the LSTM
+(MindSpore).
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,13 @@ from pangu_locmoe.expert_load.trace import Trace
 NO_ARIMA = "ARIMA needs statsforecast (600 MB): pip install 'pangu_locmoe[forecast]'"
 
 
-def noisy_trace(rows: int = 160, layers: int = 2, experts: int = 4, seed: int = 0, trend: float = 0.0) -> Trace:
+def noisy_trace(
+    rows: int = 160, layers: int = 2, experts: int = 4, seed: int = 0, trend: float = 0.0
+) -> Trace:
     random = np.random.default_rng(seed)
-    logit_KLE = random.normal(0, 0.5, (layers, experts)) + trend * np.linspace(0, 1, rows)[:, None, None] * np.linspace(-1, 1, experts)
+    logit_KLE = random.normal(0, 0.5, (layers, experts)) + trend * np.linspace(0, 1, rows)[
+        :, None, None
+    ] * np.linspace(-1, 1, experts)
     share_KLE = np.exp(logit_KLE) / np.exp(logit_KLE).sum(axis=2, keepdims=True)
     return Trace(np.arange(1, rows + 1), random.poisson(1000 * share_KLE))
 
@@ -38,19 +44,33 @@ class TestArima:
         from pangu_locmoe.expert_load.forecast import arima
 
         def fit(values, order, ahead):
-            return (None, "not converged") if values[-1] == trace.share_KLE[119, 1, 2] else (np.full(ahead, values[-1]), "")
+            return (
+                (None, "not converged")
+                if values[-1] == trace.share_KLE[119, 1, 2]
+                else (np.full(ahead, values[-1]), "")
+            )
 
         trace = noisy_trace()
         monkeypatch.setattr(arima, "_fit", fit)
         result = forecast(trace, 121, 5, "arima", jobs=1)
-        assert result.notes == {"series": 8, "fallback_to_ses": 1, "fallback_reasons": {"not converged": 1}}
-        smoothed, last = forecast(trace, 121, 5, "ses").share_FLE, trace.share_KLE[119]
+        assert result.notes == {
+            "series": 8,
+            "fallback_to_ses": 1,
+            "fallback_reasons": {"not converged": 1},
+        }
+        smoothed = forecast(trace, 121, 5, "ses").share_FLE
+        last = trace.share_KLE[119]
         raw = np.array([last[1, 0], last[1, 1], smoothed[0, 1, 2], last[1, 3]])
         np.testing.assert_allclose(result.share_FLE[:, 1], [raw / raw.sum()] * 5)
 
     @pytest.mark.parametrize(
         ("values", "reason"),
-        ((np.zeros(60), ""), (np.full(60, 0.25), ""), (np.r_[np.zeros(30), np.nan, np.zeros(29)], None), (np.arange(3.0), None)),
+        (
+            (np.zeros(60), ""),
+            (np.full(60, 0.25), ""),
+            (np.r_[np.zeros(30), np.nan, np.zeros(29)], None),
+            (np.arange(3.0), None),
+        ),
     )
     def test_no_series_raises(self, values, reason):
         from pangu_locmoe.expert_load.forecast.arima import _fit
@@ -82,19 +102,22 @@ class TestLstm:
         pytest.importorskip("mindspore", reason="the LSTM needs MindSpore")
 
     def test_a_seed_gives_one_forecast_of_shares(self):
-        first, again = small_lstm(), forecast(noisy_trace(), 121, 40, "lstm", updates=20, hidden=8)
+        first = small_lstm()
+        again = forecast(noisy_trace(), 121, 40, "lstm", updates=20, hidden=8)
         np.testing.assert_array_equal(first.share_FLE, again.share_FLE)
         np.testing.assert_allclose(first.share_FLE.sum(axis=2), 1)
         assert first.notes["held_out_gain"] >= 0
 
     def test_it_is_the_window_mean_where_there_is_nothing_to_learn(self):
-        trace, result = noisy_trace(), small_lstm()
+        trace = noisy_trace()
+        result = small_lstm()
         if result.notes["held_out_gain"] == 0:
             mean_LE = trace.share_KLE[120 - result.notes["window_rows"] : 120].mean(axis=0)
             np.testing.assert_allclose(result.share_FLE, [mean_LE] * 40, rtol=0.01)
 
     def test_it_learns_a_trend_from_another_run(self):
-        taught, trace = noisy_trace(400, trend=2.0, seed=1), noisy_trace(400, trend=2.0, seed=1)
+        taught = noisy_trace(400, trend=2.0, seed=1)
+        trace = noisy_trace(400, trend=2.0, seed=1)
         result = forecast(trace, 301, 60, "lstm", updates=120, train_on=taught)
         came = trace.share_KLE[300:360]
         window = result.notes["window_rows"]

@@ -1,4 +1,6 @@
-"""The cost of a placement against a plain loop, ours against brute force, EPLB and standing still."""
+"""The cost of a placement against a plain loop, ours against brute force, EPLB and standing
+still.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ def plain_seconds(slots_S, load_NE, ranks, costs, held_RE) -> float:
     nodes, experts = load_NE.shape
     rank_of = [slot * ranks // len(slots_S) for slot in range(len(slots_S))]
     node_of = [rank * nodes // ranks for rank in rank_of]
-    load_R, in_N, out_N = np.zeros(ranks), np.zeros(nodes), np.zeros(nodes)
+    load_R = np.zeros(ranks)
+    in_N = np.zeros(nodes)
+    out_N = np.zeros(nodes)
     for node, expert in itertools.product(range(nodes), range(experts)):
         copies = [slot for slot in range(len(slots_S)) if slots_S[slot] == expert]
         near = [slot for slot in copies if node_of[slot] == node] or copies
@@ -29,21 +33,48 @@ def plain_seconds(slots_S, load_NE, ranks, costs, held_RE) -> float:
             if node_of[slot] != node:
                 in_N[node_of[slot]] += load_NE[node, expert] / len(near)
                 out_N[node] += load_NE[node, expert] / len(near)
-    moved = len({(rank_of[slot], expert) for slot, expert in enumerate(slots_S) if not held_RE[rank_of[slot], expert]})
-    return costs.token_seconds * load_R.max() + costs.row_seconds * max(in_N.max(), out_N.max()) + costs.move_seconds * moved
+    moved = len(
+        {
+            (rank_of[slot], expert)
+            for slot, expert in enumerate(slots_S)
+            if not held_RE[rank_of[slot], expert]
+        }
+    )
+    return (
+        costs.token_seconds * load_R.max()
+        + costs.row_seconds * max(in_N.max(), out_N.max())
+        + costs.move_seconds * moved
+    )
 
 
 def random_case(seed: int, layers: int = 1, nodes: int = 2, experts: int = 6, slots: int = 8):
-    """Load [L, N, E], costs, a current placement [L, S]: skewed, local or not, moves free or dear."""
+    """Load [L, N, E], costs, a current placement [L, S]: skewed, local or not, moves free or
+    dear.
+    """
     random = np.random.default_rng(seed)
-    load_LNE = 100 * random.gamma(random.uniform(0.2, 3), 1, (layers, 1, experts)) * random.gamma(random.uniform(0.2, 3), 1, (layers, nodes, experts))
-    costs = Costs(random.uniform(0, 1), random.uniform(0, 1), random.choice([0.0, random.uniform(0, 50)]), 4.0, int(random.integers(1, 5)))
-    current = [random.permutation(np.r_[np.arange(experts), random.integers(0, experts, slots - experts)]) for _ in range(layers)]
+    load_LNE = (
+        100
+        * random.gamma(random.uniform(0.2, 3), 1, (layers, 1, experts))
+        * random.gamma(random.uniform(0.2, 3), 1, (layers, nodes, experts))
+    )
+    costs = Costs(
+        random.uniform(0, 1),
+        random.uniform(0, 1),
+        random.choice([0.0, random.uniform(0, 50)]),
+        4.0,
+        int(random.integers(1, 5)),
+    )
+    current = [
+        random.permutation(np.r_[np.arange(experts), random.integers(0, experts, slots - experts)])
+        for _ in range(layers)
+    ]
     return load_LNE, costs, np.array(current)
 
 
 def seconds(slots_LS, load_LNE, ranks, costs, current_LS) -> np.ndarray:
-    return evaluate(slots_LS, load_LNE, ranks, costs, holdings(current_LS, ranks, load_LNE.shape[2])).seconds_L
+    return evaluate(
+        slots_LS, load_LNE, ranks, costs, holdings(current_LS, ranks, load_LNE.shape[2])
+    ).seconds_L
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -51,7 +82,10 @@ def test_the_objective_is_what_it_says(seed):
     load_LNE, costs, current_LS = random_case(seed, layers=3)
     slots_LS = random_case(seed + 100, layers=3)[2]
     held_LRE = holdings(current_LS, 4, 6)
-    expected = [plain_seconds(slots_LS[layer], load_LNE[layer], 4, costs, held_LRE[layer]) for layer in range(3)]
+    expected = [
+        plain_seconds(slots_LS[layer], load_LNE[layer], 4, costs, held_LRE[layer])
+        for layer in range(3)
+    ]
     result = evaluate(slots_LS, load_LNE, 4, costs, held_LRE)
     np.testing.assert_allclose(result.seconds_L, expected, rtol=1e-12)
     np.testing.assert_allclose(result.load_LR.sum(axis=1), load_LNE.sum(axis=(1, 2)))
@@ -67,7 +101,9 @@ def all_placements(experts: int, ranks: int, slots: int) -> np.ndarray:
     for _ in range(ranks - 1):
         present_P = (present_P[:, None] | present_C).ravel()
     chosen_P = np.flatnonzero(present_P == (1 << experts) - 1)
-    return contents_CJ[np.stack(np.unravel_index(chosen_P, (len(contents_CJ),) * ranks), axis=1)].reshape(-1, slots)
+    return contents_CJ[
+        np.stack(np.unravel_index(chosen_P, (len(contents_CJ),) * ranks), axis=1)
+    ].reshape(-1, slots)
 
 
 # 20 random cases of 10 layers each: 200 instances, of every layer of which the optimum is known.
@@ -75,16 +111,24 @@ SIZES = [(4, 4)] * 2 + [(8, 8)] * 7 + [(4, 8)] * 5 + [(5, 8)] * 5 + [(6, 8)] * 1
 
 
 def test_within_five_percent_of_the_optimum():
-    every_placement = {(experts, slots): all_placements(experts, 4, slots) for experts, slots in set(SIZES)}
+    every_placement = {
+        (experts, slots): all_placements(experts, 4, slots) for experts, slots in set(SIZES)
+    }
     ratios = []
     for seed, (experts, slots) in enumerate(SIZES):
         load_LNE, costs, current_LS = random_case(seed, 10, experts=experts, slots=slots)
         ours_L = seconds(place(load_LNE, 4, current_LS, costs), load_LNE, 4, costs, current_LS)
         slots_PS = every_placement[experts, slots]
         for layer in range(10):
-            load_PNE, current_PS = (np.broadcast_to(array[layer], (len(slots_PS), *array.shape[1:])) for array in (load_LNE, current_LS))
+            load_PNE, current_PS = (
+                np.broadcast_to(array[layer], (len(slots_PS), *array.shape[1:]))
+                for array in (load_LNE, current_LS)
+            )
             ratios.append(ours_L[layer] / seconds(slots_PS, load_PNE, 4, costs, current_PS).min())
-    print(f"worst {max(ratios):.4f}, optimal {np.mean(np.array(ratios) < 1 + 1e-6):.1%} of {len(ratios)}")
+    print(
+        f"worst {max(ratios):.4f}, optimal {np.mean(np.array(ratios) < 1 + 1e-6):.1%} of "
+        f"{len(ratios)}"
+    )
     assert len(ratios) == 200
     assert min(ratios) > 1 - 1e-9
     assert max(ratios) <= 1.05
@@ -104,7 +148,9 @@ def test_24_layers_of_64_experts_take_a_tenth_of_a_second(nodes, ranks):
     assert min(times) < 0.1
 
 
-SHAPES = st.sampled_from([(2, 4, 8, 8), (2, 4, 6, 8), (1, 4, 8, 8), (4, 4, 8, 12), (2, 2, 6, 6), (1, 1, 3, 3)])
+SHAPES = st.sampled_from(
+    [(2, 4, 8, 8), (2, 4, 6, 8), (1, 4, 8, 8), (4, 4, 8, 12), (2, 2, 6, 6), (1, 1, 3, 3)]
+)
 
 
 @given(st.integers(0, 10**6), SHAPES)
@@ -129,14 +175,20 @@ def test_nodes_have_no_names(seed):
     load_LNE, costs, current_LS = random_case(seed, 2, 4, 8, 12)
     node_N = np.random.default_rng(seed).permutation(4)
     slots_LS = random_case(seed + 1, 2, 4, 8, 12)[2]
-    renamed_LS, renamed_current_LS = (array.reshape(2, 4, 3)[:, node_N].reshape(2, 12) for array in (slots_LS, current_LS))
+    renamed_LS, renamed_current_LS = (
+        array.reshape(2, 4, 3)[:, node_N].reshape(2, 12) for array in (slots_LS, current_LS)
+    )
     np.testing.assert_allclose(
-        seconds(renamed_LS, load_LNE[:, node_N], 4, costs, renamed_current_LS), seconds(slots_LS, load_LNE, 4, costs, current_LS), rtol=1e-12
+        seconds(renamed_LS, load_LNE[:, node_N], 4, costs, renamed_current_LS),
+        seconds(slots_LS, load_LNE, 4, costs, current_LS),
+        rtol=1e-12,
     )
 
 
 def test_no_gain_keeps_the_place():
-    """An even load from everywhere: nothing is better than anything, so nothing moves, even for free."""
+    """An even load from everywhere: nothing is better than anything, so nothing moves, even for
+    free.
+    """
     current_LS = np.random.default_rng(0).permutation(16)[None]
     slots_LS = place(np.ones((1, 2, 16)), 8, current_LS, Costs(1, 1, 0, 1, 1))
     np.testing.assert_array_equal(slots_LS, current_LS)
@@ -144,7 +196,9 @@ def test_no_gain_keeps_the_place():
 
 def test_dear_moves_keep_the_place():
     load_LNE, _, current_LS = random_case(3, 2, 2, 8, 8)
-    np.testing.assert_array_equal(place(load_LNE, 4, current_LS, Costs(1, 1, 1e9, 1, 1)), current_LS)
+    np.testing.assert_array_equal(
+        place(load_LNE, 4, current_LS, Costs(1, 1, 1e9, 1, 1)), current_LS
+    )
 
 
 @pytest.mark.parametrize(("experts", "slots", "groups"), [(8, 8, 4), (8, 12, 2), (8, 16, 4)])
@@ -153,7 +207,15 @@ def test_groups_stay_within_a_node(experts, slots, groups):
         load_LNE, costs, current_LS = random_case(seed, 2, 2, experts, slots)
         for slots_S in place(load_LNE, 4, current_LS, costs, num_groups=groups):
             for group in range(groups):
-                assert len({slot * 2 // slots for slot in np.flatnonzero(slots_S // (experts // groups) == group)}) == 1
+                assert (
+                    len(
+                        {
+                            slot * 2 // slots
+                            for slot in np.flatnonzero(slots_S // (experts // groups) == group)
+                        }
+                    )
+                    == 1
+                )
 
 
 def test_groups_that_nodes_do_not_divide_are_refused():
@@ -169,5 +231,9 @@ def test_prices_are_checked():
         Costs.of_model(link_bytes_per_second=0)
     with pytest.raises(DataError, match="hidden size"):
         Costs.of_model(hidden_size=0)
-    costs = Costs.of_model(hidden_size=100, ffn_size=200, flops_per_second=1e9, link_bytes_per_second=1e6, horizon=10)
-    assert (costs.token_seconds, costs.row_seconds, costs.move_seconds) == pytest.approx((12 * 20000 / 1e9, 4 * 200 / 1e6, 40000 * 12 / 1e6 / 10))
+    costs = Costs.of_model(
+        hidden_size=100, ffn_size=200, flops_per_second=1e9, link_bytes_per_second=1e6, horizon=10
+    )
+    assert (costs.token_seconds, costs.row_seconds, costs.move_seconds) == pytest.approx(
+        (12 * 20000 / 1e9, 4 * 200 / 1e6, 40000 * 12 / 1e6 / 10)
+    )

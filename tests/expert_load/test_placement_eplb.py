@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 from pangu_locmoe.errors import DataError
 from pangu_locmoe.expert_load.placement import rebalance
 
-WEIGHT_LE = [[90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86], [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27]]
+WEIGHT_LE = [
+    [90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86],
+    [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27],
+]
 
 
 def test_the_published_example():
@@ -30,7 +33,12 @@ def test_groups_that_nodes_do_not_divide_are_global():
     np.testing.assert_array_equal(rebalance(np.array(WEIGHT_LE), 16, 3, 2, 8)[0], globally)
 
 
-@given(st.integers(0, 10**6), st.sampled_from([(8, 8, 4, 2, 4), (8, 12, 1, 2, 4), (8, 16, 2, 2, 8), (6, 12, 2, 1, 3), (12, 24, 4, 4, 8)]))
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from(
+        [(8, 8, 4, 2, 4), (8, 12, 1, 2, 4), (8, 16, 2, 2, 8), (6, 12, 2, 1, 3), (12, 24, 4, 4, 8)]
+    ),
+)
 @settings(max_examples=30, deadline=None)
 def test_every_expert_is_placed_and_groups_stay_together(seed, sizes):
     experts, slots, groups, nodes, ranks = sizes
@@ -41,7 +49,15 @@ def test_every_expert_is_placed_and_groups_stay_together(seed, sizes):
         assert copies_E.min() >= 1
         if groups % nodes == 0:
             for group in range(groups):
-                assert len({slot * nodes // slots for slot in np.flatnonzero(slots_S // (experts // groups) == group)}) == 1
+                assert (
+                    len(
+                        {
+                            slot * nodes // slots
+                            for slot in np.flatnonzero(slots_S // (experts // groups) == group)
+                        }
+                    )
+                    == 1
+                )
 
 
 @pytest.mark.parametrize(

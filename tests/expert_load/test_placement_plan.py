@@ -49,7 +49,9 @@ def test_beyond_the_trace_nothing_is_recorded():
 
 
 def test_a_transient_layer_stays_and_gets_room():
-    result = place_trace(made_up(), 2, 2, COSTS, recent_mean, replicas=4, stable_from=lambda past: [None, 1])
+    result = place_trace(
+        made_up(), 2, 2, COSTS, recent_mean, replicas=4, stable_from=lambda past: [None, 1]
+    )
     assert result.state == ["transient", "stable"]
     blocks_RS = np.array(result.slot_to_expert[0]).reshape(4, 3)
     assert blocks_RS[:, :2].ravel().tolist() == list(range(8))
@@ -72,12 +74,21 @@ def test_a_small_gain_is_not_worth_it():
 
 def test_nodes_that_merge_and_nodes_that_do_not():
     assert "merged" in place_trace(made_up(nodes=4), 2, 2, COSTS, recent_mean).notes[0]
-    with pytest.raises(DataError, match="has 3 nodes, which do not merge evenly into 2: the locality policy needs that; eplb does not"):
+    with pytest.raises(
+        DataError,
+        match=(
+            "has 3 nodes, which do not merge evenly into 2: the locality policy needs that; "
+            "eplb does not"
+        ),
+    ):
         place_trace(made_up(nodes=3), 2, 2, COSTS, recent_mean)
     trace = Trace(made_up().step_K, made_up().load_KLE)
     with pytest.raises(DataError, match="does not say which node tokens come from"):
         place_trace(trace, 2, 2, COSTS, recent_mean)
-    assert "every node is taken to send the same" in place_trace(trace, 2, 2, COSTS, recent_mean, "eplb").notes[0]
+    assert (
+        "every node is taken to send the same"
+        in place_trace(trace, 2, 2, COSTS, recent_mean, "eplb").notes[0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -101,7 +112,17 @@ def test_what_does_not_fit_is_one_line(options, message):
 
 
 def test_a_plan_is_read_as_it_was_written(tmp_path):
-    result = place_trace(made_up(), 2, 2, COSTS, recent_mean, origin=41, horizon=20, groups=2, stable_from=lambda past: [None, 1])
+    result = place_trace(
+        made_up(),
+        2,
+        2,
+        COSTS,
+        recent_mean,
+        origin=41,
+        horizon=20,
+        groups=2,
+        stable_from=lambda past: [None, 1],
+    )
     save_plan(result, tmp_path / "plan.json")
     assert load_plan(tmp_path / "plan.json") == result
     with pytest.raises(DataError, match="cannot be written"):
@@ -131,7 +152,9 @@ def test_a_plan_is_read_as_it_was_written(tmp_path):
 )
 def test_a_damaged_plan_is_refused(tmp_path, change, message):
     path = tmp_path / "plan.json"
-    path.write_text(json.dumps({**place_trace(made_up(), 2, 2, COSTS, recent_mean).to_dict(), **change}))
+    path.write_text(
+        json.dumps({**place_trace(made_up(), 2, 2, COSTS, recent_mean).to_dict(), **change})
+    )
     with pytest.raises(DataError, match=message) as caught:
         load_plan(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
@@ -154,7 +177,17 @@ def test_there_are_recorded_traces():
 def test_beats_eplb_on_a_recorded_trace(path, ranks_per_node, replicas):
     trace = read_trace(path)
     plans = {
-        policy: place_trace(trace, 2, ranks_per_node, COSTS, recent_mean, policy, replicas=replicas, origin=1200, horizon=1000)
+        policy: place_trace(
+            trace,
+            2,
+            ranks_per_node,
+            COSTS,
+            recent_mean,
+            policy,
+            replicas=replicas,
+            origin=1200,
+            horizon=1000,
+        )
         for policy in ("eplb", "locality")
     }
     for policy_plan in plans.values():
@@ -178,7 +211,8 @@ def job_config(start: object, **changed: int):
 
 
 def test_a_job_begins_where_a_plan_has_its_experts(tmp_path):
-    result, file = place_trace(made_up(), 2, 2, COSTS, recent_mean), tmp_path / "plan.json"
+    result = place_trace(made_up(), 2, 2, COSTS, recent_mean)
+    file = tmp_path / "plan.json"
     save_plan(result, file)
     found_LE = starting_slots(job_config(str(file)))
     np.testing.assert_array_equal(found_LE, result.slot_to_expert)
@@ -191,7 +225,10 @@ def test_a_job_begins_where_a_plan_has_its_experts(tmp_path):
     [
         ({"num_moe_layers": 1}, "the plan has 2 layers of 8 slots on 4 ranks, the run 1 of 8 on 4"),
         ({"num_experts": 16}, "the plan has 2 layers of 8 slots on 4 ranks, the run 2 of 16 on 4"),
-        ({"expert_parallel": 2}, "the plan has 2 layers of 8 slots on 4 ranks, the run 2 of 8 on 2"),
+        (
+            {"expert_parallel": 2},
+            "the plan has 2 layers of 8 slots on 4 ranks, the run 2 of 8 on 2",
+        ),
     ],
 )
 def test_a_plan_for_another_job_is_refused(tmp_path, changed, wanted):
@@ -207,5 +244,8 @@ def test_a_plan_with_replicas_or_no_plan_is_refused(tmp_path):
     with pytest.raises(DataError, match="the plan has 2 layers of 12 slots"):
         starting_slots(job_config(str(file)))
     absent = tmp_path / "absent.json"
-    with pytest.raises(DataError, match=f"^placement.start = '{absent}': {absent}: not a plan: No such file or directory$"):
+    with pytest.raises(
+        DataError,
+        match=f"^placement.start = '{absent}': {absent}: not a plan: No such file or directory$",
+    ):
         starting_slots(job_config(str(absent)))

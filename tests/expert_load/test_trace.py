@@ -16,7 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pangu_locmoe.errors import DataError
-from pangu_locmoe.expert_load.trace import FLUSH_FRACTION, FLUSH_SECONDS, Trace, TraceWriter, read_trace, write_trace
+from pangu_locmoe.expert_load.trace import (
+    FLUSH_FRACTION,
+    FLUSH_SECONDS,
+    Trace,
+    TraceWriter,
+    read_trace,
+    write_trace,
+)
 
 
 def row(step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -32,7 +39,12 @@ def fill(writer: TraceWriter, first: int, last: int) -> None:
 
 
 def arrays(trace: Trace) -> dict[str, np.ndarray]:
-    found = {"step": trace.step_K, "load": trace.load_KLE, "dropped": trace.dropped_KLE, "source": trace.source_KLNE}
+    found = {
+        "step": trace.step_K,
+        "load": trace.load_KLE,
+        "dropped": trace.dropped_KLE,
+        "source": trace.source_KLNE,
+    }
     return {name: array for name, array in found.items() if array is not None}
 
 
@@ -68,7 +80,11 @@ def test_it_ends_when_full(tmp_path):
     writer = TraceWriter(tmp_path / "load.npz", every=2, max_rows=3)
     for step in range(1, 21):
         writer.add(step, *row(step))
-    assert read_trace(tmp_path / "load.npz").step_K.tolist() == [1, 3, 5]  # before any flush by the caller
+    assert read_trace(tmp_path / "load.npz").step_K.tolist() == [
+        1,
+        3,
+        5,
+    ]  # before any flush by the caller
     writer.flush()
     assert read_trace(tmp_path / "load.npz").step_K.tolist() == [1, 3, 5]
 
@@ -113,7 +129,8 @@ class Clock:
     """Each step takes 1 s, and each look at the clock while a file is written `write` s."""
 
     def __init__(self) -> None:
-        self.now, self.write = 0.0, 0.0
+        self.now = 0.0
+        self.write = 0.0
 
     def __call__(self) -> float:
         self.now += self.write
@@ -134,9 +151,12 @@ def test_it_is_written_by_time_and_writing_stays_a_small_part_of_it(tmp_path):
             assert read_trace(file).step_K[-1] == step
     assert written == list(range(int(FLUSH_SECONDS), 501, int(FLUSH_SECONDS)))
 
-    clock.write = 2 * FLUSH_SECONDS * FLUSH_FRACTION  # as if the file had become large: one look at the clock costs as much
+    clock.write = (
+        2 * FLUSH_SECONDS * FLUSH_FRACTION
+    )  # as if the file had become large: one look at the clock costs as much
     writer.flush()
-    start, spent = clock.now, 0.0
+    start = clock.now
+    spent = 0.0
     clock.write = 0.0
     for step in range(501, 501 + int(2 * FLUSH_SECONDS) - 1):
         clock.now += 1
@@ -150,9 +170,12 @@ def test_it_is_written_by_time_and_writing_stays_a_small_part_of_it(tmp_path):
 
 
 def test_a_killed_run_keeps_its_rows(tmp_path):
-    """kill -9 while the trace is written again and again, without any flush by the caller: what is there is a whole trace."""
+    """kill -9 while the trace is written again and again, without any flush by the caller: what
+    is there is a whole trace.
+    """
     code = (
-        "import itertools, sys, time, numpy as np; from pathlib import Path; from pangu_locmoe.expert_load import trace\n"
+        "import itertools, sys, time, numpy as np; from pathlib import Path; from "
+        "pangu_locmoe.expert_load import trace\n"
         "trace.FLUSH_SECONDS, trace.FLUSH_FRACTION = 0.0, 1.0\n"
         "writer = trace.TraceWriter(Path(sys.argv[1]))\n"
         "for step in itertools.count(1):\n"
@@ -162,7 +185,8 @@ def test_a_killed_run_keeps_its_rows(tmp_path):
     file = tmp_path / "load.npz"
     process = subprocess.Popen([sys.executable, "-c", code, str(file)])
     try:
-        deadline, seen = time.monotonic() + 60, 0
+        deadline = time.monotonic() + 60
+        seen = 0
         while seen < 100 and time.monotonic() < deadline:
             time.sleep(0.05)
             seen = len(read_trace(file).step_K) if file.exists() else 0
@@ -170,7 +194,9 @@ def test_a_killed_run_keeps_its_rows(tmp_path):
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     trace = read_trace(file)
-    assert len(trace.step_K) >= seen >= 100 and trace.step_K.tolist() == list(range(1, len(trace.step_K) + 1))
+    assert len(trace.step_K) >= seen >= 100 and trace.step_K.tolist() == list(
+        range(1, len(trace.step_K) + 1)
+    )
     np.testing.assert_array_equal(trace.load_KLE[:, 0, 0], 3 * trace.step_K)
 
 
@@ -179,10 +205,20 @@ def test_a_killed_run_keeps_its_rows(tmp_path):
 def test_any_trace_comes_back(tmp_path_factory, data):
     rows, layers, nodes, experts = (data.draw(st.integers(1, 4)) for _ in range(4))
     random = np.random.default_rng(data.draw(st.integers(0, 2**32)))
-    source = random.integers(0, data.draw(st.sampled_from([1, 100, 2**40])), (rows, layers, nodes, experts), endpoint=True)
+    source = random.integers(
+        0,
+        data.draw(st.sampled_from([1, 100, 2**40])),
+        (rows, layers, nodes, experts),
+        endpoint=True,
+    )
     step = np.cumsum(random.integers(1, 9, rows))
     load = source.sum(2)
-    trace = Trace(step, load, load // 2 if data.draw(st.booleans()) else None, source if data.draw(st.booleans()) else None)
+    trace = Trace(
+        step,
+        load,
+        load // 2 if data.draw(st.booleans()) else None,
+        source if data.draw(st.booleans()) else None,
+    )
     file = tmp_path_factory.mktemp("trace") / "load.npz"
     write_trace(file, trace)
     assert_equal(read_trace(file), trace)
@@ -194,18 +230,30 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("no space")))
     with pytest.raises(OSError, match="no space"):
         fill(TraceWriter(file), 1, 9)
-    assert read_trace(file).step_K.tolist() == [1, 2, 3] and [path.name for path in tmp_path.iterdir()] == ["load.npz"]
+    assert read_trace(file).step_K.tolist() == [1, 2, 3] and [
+        path.name for path in tmp_path.iterdir()
+    ] == ["load.npz"]
 
 
 def test_whole_floats_and_small_integers_are_counts(tmp_path):
-    np.savez(tmp_path / "load.npz", step=np.array([1.0, 5.0]), load=np.full((2, 1, 3), 200, np.uint8), other=np.array(["x"]))
+    np.savez(
+        tmp_path / "load.npz",
+        step=np.array([1.0, 5.0]),
+        load=np.full((2, 1, 3), 200, np.uint8),
+        other=np.array(["x"]),
+    )
     trace = read_trace(tmp_path / "load.npz")
     assert trace.step_K.dtype == np.int64 and trace.load_KLE.dtype == np.int64
     assert trace.step_K.tolist() == [1, 5] and trace.load_KLE.tolist() == [[[200] * 3]] * 2
     assert trace.dropped_KLE is None and trace.source_KLNE is None
 
 
-GOOD = {"step": np.array([1, 2, 4]), "load": np.full((3, 2, 4), 6), "dropped": np.zeros((3, 2, 4)), "source": np.full((3, 2, 3, 4), 2)}
+GOOD = {
+    "step": np.array([1, 2, 4]),
+    "load": np.full((3, 2, 4), 6),
+    "dropped": np.zeros((3, 2, 4)),
+    "source": np.full((3, 2, 3, 4), 2),
+}
 
 
 def changed(name: str, index: tuple[int, ...], value: float) -> np.ndarray:
@@ -244,7 +292,9 @@ def test_wrong_arrays_are_named_in_one_line(tmp_path, change, words):
     file = tmp_path / "load.npz"
     np.savez(file, **GOOD)
     read_trace(file)
-    np.savez(file, **{name: array for name, array in {**GOOD, **change}.items() if array is not None})
+    np.savez(
+        file, **{name: array for name, array in {**GOOD, **change}.items() if array is not None}
+    )
     with pytest.raises(DataError, match=f"^{file}: not a load trace: .*{words}") as caught:
         read_trace(file)
     assert "\n" not in str(caught.value)
@@ -275,15 +325,22 @@ def test_other_files_are_no_trace(tmp_path):
 @given(st.data())
 @settings(max_examples=60, deadline=None)
 def test_a_damaged_file_is_refused_or_harmless(tmp_path_factory, data):
-    """Cut anywhere, or one byte changed: DataError, or the same trace if the byte does not matter."""
+    """Cut anywhere, or one byte changed: DataError, or the same trace if the byte does not
+    matter.
+    """
     folder = tmp_path_factory.mktemp("trace")
     file = folder / "load.npz"
     fill(TraceWriter(file), 1, 20)
-    content, whole = file.read_bytes(), read_trace(file)
+    content = file.read_bytes()
+    whole = read_trace(file)
     place = data.draw(st.integers(0, len(content) - 1))
     cut = data.draw(st.booleans())
     file.write_bytes(
-        content[:place] if cut else content[:place] + bytes([content[place] ^ data.draw(st.integers(1, 255))]) + content[place + 1 :]
+        content[:place]
+        if cut
+        else content[:place]
+        + bytes([content[place] ^ data.draw(st.integers(1, 255))])
+        + content[place + 1 :]
     )
     try:
         found = read_trace(file)
@@ -298,4 +355,8 @@ def test_a_damaged_file_is_refused_or_harmless(tmp_path_factory, data):
 def test_shares_stride_and_a_part_of_the_steps():
     trace = Trace(np.array([10, 20, 30]), np.array([[[1, 3]], [[0, 0]], [[2, 2]]]))
     assert trace.share_KLE.tolist() == [[[0.25, 0.75]], [[0.5, 0.5]], [[0.5, 0.5]]]
-    assert trace.stride == 10 and trace.between(20, 30).step_K.tolist() == [20] and trace.between(11, 99).load_KLE.shape == (2, 1, 2)
+    assert (
+        trace.stride == 10
+        and trace.between(20, 30).step_K.tolist() == [20]
+        and trace.between(11, 99).load_KLE.shape == (2, 1, 2)
+    )

@@ -1,4 +1,6 @@
-"""The whole model: against NumPy, sparse against dense, what a token can see, compiled against uncompiled."""
+"""The whole model: against NumPy, sparse against dense, what a token can see, compiled against
+uncompiled.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,11 @@ from pangu_locmoe.moe.capacity import DROPLESS
 from pangu_locmoe.nn.noise import draw_keys
 from pangu_locmoe.train.step import LocalStepper, Objective
 
-BATCH, LENGTH, VOCAB, HIDDEN, EOD = 4, 8, 300, 16, 299
+BATCH = 4
+LENGTH = 8
+VOCAB = 300
+HIDDEN = 16
+EOD = 299
 RANDOM = np.random.default_rng(23)
 
 
@@ -26,16 +32,27 @@ def make_batch() -> Batch:
     """Four sequences of two domains; the first has three documents."""
     sequences = RANDOM.integers(0, EOD, (BATCH, LENGTH + 1)).astype(np.int32)
     sequences[0, [3, 6]] = EOD
-    tokens_BS, targets_BS = sequences[:, :-1].copy(), sequences[:, 1:].copy()
+    tokens_BS = sequences[:, :-1].copy()
+    targets_BS = sequences[:, 1:].copy()
     positions_BS, segments_BS = positions_and_segments(tokens_BS, EOD, True)
-    return Batch(tokens_BS, targets_BS, positions_BS, segments_BS, np.array([0, 0, 1, 1], np.int32), np.ones(BATCH, bool))
+    return Batch(
+        tokens_BS,
+        targets_BS,
+        positions_BS,
+        segments_BS,
+        np.array([0, 0, 1, 1], np.int32),
+        np.ones(BATCH, bool),
+    )
 
 
 BATCH_OF_FOUR = make_batch()
 
 
 def inputs(batch: Batch) -> list[Tensor]:
-    return [Tensor(array) for array in (batch.tokens_BS, batch.positions_BS, batch.segments_BS, batch.domains_B)]
+    return [
+        Tensor(array)
+        for array in (batch.tokens_BS, batch.positions_BS, batch.segments_BS, batch.domains_B)
+    ]
 
 
 def keys(step: int = 1) -> tuple[Tensor, Tensor]:
@@ -43,7 +60,13 @@ def keys(step: int = 1) -> tuple[Tensor, Tensor]:
     return Tensor(rows), Tensor(columns)
 
 
-def logits(model: PanguSigma, batch: Batch = BATCH_OF_FOUR, training: bool = False, step: int = 1, capacity: int = DROPLESS) -> np.ndarray:
+def logits(
+    model: PanguSigma,
+    batch: Batch = BATCH_OF_FOUR,
+    training: bool = False,
+    step: int = 1,
+    capacity: int = DROPLESS,
+) -> np.ndarray:
     layers = sum(block.sparse for block in model.blocks)
     return model(*inputs(batch), keys(step), (capacity,) * layers, training)[0].asnumpy()
 
@@ -55,9 +78,20 @@ def gradients(model: PanguSigma, config, capacity: int = DROPLESS, jit: bool = F
     function = ms.value_and_grad(objective, None, parameters, has_aux=True)
     function = ms.jit(function) if jit else function
     batch = BATCH_OF_FOUR
-    arrays = [Tensor(a) for a in (batch.tokens_BS, batch.targets_BS, batch.positions_BS, batch.segments_BS, batch.domains_B)]
+    arrays = [
+        Tensor(a)
+        for a in (
+            batch.tokens_BS,
+            batch.targets_BS,
+            batch.positions_BS,
+            batch.segments_BS,
+            batch.domains_B,
+        )
+    ]
     (loss, _, _), found = function(*arrays, *keys(), Tensor(1.0, ms.float32))
-    return float(loss), {parameter.name: gradient.asnumpy() for parameter, gradient in zip(parameters, found)}
+    return float(loss), {
+        parameter.name: gradient.asnumpy() for parameter, gradient in zip(parameters, found)
+    }
 
 
 # against NumPy
@@ -65,8 +99,13 @@ def gradients(model: PanguSigma, config, capacity: int = DROPLESS, jit: bool = F
 
 def reference(model: PanguSigma, batch: Batch, per_domain: bool) -> np.ndarray:
     """PanGu-alpha's trunk with LocMoE's layer, in float64: logits [T, V]."""
-    w = {parameter.name: parameter.asnumpy().astype(np.float64) for parameter in model.get_parameters()}
-    visible = (batch.segments_BS[:, :, None] == batch.segments_BS[:, None, :]) & np.tri(LENGTH, dtype=bool)
+    w = {
+        parameter.name: parameter.asnumpy().astype(np.float64)
+        for parameter in model.get_parameters()
+    }
+    visible = (batch.segments_BS[:, :, None] == batch.segments_BS[:, None, :]) & np.tri(
+        LENGTH, dtype=bool
+    )
 
     def norm(name, x):
         return layer_norm(x, w[f"{name}.gamma"], w[f"{name}.beta"])
@@ -74,8 +113,12 @@ def reference(model: PanguSigma, batch: Batch, per_domain: bool) -> np.ndarray:
     def attend(name, query, x):
         mixed = np.zeros_like(x)
         for head in (slice(0, 8), slice(8, 16)):
-            q, k, v = query @ w[f"{name}.w_query"][:, head], x @ w[f"{name}.w_key_value"][:, head], x @ w[f"{name}.w_key_value"][:, HIDDEN:][:, head]
-            mixed[:, :, head] = softmax(np.where(visible, q @ k.swapaxes(1, 2) / 8**0.5, -np.inf)) @ v
+            q = query @ w[f"{name}.w_query"][:, head]
+            k = x @ w[f"{name}.w_key_value"][:, head]
+            v = x @ w[f"{name}.w_key_value"][:, HIDDEN:][:, head]
+            mixed[:, :, head] = (
+                softmax(np.where(visible, q @ k.swapaxes(1, 2) / 8**0.5, -np.inf)) @ v
+            )
         return mixed @ w[f"{name}.w_out"]
 
     def feed(name, x):
@@ -85,20 +128,31 @@ def reference(model: PanguSigma, batch: Batch, per_domain: bool) -> np.ndarray:
         y = np.zeros_like(x)
         for b, s in np.ndindex(BATCH, LENGTH):
             p = softmax(2 * x[b, s].reshape(4, -1).mean(-1))
-            y[b, s] = p.max() * (gelu(x[b, s] @ w[f"{name}.w_in"][p.argmax()]) @ w[f"{name}.w_out"][p.argmax()])
+            y[b, s] = p.max() * (
+                gelu(x[b, s] @ w[f"{name}.w_in"][p.argmax()]) @ w[f"{name}.w_out"][p.argmax()]
+            )
         return y
 
     table = w["word_table"].reshape(-1, VOCAB, HIDDEN)
     table_BVD = table[batch.domains_B if per_domain else np.zeros(BATCH, int)]
-    x = np.stack([table_BVD[b, batch.tokens_BS[b]] for b in range(BATCH)]) + w["position_table"][batch.positions_BS]
+    x = (
+        np.stack([table_BVD[b, batch.tokens_BS[b]] for b in range(BATCH)])
+        + w["position_table"][batch.positions_BS]
+    )
     for index, block in enumerate(model.blocks):
         name = f"blocks.{index}"
         normed = norm(f"{name}.norm1", x)
         x = x + attend(f"{name}.attention", normed, normed)
         normed = norm(f"{name}.norm2", x)
-        x = x + (experts(f"{name}.moe.experts", normed) if block.sparse else feed(f"{name}.ffn", normed))
+        x = x + (
+            experts(f"{name}.moe.experts", normed) if block.sparse else feed(f"{name}.ffn", normed)
+        )
     x = norm("final_norm", x) if model.has_final_norm else x
-    x = x + attend("query_layer.attention", w["query_layer.query_table"][batch.positions_BS], norm("query_layer.norm1", x))
+    x = x + attend(
+        "query_layer.attention",
+        w["query_layer.query_table"][batch.positions_BS],
+        norm("query_layer.norm1", x),
+    )
     x = x + feed("query_layer.ffn", norm("query_layer.norm2", x))
     return (x @ table_BVD.swapaxes(1, 2)).reshape(-1, VOCAB)
 
@@ -107,8 +161,18 @@ def reference(model: PanguSigma, batch: Batch, per_domain: bool) -> np.ndarray:
 @pytest.mark.parametrize("sparse", [0, 1], ids=["dense", "sparse"])
 @pytest.mark.parametrize("final_norm", [True, False], ids=["final norm", "none"])
 def test_the_model_against_numpy(per_domain, sparse, final_norm):
-    model = PanguSigma(small_config(model={"num_moe_layers": sparse, "domain_embeddings": per_domain, "final_norm": final_norm}))
-    assert final_norm == any(parameter.name.startswith("final_norm.") for parameter in model.trainable_params())
+    model = PanguSigma(
+        small_config(
+            model={
+                "num_moe_layers": sparse,
+                "domain_embeddings": per_domain,
+                "final_norm": final_norm,
+            }
+        )
+    )
+    assert final_norm == any(
+        parameter.name.startswith("final_norm.") for parameter in model.trainable_params()
+    )
     if final_norm:
         model.final_norm.gamma.set_data(Tensor(np.linspace(0.5, 1.5, HIDDEN, dtype=np.float32)))
         model.final_norm.beta.set_data(Tensor(np.linspace(-1, 1, HIDDEN, dtype=np.float32)))
@@ -121,9 +185,13 @@ def test_the_model_against_numpy(per_domain, sparse, final_norm):
 def test_a_hash_model_of_one_expert_equals_the_dense_model():
     config = small_config(moe={"router": "hash", "num_experts": 1})
     dense_config = small_config(model={"num_moe_layers": 0})
-    sparse, dense = PanguSigma(config), PanguSigma(dense_config)
+    sparse = PanguSigma(config)
+    dense = PanguSigma(dense_config)
     values = {parameter.name: parameter.asnumpy() for parameter in dense.get_parameters()}
-    names = {parameter.name: parameter.name.replace(".moe.experts.", ".ffn.") for parameter in sparse.trainable_params()}
+    names = {
+        parameter.name: parameter.name.replace(".moe.experts.", ".ffn.")
+        for parameter in sparse.trainable_params()
+    }
     for parameter in sparse.trainable_params():
         parameter.set_data(Tensor(values[names[parameter.name]].reshape(parameter.shape)))
     close(logits(sparse), logits(dense), 1e-6)
@@ -139,7 +207,9 @@ def test_the_trunks_initial_weights_do_not_depend_on_the_router():
     trunks = []
     for router in ("hash", "switch", "locmoe", "locmoe_plus"):
         model = PanguSigma(small_config(moe={"router": router}))
-        trunks.append({p.name: p.asnumpy() for p in model.get_parameters() if ".router." not in p.name})
+        trunks.append(
+            {p.name: p.asnumpy() for p in model.get_parameters() if ".router." not in p.name}
+        )
     for name, value in trunks[0].items():
         np.testing.assert_array_equal(trunks[1][name], value)
         np.testing.assert_array_equal(trunks[2][name], value)
@@ -157,7 +227,13 @@ def test_a_token_sees_only_earlier_tokens_of_its_own_document(router):
     for changed in (1, 4, 7):
         tokens_BS = BATCH_OF_FOUR.tokens_BS.copy()
         tokens_BS[0, changed] = (tokens_BS[0, changed] + 1) % EOD
-        batch = Batch(tokens_BS, *[getattr(BATCH_OF_FOUR, name) for name in ("targets_BS", "positions_BS", "segments_BS", "domains_B", "valid_B")])
+        batch = Batch(
+            tokens_BS,
+            *[
+                getattr(BATCH_OF_FOUR, name)
+                for name in ("targets_BS", "positions_BS", "segments_BS", "domains_B", "valid_B")
+            ],
+        )
         after = logits(model, batch).reshape(BATCH, LENGTH, VOCAB)
         reached_S = (segments_S == segments_S[changed]) & (np.arange(LENGTH) >= changed)
         assert (np.abs(after - before)[0, reached_S].max(1) > 1e-3).all()
@@ -166,22 +242,46 @@ def test_a_token_sees_only_earlier_tokens_of_its_own_document(router):
 
 
 def test_a_document_has_the_same_logits_wherever_it_begins():
-    """Positions and attention are reset, so the second document alone, at the start of a sequence, is the same."""
+    """Positions and attention are reset, so the second document alone, at the start of a
+    sequence, is the same.
+    """
     model = PanguSigma(small_config())
     np.testing.assert_array_equal(BATCH_OF_FOUR.positions_BS[0], [0, 1, 2, 0, 1, 2, 0, 1])
     tokens_BS = BATCH_OF_FOUR.tokens_BS.copy()
     tokens_BS[1, :3] = tokens_BS[0, 3:6]
     positions_BS, segments_BS = positions_and_segments(tokens_BS, EOD, True)
-    batch = Batch(tokens_BS, BATCH_OF_FOUR.targets_BS, positions_BS, segments_BS, BATCH_OF_FOUR.domains_B, BATCH_OF_FOUR.valid_B)
+    batch = Batch(
+        tokens_BS,
+        BATCH_OF_FOUR.targets_BS,
+        positions_BS,
+        segments_BS,
+        BATCH_OF_FOUR.domains_B,
+        BATCH_OF_FOUR.valid_B,
+    )
     found = logits(model, batch).reshape(BATCH, LENGTH, VOCAB)
     close(found[1, :3], found[0, 3:6], 2e-6)
 
 
 def test_a_shorter_sequence_has_the_same_logits():
     model = PanguSigma(small_config())
-    short = Batch(*[a[:, :5].copy() for a in (BATCH_OF_FOUR.tokens_BS, BATCH_OF_FOUR.targets_BS, BATCH_OF_FOUR.positions_BS, BATCH_OF_FOUR.segments_BS)],
-                  BATCH_OF_FOUR.domains_B, BATCH_OF_FOUR.valid_B)  # fmt: skip
-    close(logits(model, short).reshape(BATCH, 5, VOCAB), logits(model).reshape(BATCH, LENGTH, VOCAB)[:, :5], 2e-6)
+    short = Batch(
+        *[
+            a[:, :5].copy()
+            for a in (
+                BATCH_OF_FOUR.tokens_BS,
+                BATCH_OF_FOUR.targets_BS,
+                BATCH_OF_FOUR.positions_BS,
+                BATCH_OF_FOUR.segments_BS,
+            )
+        ],
+        BATCH_OF_FOUR.domains_B,
+        BATCH_OF_FOUR.valid_B,
+    )
+    close(
+        logits(model, short).reshape(BATCH, 5, VOCAB),
+        logits(model).reshape(BATCH, LENGTH, VOCAB)[:, :5],
+        2e-6,
+    )
 
 
 # modes, dropout, precision
@@ -189,12 +289,23 @@ def test_a_shorter_sequence_has_the_same_logits():
 
 @pytest.mark.parametrize(
     ("capacity", "settings"),
-    [(DROPLESS, {"moe": {"router": "switch", "z_loss": 0.1}}), (3, {"train": {"recompute": True}}), (DROPLESS, {"model": {"num_moe_layers": 0}})],
+    [
+        (DROPLESS, {"moe": {"router": "switch", "z_loss": 0.1}}),
+        (3, {"train": {"recompute": True}}),
+        (DROPLESS, {"model": {"num_moe_layers": 0}}),
+    ],
     ids=["dropless switch", "recomputed locmoe with drops", "dense"],
 )
 def test_the_compiled_model_equals_the_uncompiled_one(capacity, settings):
-    """With dropout, on two nodes. Recomputation must change nothing: no router loss twice, the same dropout."""
-    settings = {**settings, "model": {"dropout": 0.1, **settings.get("model", {})}, "parallel": {"nodes": 2}}
+    """With dropout, on two nodes.
+
+    Recomputation must change nothing: no router loss twice, the same dropout.
+    """
+    settings = {
+        **settings,
+        "model": {"dropout": 0.1, **settings.get("model", {})},
+        "parallel": {"nodes": 2},
+    }
     config = small_config(**settings)
     plain = small_config(**{**settings, "train": {"recompute": False}})
     loss, found = gradients(PanguSigma(config), config, capacity, jit=True)
@@ -206,7 +317,8 @@ def test_the_compiled_model_equals_the_uncompiled_one(capacity, settings):
 
 
 def test_dropout_is_for_training_only_and_follows_the_step():
-    dropped, plain = PanguSigma(small_config(model={"dropout": 0.2})), PanguSigma(small_config())
+    dropped = PanguSigma(small_config(model={"dropout": 0.2}))
+    plain = PanguSigma(small_config())
     np.testing.assert_array_equal(logits(dropped), logits(plain))
     first = logits(dropped, training=True)
     np.testing.assert_array_equal(logits(dropped, training=True), first)
@@ -215,7 +327,10 @@ def test_dropout_is_for_training_only_and_follows_the_step():
 
 
 def test_half_precision_is_close_and_its_logits_are_fp32():
-    """Hash, because a rounded gate may choose another expert. A few roundings of each of three layers add up."""
+    """Hash, because a rounded gate may choose another expert.
+
+    A few roundings of each of three layers add up.
+    """
     digits = 2**-11
     exact = logits(PanguSigma(small_config(moe={"router": "hash"})))
     rounded = logits(PanguSigma(small_config(moe={"router": "hash"}, train={"precision": "fp16"})))
@@ -232,13 +347,23 @@ def test_statistics():
     model = PanguSigma(config)
     _, stats = model(*inputs(BATCH_OF_FOUR), keys(), (2, DROPLESS), True)
     assert stats["load_LNE"].shape == (2, 2, 4)
-    np.testing.assert_array_equal(stats["load_LNE"].asnumpy().sum(2), np.full((2, 2), BATCH * LENGTH / 2))
+    np.testing.assert_array_equal(
+        stats["load_LNE"].asnumpy().sum(2), np.full((2, 2), BATCH * LENGTH / 2)
+    )
     load_LE = stats["load_LNE"].asnumpy().sum(1)
-    np.testing.assert_array_equal(stats["dropped_LE"].asnumpy(), [np.maximum(load_LE[0] - 2, 0), np.zeros(4)])
+    np.testing.assert_array_equal(
+        stats["dropped_LE"].asnumpy(), [np.maximum(load_LE[0] - 2, 0), np.zeros(4)]
+    )
     assert stats["cosine_LT"].shape == (2, BATCH * LENGTH)
     assert stats["layer_sums"].shape == (4,)
-    dense, none = PanguSigma(small_config(model={"num_moe_layers": 0})), ()
-    assert set(dense(*inputs(BATCH_OF_FOUR), keys(), none, True)[1]) == {"balance_loss", "locality_loss", "z_loss", "layer_sums"}
+    dense = PanguSigma(small_config(model={"num_moe_layers": 0}))
+    none = ()
+    assert set(dense(*inputs(BATCH_OF_FOUR), keys(), none, True)[1]) == {
+        "balance_loss",
+        "locality_loss",
+        "z_loss",
+        "layer_sums",
+    }
 
 
 def test_training_goes_on_with_an_expert_that_gets_no_tokens():

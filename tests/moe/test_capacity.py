@@ -38,7 +38,12 @@ MAX_DOUBLE = 1.7e308
 def test_reference_values(cosine, probability, exact, erfc, exponential):
     """d = 5120, n = 16, to the digits printed."""
     bounds = capacity_bounds(5120, 16, cosine)
-    for got, printed in ((bounds.probability, probability), (bounds.exact, exact), (bounds.erfc, erfc), (bounds.exponential, exponential)):
+    for got, printed in (
+        (bounds.probability, probability),
+        (bounds.exact, exact),
+        (bounds.erfc, erfc),
+        (bounds.exponential, exponential),
+    ):
         if printed is not None:
             digits = len(str(printed).replace(".", "").lstrip("0"))
             assert float(f"{got:.{digits}g}") == printed
@@ -51,12 +56,20 @@ def test_bounds_at_fifty_digits(d, n, delta):
     with mpmath.workdps(50):
         square = mpmath.mpf(delta) ** 2
         # 1 - I_x(a, b) = I_{1-x}(b, a), without cancellation
-        probability = mpmath.betainc(mpmath.mpf(d - 1) / 2, mpmath.mpf(1) / 2, 0, 1 - square, regularized=True)
+        probability = mpmath.betainc(
+            mpmath.mpf(d - 1) / 2, mpmath.mpf(1) / 2, 0, 1 - square, regularized=True
+        )
         exponent = square * d / (2 - square)
-        wanted = (1 / (n * probability), 1 / (n * mpmath.erfc(mpmath.sqrt(exponent))), mpmath.exp(exponent) / n)
+        wanted = (
+            1 / (n * probability),
+            1 / (n * mpmath.erfc(mpmath.sqrt(exponent))),
+            mpmath.exp(exponent) / n,
+        )
         # delta^2 is a double: its last place grows by the logarithmic slope of each form
         slack = (d * square / (1 - square), exponent, exponent)
-        for got, value, amplified in zip((bounds.exact, bounds.erfc, bounds.exponential), wanted, slack):
+        for got, value, amplified in zip(
+            (bounds.exact, bounds.erfc, bounds.exponential), wanted, slack
+        ):
             if value > 1e300:
                 assert got > 1e290  # infinity, or the last doubles before it
             else:
@@ -72,12 +85,16 @@ def test_the_probability_is_that_of_a_random_direction(d):
     delta = d**-0.5
     bounds = capacity_bounds(d, 4, delta)
     assert bounds.probability == pytest.approx(stats.beta(0.5, (d - 1) / 2).sf(delta**2), rel=1e-12)
-    assert bounds.probability == pytest.approx(1 - special.betainc(0.5, (d - 1) / 2, delta**2), rel=1e-12)
+    assert bounds.probability == pytest.approx(
+        1 - special.betainc(0.5, (d - 1) / 2, delta**2), rel=1e-12
+    )
 
 
 def test_closed_forms_in_two_and_three_dimensions():
     # a circle: |angle| within acos(delta) of the line; a sphere: Archimedes' hat-box
-    assert capacity_bounds(2, 1, 0.3).probability == pytest.approx(math.acos(0.3) * 2 / math.pi, rel=1e-13)
+    assert capacity_bounds(2, 1, 0.3).probability == pytest.approx(
+        math.acos(0.3) * 2 / math.pi, rel=1e-13
+    )
     assert capacity_bounds(3, 1, 0.3).probability == pytest.approx(0.7, rel=1e-13)
 
 
@@ -101,7 +118,13 @@ def test_on_a_line_every_token_belongs():
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [((0, 4, 0.1), "hidden_size"), ((8, 0, 0.1), "num_experts"), ((8, 4, 1.01), "cosine"), ((8, 4, -1.01), "cosine"), ((8, 4, math.nan), "nan")],
+    [
+        ((0, 4, 0.1), "hidden_size"),
+        ((8, 0, 0.1), "num_experts"),
+        ((8, 4, 1.01), "cosine"),
+        ((8, 4, -1.01), "cosine"),
+        ((8, 4, math.nan), "nan"),
+    ],
 )
 def test_arguments_out_of_range(arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -130,16 +153,40 @@ def test_factor_capacity(factor, tokens, experts, wanted):
 def test_factor_capacity_is_the_exact_ceiling(hundredths, share, experts, whole):
     """Where the quotient is a whole number, and just beside it."""
     tokens = 100 * share * experts + (0 if whole else 1)
-    assert factor_capacity(hundredths / 100, tokens, experts) == math.ceil(Fraction(hundredths * tokens, 100 * experts))
+    assert factor_capacity(hundredths / 100, tokens, experts) == math.ceil(
+        Fraction(hundredths * tokens, 100 * experts)
+    )
 
 
-@pytest.mark.parametrize(("exact", "wanted"), [(0.06, 1), (1.0, 1), (1.96, 2), (14.9, 15), (39.9, 40), (40.0, 40), (40.1, 40), (math.inf, 40)])
+@pytest.mark.parametrize(
+    ("exact", "wanted"),
+    [
+        (0.06, 1),
+        (1.0, 1),
+        (1.96, 2),
+        (14.9, 15),
+        (39.9, 40),
+        (40.0, 40),
+        (40.1, 40),
+        (math.inf, 40),
+    ],
+)
 def test_bound_capacity_is_rounded_up_and_clamped(exact, wanted):
     assert bound_capacity(CapacityBounds(0.1, 0.1, exact, 0.0, 0.0), upper=40) == wanted
 
 
 @pytest.mark.parametrize(
-    ("statistic", "wanted"), [("min", -0.2), ("median", 0.15), ("mean", 0.2), ("max", 0.7), (0.0, -0.2), (0.5, 0.15), (1.0, 0.7), (0.25, 0.025)]
+    ("statistic", "wanted"),
+    [
+        ("min", -0.2),
+        ("median", 0.15),
+        ("mean", 0.2),
+        ("max", 0.7),
+        (0.0, -0.2),
+        (0.5, 0.15),
+        (1.0, 0.7),
+        (0.25, 0.025),
+    ],
 )
 def test_cosine_statistic(statistic, wanted):
     assert cosine_statistic(np.array([0.7, 0.1, -0.2, 0.2]), statistic) == pytest.approx(wanted)

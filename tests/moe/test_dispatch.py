@@ -1,4 +1,6 @@
-"""Tokens to slots and back: for any plan the way there and back is the identity, and what is dropped is what should be."""
+"""Tokens to slots and back: for any plan the way there and back is the identity, and what is
+dropped is what should be.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ def one_hot(expert_T: np.ndarray, num_experts: int) -> np.ndarray:
 def ranks(expert_T: np.ndarray, affinity_T: Optional[np.ndarray]) -> np.ndarray:
     """How many tokens of the same expert come first: by affinity, then by position."""
     keys = np.zeros(len(expert_T)) if affinity_T is None else -affinity_T
-    rank_T, served = np.zeros(len(expert_T), int), {}
+    rank_T = np.zeros(len(expert_T), int)
+    served = {}
     for token in sorted(range(len(expert_T)), key=lambda t: (keys[t], t)):
         rank_T[token] = served.get(expert_T[token], 0)
         served[expert_T[token]] = rank_T[token] + 1
@@ -44,7 +47,11 @@ def plans(draw):
     """Experts of up to 40 tokens, affinities with ties, a capacity (None: dropless)."""
     num_experts = draw(st.integers(1, 6))
     expert_T = np.array(draw(st.lists(st.integers(0, num_experts - 1), min_size=1, max_size=40)))
-    affinity_T = draw(st.one_of(st.none(), st.lists(st.integers(0, 4), min_size=len(expert_T), max_size=len(expert_T))))
+    affinity_T = draw(
+        st.one_of(
+            st.none(), st.lists(st.integers(0, 4), min_size=len(expert_T), max_size=len(expert_T))
+        )
+    )
     capacity = draw(st.one_of(st.none(), st.integers(1, 12)))
     return expert_T, num_experts, None if affinity_T is None else np.array(affinity_T) / 4, capacity
 
@@ -58,19 +65,27 @@ def plans(draw):
 def test_dispatch_then_combine_is_the_identity_for_any_plan(plan):
     expert_T, num_experts, affinity_T, capacity = plan
     tokens = len(expert_T)
-    rank_T = dispatch.rank_within_expert(tensor(one_hot(expert_T, num_experts)), None if affinity_T is None else tensor(affinity_T))
+    rank_T = dispatch.rank_within_expert(
+        tensor(one_hot(expert_T, num_experts)), None if affinity_T is None else tensor(affinity_T)
+    )
     wanted_T = ranks(expert_T, affinity_T)
     np.testing.assert_array_equal(rank_T.asnumpy(), wanted_T)
     load_E = np.bincount(expert_T, minlength=num_experts)
     if capacity is None:
-        slot_of_token_T, expert_of_group_G = dispatch.block_slots(integers(expert_T), rank_T, tensor(load_E))
-        size, owner_G = dispatch.block_size(tokens, num_experts), expert_of_group_G.asnumpy()
+        slot_of_token_T, expert_of_group_G = dispatch.block_slots(
+            integers(expert_T), rank_T, tensor(load_E)
+        )
+        size = dispatch.block_size(tokens, num_experts)
+        owner_G = expert_of_group_G.asnumpy()
         assert len(owner_G) == dispatch.num_blocks(tokens, num_experts)
-        assert len(owner_G) * size <= 2 * tokens + 2 * num_experts  # "no plan needs more than about twice the tokens"
+        assert (
+            len(owner_G) * size <= 2 * tokens + 2 * num_experts
+        )  # "no plan needs more than about twice the tokens"
         kept_T = np.ones(tokens, bool)
     else:
         slot_of_token_T = dispatch.capacity_slots(integers(expert_T), rank_T, capacity)
-        size, owner_G = capacity, np.arange(num_experts)
+        size = capacity
+        owner_G = np.arange(num_experts)
         kept_T = wanted_T < capacity
     slots = slot_of_token_T.asnumpy()
     num_slots = len(owner_G) * size
@@ -82,7 +97,8 @@ def test_dispatch_then_combine_is_the_identity_for_any_plan(plan):
     np.testing.assert_array_equal(owner_G[(slots[kept_T] - 1) // size], expert_T[kept_T])
     if affinity_T is not None and capacity is not None:
         for expert in range(num_experts):
-            mine, lost = (expert_T == expert) & kept_T, (expert_T == expert) & ~kept_T
+            mine = (expert_T == expert) & kept_T
+            lost = (expert_T == expert) & ~kept_T
             assert mine.sum() == min(load_E[expert], capacity)
             assert not lost.any() or affinity_T[lost].max() <= affinity_T[mine].min()
 
@@ -91,22 +107,28 @@ def test_dispatch_then_combine_is_the_identity_for_any_plan(plan):
     inverse = np.zeros(num_slots, int)
     inverse[slots[kept_T] - 1] = np.flatnonzero(kept_T) + 1
     np.testing.assert_array_equal(token_of_slot_P.asnumpy(), inverse)
-    x_TD, weight_T = np.float32(RANDOM.standard_normal((tokens, 3))), np.float32(RANDOM.uniform(0.1, 1, tokens))
+    x_TD = np.float32(RANDOM.standard_normal((tokens, 3)))
+    weight_T = np.float32(RANDOM.uniform(0.1, 1, tokens))
     slots_PD = dispatch.Dispatch()(tensor(x_TD), token_of_slot_P, slot_of_token_T)
     assert not slots_PD.asnumpy()[inverse == 0].any()
-    y_TD = dispatch.Combine()(slots_PD, tensor(weight_T), token_of_slot_P, slot_of_token_T).asnumpy()
+    y_TD = dispatch.Combine()(
+        slots_PD, tensor(weight_T), token_of_slot_P, slot_of_token_T
+    ).asnumpy()
     np.testing.assert_array_equal(y_TD, np.where(kept_T[:, None], weight_T[:, None] * x_TD, 0))
 
 
 def test_ties_in_affinity_go_by_position():
-    expert_T, affinity_T = np.zeros(6, int), np.array([0.5, 0.7, 0.5, 0.7, 0.1, 0.5])
+    expert_T = np.zeros(6, int)
+    affinity_T = np.array([0.5, 0.7, 0.5, 0.7, 0.1, 0.5])
     rank_T = dispatch.rank_within_expert(tensor(one_hot(expert_T, 2)), tensor(affinity_T))
     np.testing.assert_array_equal(rank_T.asnumpy(), [2, 0, 3, 1, 5, 4])
 
 
 class Ranks(nn.Cell):
     def construct(self, one_hot_TE, affinity_T):
-        return dispatch.rank_within_expert(one_hot_TE, affinity_T), dispatch.rank_within_expert(one_hot_TE, None)
+        return dispatch.rank_within_expert(one_hot_TE, affinity_T), dispatch.rank_within_expert(
+            one_hot_TE, None
+        )
 
 
 @pytest.mark.parametrize(("tokens", "ties"), [(7, True), (4096, True), (4096, False)])
@@ -122,41 +144,57 @@ def test_ranks_of_many_tokens(mode, tokens, ties):
 class Blocks(nn.Cell):
     def construct(self, expert_T, rank_T, load_E):
         slot_of_token_T, expert_of_group_G = dispatch.block_slots(expert_T, rank_T, load_E)
-        groups = dispatch.num_blocks(expert_T.shape[0], load_E.shape[0]) * dispatch.block_size(expert_T.shape[0], load_E.shape[0])
+        groups = dispatch.num_blocks(expert_T.shape[0], load_E.shape[0]) * dispatch.block_size(
+            expert_T.shape[0], load_E.shape[0]
+        )
         return slot_of_token_T, expert_of_group_G, dispatch.token_of_slot(slot_of_token_T, groups)
 
 
 def test_blocks_by_hand(mode):
-    """7 tokens, 3 experts: blocks of 3 slots, 5 of them; loads 1, 4, 2 need 1, 2 and 1 blocks, one is spare."""
+    """7 tokens, 3 experts: blocks of 3 slots, 5 of them; loads 1, 4, 2 need 1, 2 and 1 blocks,
+    one is spare.
+    """
     expert_T = np.array([1, 0, 1, 2, 1, 1, 2])
-    slots, owner, token_of_slot = Blocks()(integers(expert_T), integers([0, 0, 1, 0, 2, 3, 1]), tensor([1, 4, 2]))
+    slots, owner, token_of_slot = Blocks()(
+        integers(expert_T), integers([0, 0, 1, 0, 2, 3, 1]), tensor([1, 4, 2])
+    )
     np.testing.assert_array_equal(slots.asnumpy(), [4, 1, 5, 10, 6, 7, 11])
     np.testing.assert_array_equal(owner.asnumpy(), [0, 1, 1, 2, 2])
-    np.testing.assert_array_equal(token_of_slot.asnumpy(), [2, 0, 0, 1, 3, 5, 6, 0, 0, 4, 7, 0, 0, 0, 0])
+    np.testing.assert_array_equal(
+        token_of_slot.asnumpy(), [2, 0, 0, 1, 3, 5, 6, 0, 0, 4, 7, 0, 0, 0, 0]
+    )
 
 
-# five tokens, two experts of two slots; tokens 3 and 4 are dropped, slot 3 (expert 1, second place) is empty
+# five tokens, two experts of two slots; tokens 3 and 4 are dropped, slot 3 (expert 1, second place)
+# is empty
 TOKEN_OF_SLOT = np.array([3, 1, 2, 0])
 SLOT_OF_TOKEN = np.array([2, 3, 1, 0, 0])
 
 
 def test_dispatch_and_its_gradient(mode):
-    x, sens = RANDOM.standard_normal((5, 4)), RANDOM.standard_normal((4, 4))
+    x = RANDOM.standard_normal((5, 4))
+    sens = RANDOM.standard_normal((4, 4))
     maps = integers(TOKEN_OF_SLOT), integers(SLOT_OF_TOKEN)
-    close(dispatch.Dispatch()(tensor(x), *maps), np.concatenate([np.zeros((1, 4)), x])[TOKEN_OF_SLOT])
+    close(
+        dispatch.Dispatch()(tensor(x), *maps), np.concatenate([np.zeros((1, 4)), x])[TOKEN_OF_SLOT]
+    )
     dx = Probe(dispatch.Dispatch())(tensor(x), *maps, tensor(sens))[0]
     close(dx, slope(lambda v: np.concatenate([np.zeros((1, 4)), v])[TOKEN_OF_SLOT], x, sens))
 
 
 def test_combine_and_its_gradients(mode):
-    slots, weight, sens = RANDOM.standard_normal((4, 6)), RANDOM.standard_normal(5), RANDOM.standard_normal((5, 6))
+    slots = RANDOM.standard_normal((4, 6))
+    weight = RANDOM.standard_normal(5)
+    sens = RANDOM.standard_normal((5, 6))
     maps = integers(TOKEN_OF_SLOT), integers(SLOT_OF_TOKEN)
 
     def combine(slots, weight):
         return weight[:, None] * np.concatenate([np.zeros((1, 6)), slots])[SLOT_OF_TOKEN]
 
     close(dispatch.Combine()(tensor(slots), tensor(weight), *maps), combine(slots, weight))
-    dslots, dweight = Probe(dispatch.Combine())(tensor(slots), tensor(weight), *maps, tensor(sens))[:2]
+    dslots, dweight = Probe(dispatch.Combine())(tensor(slots), tensor(weight), *maps, tensor(sens))[
+        :2
+    ]
     close(dslots, slope(lambda v: combine(v, weight), slots, sens))
     close(dweight, slope(lambda v: combine(slots, v), weight, sens))
 
@@ -164,6 +202,8 @@ def test_combine_and_its_gradients(mode):
 def test_half_precision_stays_half_precision():
     x = ops.cast(tensor(RANDOM.standard_normal((5, 4))), ms.float16)
     slots = dispatch.Dispatch()(x, integers(TOKEN_OF_SLOT), integers(SLOT_OF_TOKEN))
-    y = dispatch.Combine()(slots, ops.ones(5, ms.float16), integers(TOKEN_OF_SLOT), integers(SLOT_OF_TOKEN))
+    y = dispatch.Combine()(
+        slots, ops.ones(5, ms.float16), integers(TOKEN_OF_SLOT), integers(SLOT_OF_TOKEN)
+    )
     assert slots.dtype == y.dtype == ms.float16
     np.testing.assert_array_equal(y.asnumpy()[:3], x.asnumpy()[:3])

@@ -1,6 +1,8 @@
-"""Permutation and grouped products by Ascend's operators: what they are handed, and that their documentation is the portable layer.
+"""Permutation and grouped products by Ascend's operators: what they are handed, and that their
+documentation is the portable layer.
 
-The operators exist on Ascend only; the stand-ins follow their documentation, and refuse what it excludes.
+The operators exist on Ascend only; the stand-ins follow their documentation, and refuse what it
+excludes.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ from pangu_locmoe.parallel.exchange import Exchange
 from pangu_locmoe.parallel.topology import Topology
 
 RANDOM = np.random.default_rng(29)
-TOKENS, HIDDEN, EXPERTS = 24, 16, 4
+TOKENS = 24
+HIDDEN = 16
+EXPERTS = 4
 
 
 def permute(tokens: Tensor, indices: Tensor):
@@ -43,22 +47,38 @@ def unpermute(rows: Tensor, sorted_indices: Tensor, probs: Tensor):
 
 
 class Grouped:
-    """GroupedMatmul(split_item=3, group_type=0): one tensor of rows, cut where group_list says, times an expert's matrix each."""
+    """GroupedMatmul(split_item=3, group_type=0): one tensor of rows, cut where group_list says,
+    times an expert's matrix each.
+    """
 
     ends: ClassVar[List[np.ndarray]] = []
 
     def __init__(self, split_item: int, group_type: int) -> None:
         assert (split_item, group_type) == (3, 0)
 
-    def __call__(self, x, weight, bias, scale, offset, antiquant_scale, antiquant_offset, group_list):
-        assert bias is scale is offset is antiquant_scale is antiquant_offset is None  # else it has no gradient
+    def __call__(
+        self, x, weight, bias, scale, offset, antiquant_scale, antiquant_offset, group_list
+    ):
+        assert (
+            bias is scale is offset is antiquant_scale is antiquant_offset is None
+        )  # else it has no gradient
         (rows,), (matrices,) = x, weight
         assert group_list.dtype == ms.int64 and group_list.shape == matrices.shape[:1]
         ends = group_list.asnumpy()
-        assert ends[-1] == rows.shape[0] and (np.diff(ends, prepend=0) > 0).all(), "an expert without rows"
+        assert ends[-1] == rows.shape[0] and (np.diff(ends, prepend=0) > 0).all(), (
+            "an expert without rows"
+        )
         self.ends.append(ends)
         starts = [0, *ends[:-1].tolist()]
-        return (ops.concat([ops.MatMul()(rows[start:end], matrices[g]) for g, (start, end) in enumerate(zip(starts, ends.tolist()))], 0),)
+        return (
+            ops.concat(
+                [
+                    ops.MatMul()(rows[start:end], matrices[g])
+                    for g, (start, end) in enumerate(zip(starts, ends.tolist()))
+                ],
+                0,
+            ),
+        )
 
 
 @pytest.fixture
@@ -72,17 +92,30 @@ def operators(monkeypatch):
 
 def test_the_stand_in_gives_the_documentations_example():
     rows, places = permute(tensor([[1], [7], [2], [1], [2], [3]]), integers([5, 0, 3, 1, 2, 4]))
-    assert rows.asnumpy()[:, 0].tolist() == [7, 1, 2, 2, 3, 1] and places.asnumpy().tolist() == [5, 0, 3, 1, 2, 4]
+    assert rows.asnumpy()[:, 0].tolist() == [7, 1, 2, 2, 3, 1] and places.asnumpy().tolist() == [
+        5,
+        0,
+        3,
+        1,
+        2,
+        4,
+    ]
 
 
 def test_permutation_is_dispatch_and_combine(operators):
     order = RANDOM.permutation(TOKENS)
-    token_of_place, place_of_token = integers(order + 1), integers(np.argsort(order) + 1)
-    x, weight, sens = tensor(RANDOM.standard_normal((TOKENS, HIDDEN))), tensor(RANDOM.random(TOKENS)), tensor(RANDOM.standard_normal((TOKENS, HIDDEN)))
+    token_of_place = integers(order + 1)
+    place_of_token = integers(np.argsort(order) + 1)
+    x = tensor(RANDOM.standard_normal((TOKENS, HIDDEN)))
+    weight = tensor(RANDOM.random(TOKENS))
+    sens = tensor(RANDOM.standard_normal((TOKENS, HIDDEN)))
     maps = (token_of_place, place_of_token)
     close(PermuteTokens()(x, *maps), Dispatch()(x, *maps).asnumpy())
     close(UnpermuteTokens()(x, weight, *maps), Combine()(x, weight, *maps).asnumpy())
-    for mine, theirs in zip(Probe(UnpermuteTokens())(x, weight, *maps, sens)[:2], Probe(Combine())(x, weight, *maps, sens)[:2]):
+    for mine, theirs in zip(
+        Probe(UnpermuteTokens())(x, weight, *maps, sens)[:2],
+        Probe(Combine())(x, weight, *maps, sens)[:2],
+    ):
         close(mine, theirs.asnumpy())
 
 
@@ -107,7 +140,9 @@ def test_rows_by_expert(capacity):
 def layer_of(config):
     """A world of one."""
     allowed_KE = allowed_experts(config)
-    context = RouterContext(0, allowed_KE, Topology(1, 1, 1, EXPERTS), np.ones((len(allowed_KE), 300), np.int64))
+    context = RouterContext(
+        0, allowed_KE, Topology(1, 1, 1, EXPERTS), np.ones((len(allowed_KE), 300), np.int64)
+    )
     return MoELayer.of(config, context, Exchange(SingleProcess(), [0], [0], False))
 
 
@@ -115,11 +150,15 @@ def layer_of(config):
 def test_the_layer_is_the_portable_one(operators, monkeypatch, capacity):
     x, sens = RANDOM.standard_normal((2, TOKENS, HIDDEN))
     x[:, 12:] -= 2.0  # the last expert's features: it gets no token
-    tokens, domains = integers(RANDOM.integers(0, 300, TOKENS)), integers(np.zeros(TOKENS))
+    tokens = integers(RANDOM.integers(0, 300, TOKENS))
+    domains = integers(np.zeros(TOKENS))
     results = []
     for fused_operators in (True, False):
         config = small_config(
-            model={"num_heads": 1}, moe={"router": "locmoe"}, parallel={"expert_parallel": 2}, train={"fused": fused_operators, "precision": "fp16"}
+            model={"num_heads": 1},
+            moe={"router": "locmoe"},
+            parallel={"expert_parallel": 2},
+            train={"fused": fused_operators, "precision": "fp16"},
         )
         layer = layer_of(config)
 
@@ -128,9 +167,13 @@ def test_the_layer_is_the_portable_one(operators, monkeypatch, capacity):
             return ops.reduce_sum(y_TD * tensor(sens)), y_TD, stats["dropped_E"], stats["load_NE"]
 
         weights = ms.ParameterTuple(layer.trainable_params())
-        (_, y_TD, dropped_E, load_NE), (dx_TD, dweights) = ms.value_and_grad(objective, 0, weights, has_aux=True)(tensor(x))
+        (_, y_TD, dropped_E, load_NE), (dx_TD, dweights) = ms.value_and_grad(
+            objective, 0, weights, has_aux=True
+        )(tensor(x))
         results.append([y_TD, dropped_E, load_NE, dx_TD, *dweights])
     assert len(Grouped.ends) == 2  # the two products of the first layer; the second has none
-    assert results[0][2].asnumpy()[0, 3] == 0 and (results[0][1].asnumpy().sum() > 0) == (capacity != DROPLESS)
+    assert results[0][2].asnumpy()[0, 3] == 0 and (results[0][1].asnumpy().sum() > 0) == (
+        capacity != DROPLESS
+    )
     for mine, theirs in zip(*results):
         close(mine, theirs.asnumpy())

@@ -1,4 +1,6 @@
-"""LocMoE+: what tokens propose and experts keep, against NumPy, with gradients; what a later token cannot change."""
+"""LocMoE+: what tokens propose and experts keep, against NumPy, with gradients; what a later
+token cannot change.
+"""
 
 from __future__ import annotations
 
@@ -25,21 +27,33 @@ from pangu_locmoe.parallel.exchange import Exchange
 from pangu_locmoe.parallel.topology import Topology
 from pangu_locmoe.train.evaluate import TokenLosses
 
-TOKENS, HIDDEN, EXPERTS = 32, 16, 4
+TOKENS = 32
+HIDDEN = 16
+EXPERTS = 4
 RANDOM = np.random.default_rng(29)
-X_TD, SENS_TD = 1.5 * RANDOM.standard_normal((TOKENS, HIDDEN)), RANDOM.standard_normal((TOKENS, HIDDEN))
-TOKENS_T, DOMAINS_T = RANDOM.integers(0, 300, TOKENS), np.repeat([0, 1], TOKENS // 2)
+X_TD = 1.5 * RANDOM.standard_normal((TOKENS, HIDDEN))
+SENS_TD = RANDOM.standard_normal((TOKENS, HIDDEN))
+TOKENS_T = RANDOM.integers(0, 300, TOKENS)
+DOMAINS_T = np.repeat([0, 1], TOKENS // 2)
 W_ED = grap_weights(HIDDEN, EXPERTS).astype(float)
 
 
 def plus_config(threshold: float = 0.6, max_experts: int = 3, parallel=None, **moe):
     choice = {"threshold": threshold, "max_experts": max_experts}
-    return small_config(moe={"router": "locmoe_plus", "token_choice": choice, **moe}, parallel=parallel or {"nodes": 2})
+    return small_config(
+        moe={"router": "locmoe_plus", "token_choice": choice, **moe},
+        parallel=parallel or {"nodes": 2},
+    )
 
 
 def make(config) -> MoELayer:
     allowed_KE = allowed_experts(config)
-    return MoELayer.of(config, RouterContext(0, allowed_KE, Topology.from_config(config), np.ones((len(allowed_KE), 300), np.int64)))
+    return MoELayer.of(
+        config,
+        RouterContext(
+            0, allowed_KE, Topology.from_config(config), np.ones((len(allowed_KE), 300), np.int64)
+        ),
+    )
 
 
 @functools.cache
@@ -74,18 +88,31 @@ def keep_best(proposed_TE, affinity_TE, capacity):
     kept_TE = proposed_TE.copy()
     for expert in range(EXPERTS):
         mine = np.flatnonzero(proposed_TE[:, expert])
-        kept_TE[mine[np.argsort(-affinity_TE[mine, expert], kind="stable")][capacity if capacity != DROPLESS else TOKENS :], expert] = False
+        kept_TE[
+            mine[np.argsort(-affinity_TE[mine, expert], kind="stable")][
+                capacity if capacity != DROPLESS else TOKENS :
+            ],
+            expert,
+        ] = False
     return kept_TE
 
 
 def output(layer, x_TD, kept_TE):
-    w_in, w_out = layer.experts.w_in.asnumpy().astype(float), layer.experts.w_out.asnumpy().astype(float)
+    w_in = layer.experts.w_in.asnumpy().astype(float)
+    w_out = layer.experts.w_out.asnumpy().astype(float)
     y_ETD = np.stack([gelu(x_TD @ w_in[expert]) @ w_out[expert] for expert in range(EXPERTS)])
     return np.einsum("te,etd->td", kept_TE * probabilities(x_TD), y_ETD)
 
 
 def run(layer, capacity, x_TD=X_TD, training=True):
-    y_TD, stats = layer(tensor(x_TD), integers(TOKENS_T), integers(DOMAINS_T), no_noise(TOKENS, HIDDEN), capacity, training)
+    y_TD, stats = layer(
+        tensor(x_TD),
+        integers(TOKENS_T),
+        integers(DOMAINS_T),
+        no_noise(TOKENS, HIDDEN),
+        capacity,
+        training,
+    )
     return y_TD.asnumpy(), {name: value.asnumpy() for name, value in stats.items()}
 
 
@@ -93,16 +120,27 @@ def gradients(layer, capacity, jit=False):
     """The objective, its gradient by x, and those by the experts' weights."""
     weights = ms.ParameterTuple(layer.trainable_params())
     function = ms.value_and_grad(LayerObjective(layer, capacity, SENS_TD), 0, weights)
-    value, (dx_TD, dweights) = (ms.jit(function) if jit else function)(tensor(X_TD), integers(TOKENS_T), integers(DOMAINS_T))
+    value, (dx_TD, dweights) = (ms.jit(function) if jit else function)(
+        tensor(X_TD), integers(TOKENS_T), integers(DOMAINS_T)
+    )
     return [array.asnumpy() for array in (value, dx_TD, *dweights)]
 
 
 @pytest.mark.parametrize(
-    "threshold, max_experts, capacity", [(0.6, 3, DROPLESS), (0.6, 3, 5), (0.6, 3, TOKENS), (1.0, 4, DROPLESS), (1.0, 4, 5), (1e-6, 4, 5)]
+    "threshold, max_experts, capacity",
+    [
+        (0.6, 3, DROPLESS),
+        (0.6, 3, 5),
+        (0.6, 3, TOKENS),
+        (1.0, 4, DROPLESS),
+        (1.0, 4, 5),
+        (1e-6, 4, 5),
+    ],
 )
 def test_the_layer_against_numpy(threshold, max_experts, capacity):
     """y = sum of p_i * expert_i(x) over the experts that the token chose and that kept it."""
-    layer, affinity_TE = layer_of(threshold, max_experts), affinities(X_TD)
+    layer = layer_of(threshold, max_experts)
+    affinity_TE = affinities(X_TD)
     proposed_TE = proposals(probabilities(X_TD), threshold, max_experts)
     kept_TE = keep_best(proposed_TE, affinity_TE, capacity)
     y_TD, stats = run(layer, capacity)
@@ -129,36 +167,55 @@ def test_gradients_against_finite_differences(capacity):
     share_E = proposed_TE.sum(0) / proposed_TE.sum()
 
     def objective(x_TD):
-        return (output(layer, x_TD, kept_TE) * SENS_TD).sum() + EXPERTS * (share_E * probabilities(x_TD).mean(0)).sum()
+        return (output(layer, x_TD, kept_TE) * SENS_TD).sum() + EXPERTS * (
+            share_E * probabilities(x_TD).mean(0)
+        ).sum()
 
     value, dx_TD, dw_in, dw_out = gradients(layer, capacity)
     close(value, objective(X_TD))
     close(dx_TD, slope(objective, X_TD), 1e-5)
     if capacity != DROPLESS:
-        for jitted, plain in zip(gradients(layer, capacity, jit=True), (value, dx_TD, dw_in, dw_out)):
+        for jitted, plain in zip(
+            gradients(layer, capacity, jit=True), (value, dx_TD, dw_in, dw_out)
+        ):
             close(jitted, plain, 2e-6)
 
 
 # Few sizes: each new shape costs more than all the rest.
 @settings(max_examples=8, deadline=None)
-@given(st.sampled_from([(0.3, 3), (0.6, 3), (0.9, 3), (1.0, 3)]), st.sampled_from([1, 4, 12]), st.integers(0, 10**6), st.sampled_from([0.2, 1.0, 5.0]))
+@given(
+    st.sampled_from([(0.3, 3), (0.6, 3), (0.9, 3), (1.0, 3)]),
+    st.sampled_from([1, 4, 12]),
+    st.integers(0, 10**6),
+    st.sampled_from([0.2, 1.0, 5.0]),
+)
 def test_proposals_and_what_is_kept(choice, capacity, seed, sharpness):
-    """No expert has more than C tokens, those it keeps are the best that chose it, and a token chooses no more than it needs."""
+    """No expert has more than C tokens, those it keeps are the best that chose it, and a token
+    chooses no more than it needs.
+    """
     threshold, max_experts = choice
     layer = layer_of(threshold, max_experts)
     x_TD = np.random.default_rng(seed).standard_normal((TOKENS, HIDDEN))
     x_TD[:, : HIDDEN // EXPERTS] *= sharpness
-    plan = layer.router(tensor(x_TD), integers(TOKENS_T), integers(DOMAINS_T), no_noise(TOKENS, HIDDEN), True)
+    plan = layer.router(
+        tensor(x_TD), integers(TOKENS_T), integers(DOMAINS_T), no_noise(TOKENS, HIDDEN), True
+    )
     one_hot_TKE = plan["one_hot_AE"].asnumpy().reshape(TOKENS, max_experts, EXPERTS)
-    weight_TK, affinity_TK = (plan[name].asnumpy().reshape(TOKENS, max_experts) for name in ("weight_A", "affinity_A"))
-    proposed_TE, used_TK = one_hot_TKE.sum(1), one_hot_TKE.sum(2) > 0
+    weight_TK, affinity_TK = (
+        plan[name].asnumpy().reshape(TOKENS, max_experts) for name in ("weight_A", "affinity_A")
+    )
+    proposed_TE = one_hot_TKE.sum(1)
+    used_TK = one_hot_TKE.sum(2) > 0
     assert set(np.unique(proposed_TE)) <= {0, 1} and used_TK[:, 0].all()
     # Without its last choice a token would be below the threshold; with it, above or at the limit.
     last_T = used_TK.sum(1) - 1
     sums_T = weight_TK.sum(1)
     assert (sums_T - weight_TK[np.arange(TOKENS), last_T] < threshold + 1e-6).all()
     assert ((sums_T >= threshold - 1e-6) | (last_T == max_experts - 1)).all()
-    assert not weight_TK[~used_TK].any() and not plan["expert_A"].asnumpy().reshape(TOKENS, -1)[~used_TK].any()
+    assert (
+        not weight_TK[~used_TK].any()
+        and not plan["expert_A"].asnumpy().reshape(TOKENS, -1)[~used_TK].any()
+    )
     # Every proposal is of higher affinity than every expert the token passed over.
     affinity_TE = affinities(x_TD)
     worst_T = np.where(proposed_TE > 0, affinity_TE, np.inf).min(1)
@@ -175,7 +232,9 @@ def test_no_token_proposes_outside_its_domains_group(groups):
     config = plus_config(1.0, 3, levels=2, group_sizes=groups)
     layer = make(config)
     allowed_TE = allowed_experts(config)[DOMAINS_T]
-    plan = layer.router(tensor(X_TD), integers(TOKENS_T), integers(DOMAINS_T), no_noise(TOKENS, HIDDEN), True)
+    plan = layer.router(
+        tensor(X_TD), integers(TOKENS_T), integers(DOMAINS_T), no_noise(TOKENS, HIDDEN), True
+    )
     proposed_TE = plan["one_hot_AE"].asnumpy().reshape(TOKENS, 3, EXPERTS).sum(1) > 0
     assert not proposed_TE[~allowed_TE].any()
     assert (proposed_TE.sum(1) <= allowed_TE.sum(1)).all()
@@ -185,19 +244,27 @@ def test_no_token_proposes_outside_its_domains_group(groups):
 def test_static_sizes_give_the_same():
     factor = 0.75
     config = plus_config(
-        parallel={"expert_parallel": 2, "sizes": "static"}, z_loss=0.1, capacity={"local_factor": factor, "remote_factor": 0.1}
+        parallel={"expert_parallel": 2, "sizes": "static"},
+        z_loss=0.1,
+        capacity={"local_factor": factor, "remote_factor": 0.1},
     )
-    context = RouterContext(0, allowed_experts(config), Topology(1, 1, 1, EXPERTS), np.ones((2, 300), np.int64))
-    shared, ordinary = MoELayer.of(config, context, Exchange(SingleProcess(), [0], [0])), MoELayer.of(config, context)
+    context = RouterContext(
+        0, allowed_experts(config), Topology(1, 1, 1, EXPERTS), np.ones((2, 300), np.int64)
+    )
+    shared = MoELayer.of(config, context, Exchange(SingleProcess(), [0], [0]))
+    ordinary = MoELayer.of(config, context)
     capacity = factor_capacity(factor, TOKENS, EXPERTS)
-    found, wanted = run(shared, capacity), run(ordinary, capacity)
+    found = run(shared, capacity)
+    wanted = run(ordinary, capacity)
     close(found[0], wanted[0], 2e-6)
     assert found[1].keys() == wanted[1].keys() and wanted[1]["dropped_E"].any()
     for name in wanted[1]:
         close(found[1][name], wanted[1][name], 2e-6)
     for mine, theirs in zip(gradients(shared, capacity), gradients(ordinary, capacity)):
         close(mine, theirs, 2e-6)
-    close(run(shared, DROPLESS, training=False)[0], run(ordinary, DROPLESS, training=False)[0], 2e-6)
+    close(
+        run(shared, DROPLESS, training=False)[0], run(ordinary, DROPLESS, training=False)[0], 2e-6
+    )
 
 
 def test_unit_weight_makes_equal_experts_the_dense_network():
@@ -205,12 +272,15 @@ def test_unit_weight_makes_equal_experts_the_dense_network():
     for weights in (layer.experts.w_in, layer.experts.w_out):
         weights.set_data(Tensor(np.repeat(weights.asnumpy()[:1], EXPERTS, 0)))
     layer.unit_weight = True
-    w_in, w_out = layer.experts.w_in.asnumpy()[0].astype(float), layer.experts.w_out.asnumpy()[0].astype(float)
+    w_in = layer.experts.w_in.asnumpy()[0].astype(float)
+    w_out = layer.experts.w_out.asnumpy()[0].astype(float)
     close(run(layer, DROPLESS)[0], gelu(X_TD @ w_in) @ w_out)
 
 
 def test_later_tokens_change_no_earlier_loss():
-    """The whole model, in evaluation: whom an expert would keep depends on all tokens, but there it keeps all."""
+    """The whole model, in evaluation: whom an expert would keep depends on all tokens, but there
+    it keeps all.
+    """
     config = plus_config(0.8, 3, parallel={"nodes": 1}, capacity={"factor": 1.0})
     model = PanguSigma(config)
     losses, (batch, length) = TokenLosses(model, config), (4, config.model.seq_length)
@@ -221,13 +291,25 @@ def test_later_tokens_change_no_earlier_loss():
     places_BS = np.tile(np.arange(length, dtype=np.int32), (batch, 1))
 
     def losses_of(sequences):
-        arrays = (sequences[:, :-1], sequences[:, 1:], places_BS, np.zeros_like(places_BS), np.zeros(batch, np.int32))
-        return losses(*(Tensor(np.ascontiguousarray(array)) for array in arrays)).asnumpy().reshape(batch, length)
+        arrays = (
+            sequences[:, :-1],
+            sequences[:, 1:],
+            places_BS,
+            np.zeros_like(places_BS),
+            np.zeros(batch, np.int32),
+        )
+        return (
+            losses(*(Tensor(np.ascontiguousarray(array)) for array in arrays))
+            .asnumpy()
+            .reshape(batch, length)
+        )
 
-    one, other = losses_of(first), losses_of(second)
+    one = losses_of(first)
+    other = losses_of(second)
     close(other[:, :4], one[:, :4], 2e-6)
     assert (np.abs(other - one)[:, 5:] > 1e-3).any()
-    # With the training capacity the prefix's losses do depend on what follows: the test above can fail.
+    # With the training capacity the prefix's losses do depend on what follows: the test above can
+    # fail.
     losses.capacities = (3,)
     assert np.abs(losses_of(second) - losses_of(first))[:, :4].max() > 1e-3
 
@@ -235,13 +317,31 @@ def test_later_tokens_change_no_earlier_loss():
 @pytest.mark.parametrize(
     "moe, message",
     [
-        ({"router": "locmoe", "token_choice": {"threshold": 0.5}}, "moe.token_choice = .*a token of locmoe has one expert"),
-        ({"token_choice": {"max_experts": 5}}, r"moe.token_choice.max_experts = 5: must be at most moe.num_experts \(4\)"),
-        ({"capacity": {"drop_order": "position"}}, "moe.capacity.drop_order = 'position': must be affinity"),
-        ({"token_choice": {"transition_steps": 5}, "capacity": {"policy": "dropless"}}, "moe.token_choice.transition_steps = 5: has no capacity"),
-        ({"token_choice": {"transition_steps": 500}, "capacity": {"policy": "bound"}}, "moe.token_choice.transition_steps = 500: must be at most"),
+        (
+            {"router": "locmoe", "token_choice": {"threshold": 0.5}},
+            "moe.token_choice = .*a token of locmoe has one expert",
+        ),
+        (
+            {"token_choice": {"max_experts": 5}},
+            r"moe.token_choice.max_experts = 5: must be at most moe.num_experts \(4\)",
+        ),
+        (
+            {"capacity": {"drop_order": "position"}},
+            "moe.capacity.drop_order = 'position': must be affinity",
+        ),
+        (
+            {"token_choice": {"transition_steps": 5}, "capacity": {"policy": "dropless"}},
+            "moe.token_choice.transition_steps = 5: has no capacity",
+        ),
+        (
+            {"token_choice": {"transition_steps": 500}, "capacity": {"policy": "bound"}},
+            "moe.token_choice.transition_steps = 500: must be at most",
+        ),
         ({"capacity": {"every": 5}}, "moe.capacity.every = 5: needs moe.capacity.policy: dynamic"),
-        ({"capacity": {"hysteresis": 0.0}}, "moe.capacity.hysteresis = 0.0: needs moe.capacity.policy: dynamic"),
+        (
+            {"capacity": {"hysteresis": 0.0}},
+            "moe.capacity.hysteresis = 0.0: needs moe.capacity.policy: dynamic",
+        ),
     ],
 )
 def test_what_cannot_be_configured(moe, message):
@@ -250,8 +350,14 @@ def test_what_cannot_be_configured(moe, message):
 
 
 def test_a_static_step_has_no_transition():
-    with pytest.raises(ConfigError, match=r"moe.token_choice.transition_steps = 5: needs parallel.sizes: counts"):
+    with pytest.raises(
+        ConfigError, match=r"moe.token_choice.transition_steps = 5: needs parallel.sizes: counts"
+    ):
         small_config(
-            moe={"router": "locmoe_plus", "token_choice": {"transition_steps": 5}, "capacity": {"local_factor": 2.0, "remote_factor": 2.0}},
+            moe={
+                "router": "locmoe_plus",
+                "token_choice": {"transition_steps": 5},
+                "capacity": {"local_factor": 2.0, "remote_factor": 2.0},
+            },
             parallel={"expert_parallel": 2, "sizes": "static"},
         )

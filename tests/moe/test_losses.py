@@ -1,4 +1,6 @@
-"""The router losses against NumPy, their gradients against float64 finite differences, and what they are for."""
+"""The router losses against NumPy, their gradients against float64 finite differences, and what
+they are for.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from support.numeric import close, slope, softmax, tensor
 from pangu_locmoe.moe import losses
 
 RANDOM = np.random.default_rng(13)
-TOKENS, EXPERTS = 12, 4
+TOKENS = 12
+EXPERTS = 4
 
 
 def probabilities(tokens: int = TOKENS, experts: int = EXPERTS) -> np.ndarray:
@@ -27,7 +30,8 @@ def divergence(p_E, q_E):
 
 def test_balance_loss_and_its_gradient():
     """Of three nodes' means and counts."""
-    probs_NE, load_NE = probabilities(3), np.array([[2, 0, 1, 1], [1, 0, 2, 1], [2, 0, 1, 1]])
+    probs_NE = probabilities(3)
+    load_NE = np.array([[2, 0, 1, 1], [1, 0, 2, 1], [2, 0, 1, 1]])
     value, gradient_NE = ms.value_and_grad(losses.balance_loss)(tensor(probs_NE), tensor(load_NE))
     close(value, balance(probs_NE, load_NE), 1e-6)
     close(gradient_NE, slope(lambda p: balance(p, load_NE), probs_NE), 1e-6)
@@ -37,7 +41,8 @@ def test_balance_loss_and_its_gradient():
 
 @pytest.mark.parametrize("experts", [1, 4, 6])
 def test_balance_loss_is_one_when_uniform(experts):
-    probs_NE, load_NE = np.full((3, experts), 1 / experts), np.full((3, experts), TOKENS / experts)
+    probs_NE = np.full((3, experts), 1 / experts)
+    load_NE = np.full((3, experts), TOKENS / experts)
     close(losses.balance_loss(tensor(probs_NE), tensor(load_NE)), 1.0, 1e-6)
 
 
@@ -45,15 +50,21 @@ def test_balance_loss_rises_with_skew_to_the_number_of_experts():
     values = []
     for skew in (0.0, 0.25, 0.5, 0.75, 1.0):
         share_E = (1 - skew) / EXPERTS + skew * np.eye(EXPERTS)[0]
-        values.append(float(losses.balance_loss(tensor(share_E[None]), tensor(share_E[None] * TOKENS))))
+        values.append(
+            float(losses.balance_loss(tensor(share_E[None]), tensor(share_E[None] * TOKENS)))
+        )
     assert values == sorted(values) and len(set(values)) == len(values)
     assert values[0] == pytest.approx(1, rel=1e-6)
     assert values[-1] == pytest.approx(EXPERTS, rel=1e-6)
 
 
 def test_balance_loss_inside_of_a_router_is_refused():
-    """There it could only see its own rank's tokens, and be another objective on another number of ranks."""
-    with pytest.raises(ValueError, match="leave balance_loss out of the plan, and the layer computes it"):
+    """There it could only see its own rank's tokens, and be another objective on another number
+    of ranks.
+    """
+    with pytest.raises(
+        ValueError, match="leave balance_loss out of the plan, and the layer computes it"
+    ):
         losses.balance_loss(tensor(probabilities()), tensor(np.full(EXPERTS, TOKENS / EXPERTS)))
 
 
@@ -61,14 +72,20 @@ def test_balance_loss_without_any_assignment_is_zero():
     assert float(losses.balance_loss(tensor(probabilities(3)), tensor(np.zeros((3, EXPERTS))))) == 0
 
 
-LOCAL_NE = np.array([[True, True, False, False], [False, False, True, True], [False, False, False, False]])
+LOCAL_NE = np.array(
+    [[True, True, False, False], [False, False, True, True], [False, False, False, False]]
+)
 
 
 def test_local_distribution():
     local_NE = losses.local_distribution(LOCAL_NE, 0.2)
     # 0.8 / 2 + 0.2 / 4 for a local expert, 0.2 / 4 for another
-    np.testing.assert_allclose(local_NE, [[0.45, 0.45, 0.05, 0.05], [0.05, 0.05, 0.45, 0.45], [0.25] * 4], rtol=1e-6)
-    np.testing.assert_allclose(losses.local_distribution(LOCAL_NE, 1.0), np.full((3, 4), 0.25), rtol=1e-6)
+    np.testing.assert_allclose(
+        local_NE, [[0.45, 0.45, 0.05, 0.05], [0.05, 0.05, 0.45, 0.45], [0.25] * 4], rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        losses.local_distribution(LOCAL_NE, 1.0), np.full((3, 4), 0.25), rtol=1e-6
+    )
 
 
 def locality_inputs(smoothing: float = 0.1) -> tuple:
@@ -86,7 +103,9 @@ def locality_loss(probs_TE, log_local_NE, has_experts_N):
 def locality(probs_TE, smoothing=0.1):
     local_NE = losses.local_distribution(LOCAL_NE, smoothing).astype(np.float64)
     nodes = np.split(probs_TE, 3)
-    return np.mean([divergence(nodes[i].mean(0), local_NE[i]) for i in range(2)])  # node 2 holds no expert
+    return np.mean(
+        [divergence(nodes[i].mean(0), local_NE[i]) for i in range(2)]
+    )  # node 2 holds no expert
 
 
 def test_locality_loss_and_its_gradient():
@@ -97,10 +116,15 @@ def test_locality_loss_and_its_gradient():
 
 
 def test_locality_loss_is_the_divergence_of_the_current_from_the_local_distribution():
-    current_E, local_E = np.array([0.1, 0.2, 0.3, 0.4]), losses.local_distribution(LOCAL_NE, 0.1)[0].astype(np.float64)
-    value = locality_loss(tensor(np.tile(current_E, (5, 1))), tensor(np.log(local_E)[None]), tensor([1.0]))
+    current_E = np.array([0.1, 0.2, 0.3, 0.4])
+    local_E = losses.local_distribution(LOCAL_NE, 0.1)[0].astype(np.float64)
+    value = locality_loss(
+        tensor(np.tile(current_E, (5, 1))), tensor(np.log(local_E)[None]), tensor([1.0])
+    )
     close(value, divergence(current_E, local_E), 1e-6)
-    assert abs(float(value) - divergence(local_E, current_E)) > 0.1  # the other direction is another number
+    assert (
+        abs(float(value) - divergence(local_E, current_E)) > 0.1
+    )  # the other direction is another number
 
 
 def test_locality_loss_is_zero_where_current_equals_local():
@@ -124,7 +148,9 @@ def test_locality_loss_skips_a_node_without_experts():
 
 
 def test_locality_loss_without_any_experts_is_zero():
-    value = locality_loss(tensor(probabilities()), tensor(np.log(np.full((3, 4), 0.25))), tensor(np.zeros(3)))
+    value = locality_loss(
+        tensor(probabilities()), tensor(np.log(np.full((3, 4), 0.25))), tensor(np.zeros(3))
+    )
     assert float(value) == 0.0
 
 

@@ -27,7 +27,9 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "routing.md"
 
 @pytest.fixture
 def documented_router(tmp_path):
-    (code,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), flags=re.DOTALL)
+    (code,) = re.findall(
+        r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), flags=re.DOTALL
+    )
     file = tmp_path / "first_features.py"
     file.write_text(code, encoding="utf-8")
     spec = importlib.util.spec_from_file_location("first_features", file)
@@ -70,13 +72,13 @@ def test_a_module_or_class_that_is_not_there_is_refused_where_the_router_is_need
 
 def test_a_router_of_ones_own_says_what_it_cannot_work_with(own_module):
     (own_module / "gateless.py").write_text(
-        "from pangu_locmoe.moe.routers import Router\n"
-        "class Mine(Router):\n"
-        "    has_gate = False\n"
+        "from pangu_locmoe.moe.routers import Router\nclass Mine(Router):\n    has_gate = False\n"
     )
     assert router_class(own_config("gateless:Mine")).traits.has_gate is False
     line = refusal("gateless:Mine", capacity={"policy": "bound"})
-    assert line.startswith("moe.capacity.policy = 'bound': needs a router with a gate: gateless:Mine")
+    assert line.startswith(
+        "moe.capacity.policy = 'bound': needs a router with a gate: gateless:Mine"
+    )
 
 
 def test_a_class_says_what_is_otherwise_with_it_than_with_the_one_it_is_made_from():
@@ -98,7 +100,11 @@ def test_the_table_of_traits_is_that_of_the_classes():
 def test_the_documented_router_routes(documented_router):
     config = small_config(moe={"router": documented_router})
     model, (batch, length) = PanguSigma(config), (2, config.model.seq_length)
-    tokens_BS = np.random.default_rng(0).integers(0, config.model.vocab_size, (batch, length)).astype(np.int32)
+    tokens_BS = (
+        np.random.default_rng(0)
+        .integers(0, config.model.vocab_size, (batch, length))
+        .astype(np.int32)
+    )
     places_BS = np.tile(np.arange(length, dtype=np.int32), (batch, 1))
     inputs = (tokens_BS, places_BS, np.zeros_like(tokens_BS), np.zeros(batch, np.int32))
     noise = no_noise(batch * length, config.model.hidden_size)
@@ -108,7 +114,9 @@ def test_the_documented_router_routes(documented_router):
 
 @pytest.mark.parametrize("name", ["OwnLosses", "Spread"])
 def test_a_compiled_step_trains_on_what_a_router_of_ones_own_says(name):
-    """The whole step: gradients of a plan that is made of another one, and of a loss of everybody's means."""
+    """The whole step: gradients of a plan that is made of another one, and of a loss of
+    everybody's means.
+    """
     router = f"own_routers:{name}"
     rows = []
     try:
@@ -118,13 +126,24 @@ def test_a_compiled_step_trains_on_what_a_router_of_ones_own_says(name):
                 moe={"router": router, "balance_loss": 0.5, "locality_loss": 0.3, "z_loss": 0.1},
                 train={"mode": mode, "batch_size": 4},
             )
-            stepper, length = LocalStepper(PanguSigma(config), config, None, (DROPLESS,)), config.model.seq_length
+            stepper = LocalStepper(PanguSigma(config), config, None, (DROPLESS,))
+            length = config.model.seq_length
             tokens_BS = np.random.default_rng(5).integers(0, 300, (4, length + 1)).astype(np.int32)
             positions_BS = np.tile(np.arange(length, dtype=np.int32), (4, 1))
             batch = Batch(
-                tokens_BS[:, :-1].copy(), tokens_BS[:, 1:].copy(), positions_BS, np.zeros_like(positions_BS), np.zeros(4, np.int32), np.ones(4, bool)
+                tokens_BS[:, :-1].copy(),
+                tokens_BS[:, 1:].copy(),
+                positions_BS,
+                np.zeros_like(positions_BS),
+                np.zeros(4, np.int32),
+                np.ones(4, bool),
             )
-            rows.append([[*result.losses.values(), result.grad_norm] for result in (stepper(batch, step, 1e-2) for step in (1, 2))])
+            rows.append(
+                [
+                    [*result.losses.values(), result.grad_norm]
+                    for result in (stepper(batch, step, 1e-2) for step in (1, 2))
+                ]
+            )
     finally:
         ROUTERS.pop(router, None)
     close(np.array(rows[0]), np.array(rows[1]), 1e-5)

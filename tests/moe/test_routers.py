@@ -20,7 +20,9 @@ from pangu_locmoe.moe.routers.hash import balanced_table
 from pangu_locmoe.nn.noise import draw_keys
 from pangu_locmoe.parallel.topology import Topology
 
-TOKENS, HIDDEN, EXPERTS = 64, 16, 4
+TOKENS = 64
+HIDDEN = 16
+EXPERTS = 4
 TWO_LEVELS = {"levels": 2, "group_sizes": {"en": 3, "zh": 1}}
 
 
@@ -32,12 +34,18 @@ def make(config, layer: int = 0, counts_KV=None):
     allowed_KE = allowed_experts(config)
     if counts_KV is None:
         counts_KV = np.tile(zipf(config.model.vocab_size), (len(allowed_KE), 1))
-    return ROUTERS[config.moe.router](config, RouterContext(layer, allowed_KE, Topology.from_config(config), counts_KV))
+    return ROUTERS[config.moe.router](
+        config, RouterContext(layer, allowed_KE, Topology.from_config(config), counts_KV)
+    )
 
 
 def inputs(seed: int = 0):
     random = np.random.default_rng(seed)
-    return random.standard_normal((TOKENS, HIDDEN)), random.integers(0, 300, TOKENS), random.integers(0, 2, TOKENS)
+    return (
+        random.standard_normal((TOKENS, HIDDEN)),
+        random.integers(0, 300, TOKENS),
+        random.integers(0, 2, TOKENS),
+    )
 
 
 def route(router, x_TD, tokens_T, domains_T, training=True, noise=None):
@@ -50,8 +58,12 @@ def losses_of(config, x_TD, tokens_T, domains_T, training=True):
     """What a layer in one process makes of a plan."""
     allowed_KE = allowed_experts(config)
     counts_KV = np.tile(zipf(config.model.vocab_size), (len(allowed_KE), 1))
-    layer = MoELayer.of(config, RouterContext(0, allowed_KE, Topology.from_config(config), counts_KV))
-    _, stats = layer(tensor(x_TD), integers(tokens_T), integers(domains_T), no_noise(TOKENS, HIDDEN), 0, training)
+    layer = MoELayer.of(
+        config, RouterContext(0, allowed_KE, Topology.from_config(config), counts_KV)
+    )
+    _, stats = layer(
+        tensor(x_TD), integers(tokens_T), integers(domains_T), no_noise(TOKENS, HIDDEN), 0, training
+    )
     return {name: stats[name].asnumpy() for name in LOSSES}
 
 
@@ -92,7 +104,9 @@ def test_a_plan_is_consistent(router, moe):
 def test_no_token_leaves_its_domains_group(router):
     config = small_config(moe={"router": router, **TWO_LEVELS})
     allowed_KE = allowed_experts(config)
-    np.testing.assert_array_equal(allowed_KE, [[True, True, True, False], [False, False, False, True]])
+    np.testing.assert_array_equal(
+        allowed_KE, [[True, True, True, False], [False, False, False, True]]
+    )
     layer = make(config)
     used = set()
     for seed in range(5):
@@ -113,10 +127,16 @@ def test_no_token_leaves_its_domains_group(router):
 
 def test_groups():
     assert group_sizes(small_config(moe={"levels": 2})) == (2, 2)
-    assert group_sizes(small_config(moe={"levels": 2, "group_sizes": {"zh": 1, "en": 3}})) == (3, 1)  # in the order of the domains
+    assert group_sizes(small_config(moe={"levels": 2, "group_sizes": {"zh": 1, "en": 3}})) == (
+        3,
+        1,
+    )  # in the order of the domains
     assert allowed_experts(small_config()).all()
     assert allowed_experts(small_config()).shape == (2, EXPERTS)
-    np.testing.assert_array_equal(allowed_experts(small_config(moe={"levels": 2}, data={"sources": []})), np.ones((1, EXPERTS), bool))
+    np.testing.assert_array_equal(
+        allowed_experts(small_config(moe={"levels": 2}, data={"sources": []})),
+        np.ones((1, EXPERTS), bool),
+    )
 
 
 # gates
@@ -129,7 +149,8 @@ def test_locmoe_against_numpy(nodes):
     plan = route(make(config), x_TD, tokens_T, domains_T)
     w_ED = grap_weights(HIDDEN, EXPERTS).astype(np.float64)
     logits_TE = (HIDDEN / EXPERTS) ** 0.5 * x_TD @ w_ED.T
-    probs_TE, expert_T = softmax(logits_TE), logits_TE.argmax(1)
+    probs_TE = softmax(logits_TE)
+    expert_T = logits_TE.argmax(1)
     np.testing.assert_array_equal(plan["expert_A"], expert_T)
     close(plan["weight_A"], probs_TE.max(1), 2e-6)
     # sqrt(d/n) times the gate is of norm 1: the logit is |x| times the cosine
@@ -141,7 +162,14 @@ def test_locmoe_against_numpy(nodes):
     wanted = 0.0
     if nodes == 2:
         current_NE = probs_TE.reshape(2, -1, EXPERTS).mean(1)
-        wanted = (current_NE * np.log(current_NE / [[0.475, 0.475, 0.025, 0.025], [0.025, 0.025, 0.475, 0.475]])).sum(1).mean()
+        wanted = (
+            (
+                current_NE
+                * np.log(current_NE / [[0.475, 0.475, 0.025, 0.025], [0.025, 0.025, 0.475, 0.475]])
+            )
+            .sum(1)
+            .mean()
+        )
     close(found["locality_loss"], wanted, 2e-6)
     assert losses_of(config, x_TD, tokens_T, domains_T, training=False)["locality_loss"] == 0
 
@@ -150,7 +178,9 @@ def test_gate_scale_sharpens():
     x_TD, tokens_T, domains_T = inputs()
     plan = route(make(small_config(moe={"gate_scale": 8.0})), x_TD, tokens_T, domains_T)
     close(plan["weight_A"], softmax(8 * x_TD.reshape(TOKENS, EXPERTS, -1).mean(-1)).max(1), 2e-6)
-    close(plan["cosine_T"], route(make(small_config()), x_TD, tokens_T, domains_T)["cosine_T"], 2e-6)
+    close(
+        plan["cosine_T"], route(make(small_config()), x_TD, tokens_T, domains_T)["cosine_T"], 2e-6
+    )
 
 
 def test_a_cut_out_gate_pools_over_the_whole_models_blocks():
@@ -171,8 +201,14 @@ def test_switch_against_numpy():
     expert_T = logits_TE.argmax(1)
     np.testing.assert_array_equal(plan["expert_A"], expert_T)
     close(plan["weight_A"], softmax(logits_TE).max(1), 2e-6)
-    close(plan["cosine_T"], logits_TE.max(1) / np.linalg.norm(x_TD, axis=1) / np.linalg.norm(w_ED[expert_T], axis=1), 2e-6)
-    on_two_nodes = losses_of(small_config(moe={"router": "switch"}, parallel={"nodes": 2}), x_TD, tokens_T, domains_T)
+    close(
+        plan["cosine_T"],
+        logits_TE.max(1) / np.linalg.norm(x_TD, axis=1) / np.linalg.norm(w_ED[expert_T], axis=1),
+        2e-6,
+    )
+    on_two_nodes = losses_of(
+        small_config(moe={"router": "switch"}, parallel={"nodes": 2}), x_TD, tokens_T, domains_T
+    )
     assert on_two_nodes["locality_loss"] == 0  # LocMoE's, not Switch's
     other = make(small_config(moe={"router": "switch"}), layer=1)
     assert not np.array_equal(other.w_ED.asnumpy(), router.w_ED.asnumpy())
@@ -180,10 +216,13 @@ def test_switch_against_numpy():
 
 def test_jitter_is_for_training_only_and_within_its_range():
     x_TD, tokens_T, domains_T = inputs()
-    plain, shaken = make(small_config(moe={"router": "switch"})), make(small_config(moe={"router": "switch", "jitter": 0.2}))
+    plain = make(small_config(moe={"router": "switch"}))
+    shaken = make(small_config(moe={"router": "switch", "jitter": 0.2}))
     noise = tuple(Tensor(key) for key in draw_keys(1, 1, TOKENS, HIDDEN))
     wanted = route(plain, x_TD, tokens_T, domains_T)["weight_A"]
-    np.testing.assert_array_equal(route(shaken, x_TD, tokens_T, domains_T, training=False, noise=noise)["weight_A"], wanted)
+    np.testing.assert_array_equal(
+        route(shaken, x_TD, tokens_T, domains_T, training=False, noise=noise)["weight_A"], wanted
+    )
     assert (route(shaken, x_TD, tokens_T, domains_T, noise=noise)["weight_A"] != wanted).all()
     # against all-ones weights, the logits are the jittered features
     shaken.w_ED.set_data(tensor(np.eye(EXPERTS, HIDDEN)))
@@ -203,7 +242,10 @@ def test_hash_tables_are_fixed_by_the_seed_and_differ_by_layer():
     first = table(config)
     np.testing.assert_array_equal(table(config), first)
     # independent tables agree on one token in four
-    for other in (table(config, layer=1), table(small_config(moe={"router": "hash"}, train={"seed": 2}))):
+    for other in (
+        table(config, layer=1),
+        table(small_config(moe={"router": "hash"}, train={"seed": 2})),
+    ):
         assert 0.1 < (other == first).mean() < 0.45
 
 
@@ -211,9 +253,13 @@ def test_hash_sends_a_token_where_the_table_says_with_weight_one():
     x_TD, tokens_T, domains_T = inputs()
     config = small_config(moe={"router": "hash", "levels": 2})
     plan = route(make(config), x_TD, tokens_T, domains_T)
-    np.testing.assert_array_equal(plan["expert_A"], table(config).reshape(2, 300)[domains_T, tokens_T])
+    np.testing.assert_array_equal(
+        plan["expert_A"], table(config).reshape(2, 300)[domains_T, tokens_T]
+    )
     assert (plan["weight_A"] == 1).all()
-    assert not plan["cosine_T"].any() and not any(losses_of(config, x_TD, tokens_T, domains_T).values())
+    assert not plan["cosine_T"].any() and not any(
+        losses_of(config, x_TD, tokens_T, domains_T).values()
+    )
 
 
 def test_hash_tables_stay_in_the_domains_group():
@@ -227,7 +273,9 @@ def test_with_one_level_a_token_has_one_expert_in_all_domains():
     x_TD, tokens_T, _ = inputs()
     router = make(config)
     assert router.table.shape == (300,)
-    plans = [route(router, x_TD, tokens_T, np.full(TOKENS, domain))["expert_A"] for domain in (0, 1)]
+    plans = [
+        route(router, x_TD, tokens_T, np.full(TOKENS, domain))["expert_A"] for domain in (0, 1)
+    ]
     np.testing.assert_array_equal(*plans)
 
 
@@ -238,11 +286,15 @@ def test_with_one_level_the_table_is_balanced_by_all_domains_text():
     assert load_E.max() / load_E.mean() < 1.01
 
 
-@pytest.mark.parametrize(("vocab_size", "num_experts"), [(8192, 8), (8192, 4), (300, 4), (300, 2), (40000, 8)])
+@pytest.mark.parametrize(
+    ("vocab_size", "num_experts"), [(8192, 8), (8192, 4), (300, 4), (300, 2), (40000, 8)]
+)
 def test_tables_are_balanced_by_zipf_frequencies(vocab_size, num_experts):
-    """The greedy bound: the fullest expert was below the mean before its last token, so it holds at most that token more.
+    """The greedy bound: the fullest expert was below the mean before its last token, so it holds at
+    most that token more.
 
-    The order is by frequency times exp(N(0, 0.7)), so an expert's last token is of the rarer half but for exp(5 * 0.7).
+    The order is by frequency times exp(N(0, 0.7)), so an expert's last token is of the rarer half
+    but for exp(5 * 0.7).
     """
     counts_V = zipf(vocab_size)
     for seed in range(3):
@@ -250,7 +302,9 @@ def test_tables_are_balanced_by_zipf_frequencies(vocab_size, num_experts):
         load_E = np.bincount(experts_V, weights=counts_V, minlength=num_experts)
         assert load_E.max() <= load_E.mean() + np.median(counts_V) * np.exp(5 * 0.7)
         # a table without regard to frequency does much worse
-        random_E = np.bincount(np.random.default_rng(seed).integers(0, num_experts, vocab_size), weights=counts_V)
+        random_E = np.bincount(
+            np.random.default_rng(seed).integers(0, num_experts, vocab_size), weights=counts_V
+        )
         assert random_E.max() - random_E.mean() > 5 * (load_E.max() - load_E.mean())
 
 
@@ -264,5 +318,7 @@ def test_a_token_more_frequent_than_an_experts_share_has_its_expert_for_itself()
 
 
 def test_tokens_never_seen_are_spread_evenly():
-    experts_V = balanced_table(np.zeros(1000, int), np.array([3, 5, 8, 9]), np.random.default_rng(0))
+    experts_V = balanced_table(
+        np.zeros(1000, int), np.array([3, 5, 8, 9]), np.random.default_rng(0)
+    )
     assert dict(zip(*np.unique(experts_V, return_counts=True))) == {3: 250, 5: 250, 8: 250, 9: 250}

@@ -27,7 +27,10 @@ def normal(*shape: int) -> np.ndarray:
 
 @pytest.mark.parametrize("offset", [0.0, 30.0], ids=["centred", "far from zero"])
 def test_layer_norm_and_its_gradient(offset):
-    x, sens, gamma, beta = normal(6, 16) + offset, normal(6, 16), normal(16), normal(16)
+    x = normal(6, 16) + offset
+    sens = normal(6, 16)
+    gamma = normal(16)
+    beta = normal(16)
     norm = fn.LayerNorm(16)
     assert [p.name for p in norm.trainable_params()] == ["gamma", "beta"]
     norm.gamma.set_data(tensor(gamma))
@@ -48,8 +51,14 @@ def test_layer_norm_keeps_shape_and_dtype():
 
 
 def test_attention_and_its_gradients():
-    batch, heads, queries, keys, width = 2, 2, 4, 5, 3
-    q, k, v = normal(batch, heads, queries, width), normal(batch, heads, keys, width), normal(batch, heads, keys, width)
+    batch = 2
+    heads = 2
+    queries = 4
+    keys = 5
+    width = 3
+    q = normal(batch, heads, queries, width)
+    k = normal(batch, heads, keys, width)
+    v = normal(batch, heads, keys, width)
     sens = normal(batch, heads, queries, width)
     mask = np.where(np.arange(keys) > np.arange(queries)[:, None] + 1, -1e9, 0.0)
     full = np.broadcast_to(mask, (batch, heads, queries, keys))
@@ -68,7 +77,8 @@ def test_attention_and_its_gradients():
 
 
 def test_gelu_and_its_gradient():
-    x, sens = np.linspace(-12, 12, 60).reshape(4, 15), normal(4, 15)
+    x = np.linspace(-12, 12, 60).reshape(4, 15)
+    sens = normal(4, 15)
     close(fn.Gelu()(tensor(x)), gelu(x), 2e-6)
     close(Probe(fn.Gelu())(tensor(x), tensor(sens))[0], slope(gelu, x, sens), 5e-6)
 
@@ -84,7 +94,8 @@ class Losses(nn.Cell):
 
 
 def test_losses_and_the_gradient():
-    logits, targets = 3 * normal(6, 11), RANDOM.integers(0, 11, 6)
+    logits = 3 * normal(6, 11)
+    targets = RANDOM.integers(0, 11, 6)
     wanted = -np.log(softmax(logits)[np.arange(6), targets])
     close(Losses()(tensor(logits), integers(targets)), wanted)
     close(Loss()(tensor(logits), integers(targets)), wanted.mean())

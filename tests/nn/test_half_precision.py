@@ -1,4 +1,6 @@
-"""fp16 over its whole finite range against float64: what is finite in truth is finite here, forward and gradient."""
+"""fp16 over its whole finite range against float64: what is finite in truth is finite here,
+forward and gradient.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,11 @@ from pangu_locmoe.nn.noise import draw_keys, dropout
 from pangu_locmoe.parallel.tensor import TensorGroup
 
 RANDOM = np.random.default_rng(3)
-LARGEST, SMALLEST = 65504.0, 2.0**-24
-EDGES = np.array([0.0, SMALLEST, 6.1e-5, 1e-3, 0.5, 1, 3, 4, 8, 16, 181, 255, 256, 257, 1000, 20000, LARGEST])
+LARGEST = 65504.0
+SMALLEST = 2.0**-24
+EDGES = np.array(
+    [0.0, SMALLEST, 6.1e-5, 1e-3, 0.5, 1, 3, 4, 8, 16, 181, 255, 256, 257, 1000, 20000, LARGEST]
+)
 
 
 @pytest.fixture(params=[ms.GRAPH_MODE, ms.PYNATIVE_MODE], ids=["graph", "pynative"], autouse=True)
@@ -46,12 +51,19 @@ def scaled_rows(rows: int, width: int) -> np.ndarray:
 
 
 def agrees(got: Tensor, wanted: np.ndarray, scale=None, tolerance: float = 2e-3) -> None:
-    """fp16 where the truth fits into it; the error relative to `scale`, what the truth is a sum of (None: itself)."""
+    """fp16 where the truth fits into it; the error relative to `scale`, what the truth is a sum
+    of (None: itself).
+    """
     fits = np.abs(wanted) <= LARGEST
     values = got.asnumpy().astype(np.float64)
     assert np.isfinite(values[fits]).all()
     error = np.abs(values - wanted)[fits]
-    assert (error <= tolerance * np.broadcast_to(np.abs(wanted) if scale is None else scale, wanted.shape)[fits] + 1e-6).all(), error.max()
+    assert (
+        error
+        <= tolerance
+        * np.broadcast_to(np.abs(wanted) if scale is None else scale, wanted.shape)[fits]
+        + 1e-6
+    ).all(), error.max()
 
 
 def test_gelu_at_every_number():
@@ -65,13 +77,17 @@ def test_gelu_at_every_number():
     agrees(Probe(fn.Gelu())(half(x), half(np.full_like(x, 1000)))[0], 1000 * wanted, 1000.0, 1e-3)
 
 
-@pytest.mark.parametrize("make", [
-    lambda: np.stack([sign * np.full(64, edge) for edge in EDGES for sign in (1, -1)]),
-    lambda: np.where(np.arange(64) % 2, 1.0, -1.0) * EDGES[:, None],
-    lambda: np.eye(64)[:17] * EDGES[:, None],
-    lambda: 60000 + RANDOM.integers(-5, 6, (8, 64)) * 32.0,
-    lambda: scaled_rows(30, 64),
-], ids=["constant rows", "alternating", "one outlier", "a large mean", "every magnitude"])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: np.stack([sign * np.full(64, edge) for edge in EDGES for sign in (1, -1)]),
+        lambda: np.where(np.arange(64) % 2, 1.0, -1.0) * EDGES[:, None],
+        lambda: np.eye(64)[:17] * EDGES[:, None],
+        lambda: 60000 + RANDOM.integers(-5, 6, (8, 64)) * 32.0,
+        lambda: scaled_rows(30, 64),
+    ],
+    ids=["constant rows", "alternating", "one outlier", "a large mean", "every magnitude"],
+)
 def test_layer_norm(make):
     x = make().astype(np.float16).astype(np.float64)
     sens = RANDOM.choice([-1.0, 0.5, 2.0], x.shape)
@@ -85,7 +101,9 @@ def test_layer_norm(make):
     agrees(dbeta, sens.sum(0))
 
 
-def attention_case(name: str, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def attention_case(
+    name: str, random: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     shape = (1, 2, 6, 16)
     q, k, v = (random.uniform(-1, 1, shape) for _ in range(3))
     if name == "scores beyond fp16":
@@ -102,7 +120,9 @@ def attention_case(name: str, random: np.random.Generator) -> tuple[np.ndarray, 
     return tuple(x.astype(np.float16).astype(np.float64) for x in (q, k, v))
 
 
-@pytest.mark.parametrize("name", ["scores beyond fp16", "largest", "equal values", "zeros", "subnormal"])
+@pytest.mark.parametrize(
+    "name", ["scores beyond fp16", "largest", "equal values", "zeros", "subnormal"]
+)
 @pytest.mark.parametrize("seed", range(3))
 def test_attention(name, seed):
     random = np.random.default_rng(seed)
@@ -122,7 +142,9 @@ def test_attention(name, seed):
 
 
 def test_queries_beyond_fp16_before_their_scaling():
-    """x W is 80,000, and a quarter of it the query: two tokens' scores are equal, and their values are averaged."""
+    """x W is 80,000, and a quarter of it the query: two tokens' scores are equal, and their
+    values are averaged.
+    """
     cell = Attention(small_config(model={"num_heads": 1}).model, [1], TensorGroup.alone())
     cell.w_query.set_data(tensor(np.full((16, 16), 50.0)))
     cell.w_key_value.set_data(tensor(np.concatenate([np.zeros((16, 16)), np.eye(16)], axis=1)))
@@ -143,25 +165,46 @@ class Losses(nn.Cell):
         return fn.token_losses(logits, targets)
 
 
-@pytest.mark.parametrize("logits", [
-    np.array([[LARGEST, 0, 0, 0], [0, 0, -LARGEST, 0], [LARGEST, -LARGEST, 0, LARGEST], [-LARGEST] * 4]),
-    np.array([[SMALLEST, 0, -SMALLEST, 0], [0.0] * 4]),
-    np.array([[100.0, 0, -100, 5], [0, 200, 0, 0]]),
-], ids=["largest", "subnormal", "improbable targets"])  # fmt: skip
+@pytest.mark.parametrize(
+    "logits",
+    [
+        np.array(
+            [
+                [LARGEST, 0, 0, 0],
+                [0, 0, -LARGEST, 0],
+                [LARGEST, -LARGEST, 0, LARGEST],
+                [-LARGEST] * 4,
+            ]
+        ),
+        np.array([[SMALLEST, 0, -SMALLEST, 0], [0.0] * 4]),
+        np.array([[100.0, 0, -100, 5], [0, 200, 0, 0]]),
+    ],
+    ids=["largest", "subnormal", "improbable targets"],
+)
 def test_losses(logits):
     for target in range(4):
         targets = np.full(len(logits), target)
         peak = logits.max(-1)
         wanted = np.log(np.exp(logits - peak[:, None]).sum(-1)) + peak - logits[:, target]
-        np.testing.assert_allclose(Losses()(tensor(logits), integers(targets)).asnumpy(), wanted, rtol=5e-6, atol=5e-6)
-        np.testing.assert_allclose(Loss()(tensor(logits), integers(targets)).asnumpy(), wanted.mean(), rtol=5e-6, atol=5e-6)
+        np.testing.assert_allclose(
+            Losses()(tensor(logits), integers(targets)).asnumpy(), wanted, rtol=5e-6, atol=5e-6
+        )
+        np.testing.assert_allclose(
+            Loss()(tensor(logits), integers(targets)).asnumpy(), wanted.mean(), rtol=5e-6, atol=5e-6
+        )
         gradient = Probe(Loss())(tensor(logits), integers(targets), tensor(np.float32(3.0)))[0]
-        np.testing.assert_allclose(gradient.asnumpy(), 3 * (softmax(logits) - np.eye(4)[target]) / len(logits), atol=1e-6)
+        np.testing.assert_allclose(
+            gradient.asnumpy(), 3 * (softmax(logits) - np.eye(4)[target]) / len(logits), atol=1e-6
+        )
 
 
 def test_experts():
-    """Inner values from 256 on, where a square overflows: GELU is the identity or zero there, and its gradient 1 or 0."""
-    experts = Experts(np.eye(16, dtype=np.float32)[None], np.eye(16, dtype=np.float32)[None], TensorGroup.alone())
+    """Inner values from 256 on, where a square overflows: GELU is the identity or zero there,
+    and its gradient 1 or 0.
+    """
+    experts = Experts(
+        np.eye(16, dtype=np.float32)[None], np.eye(16, dtype=np.float32)[None], TensorGroup.alone()
+    )
     x = np.concatenate([EDGES[-8:], -EDGES[-8:]])[None, None].astype(np.float16).astype(np.float64)
     (dx, *_), _ = Probe(_AllGroups(experts))(half(x), half(np.ones_like(x)))
     agrees(_AllGroups(experts)(half(x)), np.where(x > 0, x, 0))
@@ -179,9 +222,12 @@ class _AllGroups(nn.Cell):
 
 def test_weights_of_tokens_at_the_largest_rows():
     """A weight's gradient is a sum of products that are beyond fp16 one by one."""
-    rows, sens = np.full((2, 4), 60000.0), np.array([[2.0, -2, 1, -1], [3.0, 1, -2, -2]])
+    rows = np.full((2, 4), 60000.0)
+    sens = np.array([[2.0, -2, 1, -1], [3.0, 1, -2, -2]])
     places = integers([1, 2])
-    _, dweight, *_ = Probe(dispatch.Combine())(half(rows), half([0.5, 0.25]), places, places, half(sens))
+    _, dweight, *_ = Probe(dispatch.Combine())(
+        half(rows), half([0.5, 0.25]), places, places, half(sens)
+    )
     agrees(dweight, (rows * sens).sum(1))
 
 
@@ -196,13 +242,21 @@ class Cosine(nn.Cell):
 
 
 def test_gates():
-    """Gates take fp32 of fp16 rows: cosines, norms, pooled means and their gradients are finite everywhere, zero rows included."""
-    x, w = np.concatenate([scaled_rows(20, 16), np.zeros((1, 16)), np.full((1, 16), LARGEST)]), RANDOM.standard_normal((4, 16))
+    """Gates take fp32 of fp16 rows: cosines, norms, pooled means and their gradients are finite
+    everywhere, zero rows included.
+    """
+    x = np.concatenate([scaled_rows(20, 16), np.zeros((1, 16)), np.full((1, 16), LARGEST)])
+    w = RANDOM.standard_normal((4, 16))
     norms = np.linalg.norm(x, axis=1)
-    cosine = np.divide(x @ w[0], norms * np.linalg.norm(w[0]), out=np.zeros(len(x)), where=norms > 0)
+    cosine = np.divide(
+        x @ w[0], norms * np.linalg.norm(w[0]), out=np.zeros(len(x)), where=norms > 0
+    )
     agrees(Cosine(w)(tensor(x)), cosine, 1.0)
     agrees(gate.GroupedAveragePooling(4)(tensor(x)), x.reshape(-1, 4, 4).mean(-1), norms[:, None])
-    agrees(Probe(gate.GroupedAveragePooling(4))(tensor(x), tensor(np.ones((len(x), 4))))[0], np.full(x.shape, 0.25))
+    agrees(
+        Probe(gate.GroupedAveragePooling(4))(tensor(x), tensor(np.ones((len(x), 4))))[0],
+        np.full(x.shape, 0.25),
+    )
     scaled = gate.scaled_to_norm(tensor(x), 4.0).asnumpy()
     kept = norms > 1e-3
     np.testing.assert_allclose(np.linalg.norm(scaled[kept], axis=1), 4, rtol=1e-5)

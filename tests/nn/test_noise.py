@@ -10,7 +10,8 @@ from support.numeric import tensor
 
 from pangu_locmoe.nn.noise import draw_keys, dropout, uniform
 
-TOKENS, FEATURES = 1024, 256
+TOKENS = 1024
+FEATURES = 256
 
 
 def draw(step: int, site: int, seed: int = 1) -> np.ndarray:
@@ -49,14 +50,23 @@ def test_numbers_are_uniform(site):
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [((1, 0), (1, 1)), ((1, 3), (1, 4)), ((1, 3), (2, 3)), ((7, 1000), (7, 1001)), ((1, 0), (2, 1))],
+    [
+        ((1, 0), (1, 1)),
+        ((1, 3), (1, 4)),
+        ((1, 3), (2, 3)),
+        ((7, 1000), (7, 1001)),
+        ((1, 0), (2, 1)),
+    ],
     ids=["sites", "later sites", "steps", "jitter sites", "both"],
 )
 def test_sites_and_steps_are_independent(one, other):
-    x, y = draw(*one), draw(*other)
+    x = draw(*one)
+    y = draw(*other)
     count = x.size
     assert abs(np.corrcoef(x.ravel(), y.ravel())[0, 1]) < 5 / count**0.5
-    pairs = np.bincount((x.ravel() * 16).astype(int) * 16 + (y.ravel() * 16).astype(int), minlength=256)
+    pairs = np.bincount(
+        (x.ravel() * 16).astype(int) * 16 + (y.ravel() * 16).astype(int), minlength=256
+    )
     assert stats.chisquare(pairs).pvalue > 1e-4
 
 

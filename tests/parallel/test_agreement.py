@@ -1,4 +1,7 @@
-"""What fails on one rank fails on all, with the same line. Ranks are threads, their gathers a barrier."""
+"""What fails on one rank fails on all, with the same line.
+
+Ranks are threads, their gathers a barrier.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +29,13 @@ TIMEOUT = 60
 class Threads(SingleProcess):
     """A rank that is a thread."""
 
-    def __init__(self, rank: int, size: int, meeting: threading.Barrier, seen: dict[int, np.ndarray]) -> None:
-        self.rank, self.size, self.meeting, self.seen = rank, size, meeting, seen
+    def __init__(
+        self, rank: int, size: int, meeting: threading.Barrier, seen: dict[int, np.ndarray]
+    ) -> None:
+        self.rank = rank
+        self.size = size
+        self.meeting = meeting
+        self.seen = seen
 
     def all_gather(self, x: Tensor) -> Tensor:
         self.seen[self.rank] = x.asnumpy()
@@ -39,7 +47,8 @@ class Threads(SingleProcess):
 
 def on_ranks(size, function):
     """What function(communicator) raised on every rank, None where nothing."""
-    meeting, seen = threading.Barrier(size), {}
+    meeting = threading.Barrier(size)
+    seen = {}
 
     def run(rank):
         try:
@@ -66,7 +75,9 @@ def test_all_ranks_raise_what_the_first_says(on):
     raised = on_ranks(3, failing(DataError, on))
     assert len({str(error) for error in raised}) == 1
     assert str(raised[0]).startswith(f"rank {on[0]} says no\u65e0\u65e0")
-    assert [type(error) for error in raised] == [DataError if rank in on else ConfigError for rank in range(3)]
+    assert [type(error) for error in raised] == [
+        DataError if rank in on else ConfigError for rank in range(3)
+    ]
 
 
 def test_nothing_is_raised_where_nothing_failed():
@@ -79,10 +90,13 @@ def test_one_process_raises_its_own_error():
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_that_cannot_write_its_part_ends_the_checkpoint_on_all(tmp_path, monkeypatch, victim):
+def test_a_rank_that_cannot_write_its_part_ends_the_checkpoint_on_all(
+    tmp_path, monkeypatch, victim
+):
     """Nobody waits, one rank removes, and the checkpoint before is whole."""
     config = tiny.tiny_config(moe={"router": "hash"})
-    model, tokenizer_file = PanguSigma(config), prepare(config, False).path / "tokenizer.json"
+    model = PanguSigma(config)
+    tokenizer_file = prepare(config, False).path / "tokenizer.json"
     before = tmp_path / "step-00000001"
     checkpoints.save_checkpoint(before, config, tokenizer_file, model, None, {"step": 1})
     real = checkpoints._sync
@@ -94,14 +108,33 @@ def test_a_rank_that_cannot_write_its_part_ends_the_checkpoint_on_all(tmp_path, 
 
     monkeypatch.setattr(checkpoints, "_sync", full)
     topology = World.of(config).topology
-    two = type(topology).from_config(config.model_copy(update={"parallel": config.parallel.model_copy(update={"expert_parallel": 2, "nodes": 1})}), 2)
+    two = type(topology).from_config(
+        config.model_copy(
+            update={
+                "parallel": config.parallel.model_copy(update={"expert_parallel": 2, "nodes": 1})
+            }
+        ),
+        2,
+    )
 
     def save(communicator):
-        checkpoints.save_checkpoint(tmp_path / "step-00000002", config, tokenizer_file, model, None, {"step": 2}, World(communicator, two, object()))
+        checkpoints.save_checkpoint(
+            tmp_path / "step-00000002",
+            config,
+            tokenizer_file,
+            model,
+            None,
+            {"step": 2},
+            World(communicator, two, object()),
+        )
 
     raised = on_ranks(2, save)
     assert len({str(error) for error in raised}) == 1
-    assert all(isinstance(error, CheckpointError) and "step-00000002 cannot be written: [Errno 28] No space left" in str(error) for error in raised)
+    assert all(
+        isinstance(error, CheckpointError)
+        and "step-00000002 cannot be written: [Errno 28] No space left" in str(error)
+        for error in raised
+    )
     assert [path.name for path in tmp_path.iterdir()] == [before.name]
     monkeypatch.undo()
     checkpoints.load_weights(before, model)

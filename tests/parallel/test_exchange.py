@@ -1,4 +1,6 @@
-"""The exchange against the plain permutation, for any number of ranks and nodes, all in one process."""
+"""The exchange against the plain permutation, for any number of ranks and nodes, all in one
+process.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,13 @@ def jobs(draw):
     sizes = draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))
     nodes = [node for node, size in enumerate(sizes) for _ in range(size)]
     counts = st.one_of(st.just(0), st.integers(0, 4))
-    matrix = draw(st.lists(st.lists(counts, min_size=len(nodes), max_size=len(nodes)), min_size=len(nodes), max_size=len(nodes)))
+    matrix = draw(
+        st.lists(
+            st.lists(counts, min_size=len(nodes), max_size=len(nodes)),
+            min_size=len(nodes),
+            max_size=len(nodes),
+        )
+    )
     return nodes, np.array(matrix)
 
 
@@ -49,8 +57,13 @@ def move(nodes, matrix_RR, hierarchical, rows=None):
 def permuted(matrix_RR: np.ndarray) -> list[np.ndarray]:
     """What every rank should hold afterwards."""
     size = len(matrix_RR)
-    parts = [np.split(rows_of(source, matrix_RR), np.cumsum(matrix_RR[source])[:-1]) for source in range(size)]
-    return [np.concatenate([parts[source][target] for source in range(size)]) for target in range(size)]
+    parts = [
+        np.split(rows_of(source, matrix_RR), np.cumsum(matrix_RR[source])[:-1])
+        for source in range(size)
+    ]
+    return [
+        np.concatenate([parts[source][target] for source in range(size)]) for target in range(size)
+    ]
 
 
 @settings(max_examples=60, deadline=None)
@@ -76,26 +89,42 @@ def test_the_transpose_is_the_way_back(job, hierarchical):
 @given(jobs())
 def test_the_ledger_against_the_closed_form(job):
     nodes, matrix_RR = job
-    node_R, row_bytes = np.array(nodes), FEATURES * 4
+    node_R = np.array(nodes)
+    row_bytes = FEATURES * 4
     crosses_RR = node_R[:, None] != node_R[None]
     inside_RR = ~crosses_RR & ~np.eye(len(nodes), dtype=bool)
-    flat, tree = move(nodes, matrix_RR, False)[1], move(nodes, matrix_RR, True)[1]
+    flat = move(nodes, matrix_RR, False)[1]
+    tree = move(nodes, matrix_RR, True)[1]
     crossing = int(matrix_RR[crosses_RR].sum()) * row_bytes
     assert sum(ledger.inter_node_bytes for ledger in flat) == crossing
     assert sum(ledger.inter_node_bytes for ledger in tree) == crossing
-    assert sum(ledger.intra_node_bytes for ledger in flat) == int(matrix_RR[inside_RR].sum()) * row_bytes
-    assert sum(ledger.inter_node_messages for ledger in flat) == np.count_nonzero(matrix_RR[crosses_RR])
+    assert (
+        sum(ledger.intra_node_bytes for ledger in flat)
+        == int(matrix_RR[inside_RR].sum()) * row_bytes
+    )
+    assert sum(ledger.inter_node_messages for ledger in flat) == np.count_nonzero(
+        matrix_RR[crosses_RR]
+    )
     pairs = {(one, other) for one in set(nodes) for other in set(nodes) if one != other}
-    used = [(one, other) for one, other in pairs if matrix_RR[np.ix_(node_R == one, node_R == other)].any()]
+    used = [
+        (one, other)
+        for one, other in pairs
+        if matrix_RR[np.ix_(node_R == one, node_R == other)].any()
+    ]
     assert sum(ledger.inter_node_messages for ledger in tree) == len(used) <= len(pairs)
     # Rows that cross and do not start or end at a gateway make the way inside the node too.
     extra = 0
     for source, target in zip(*np.nonzero(crosses_RR)):
         out = np.flatnonzero(node_R == node_R[source])
         into = np.flatnonzero(node_R == node_R[target])
-        hops = int(out[nodes[target] % len(out)] != source) + int(into[nodes[source] % len(into)] != target)
+        hops = int(out[nodes[target] % len(out)] != source) + int(
+            into[nodes[source] % len(into)] != target
+        )
         extra += hops * int(matrix_RR[source, target]) * row_bytes
-    assert sum(ledger.intra_node_bytes for ledger in tree) == int(matrix_RR[inside_RR].sum()) * row_bytes + extra
+    assert (
+        sum(ledger.intra_node_bytes for ledger in tree)
+        == int(matrix_RR[inside_RR].sum()) * row_bytes + extra
+    )
 
 
 @settings(max_examples=20, deadline=None)
@@ -109,20 +138,27 @@ def test_groupwise_is_flat_with_every_row_once_between_nodes(job, width):
         place, tensor_place = divmod(rank.rank, width)
         peers = range(tensor_place, size * width, width)
         exchange = Exchange(rank, peers, nodes, sharers=range(place * width, (place + 1) * width))
-        return exchange.move(tensor(rows_of(place, matrix_RR)), matrix_RR).asnumpy(), exchange.ledger
+        return exchange.move(
+            tensor(rows_of(place, matrix_RR)), matrix_RR
+        ).asnumpy(), exchange.ledger
 
     found = lockstep.run(size * width, one)
     for rank, (got, _) in enumerate(found):
         np.testing.assert_array_equal(got, permuted(matrix_RR)[rank // width])
     flat = move(nodes, matrix_RR, False)[1]
-    assert sum(ledger.inter_node_bytes for _, ledger in found) == sum(ledger.inter_node_bytes for ledger in flat)
+    assert sum(ledger.inter_node_bytes for _, ledger in found) == sum(
+        ledger.inter_node_bytes for ledger in flat
+    )
 
 
 def test_a_full_exchange_sends_one_message_for_each_pair_of_nodes():
-    nodes, ones_RR = [0, 0, 0, 1, 1, 1, 2, 2, 2], np.ones((9, 9), int)
+    nodes = [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    ones_RR = np.ones((9, 9), int)
     assert sum(ledger.inter_node_messages for ledger in move(nodes, ones_RR, False)[1]) == 54
     tree = move(nodes, ones_RR, True)[1]
-    assert [ledger.inter_node_messages for ledger in tree] == [0, 1, 1, 1, 0, 1, 1, 1, 0], "N(N-1), dealt over the ranks of a node"
+    assert [ledger.inter_node_messages for ledger in tree] == [0, 1, 1, 1, 0, 1, 1, 1, 0], (
+        "N(N-1), dealt over the ranks of a node"
+    )
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.int32])
@@ -144,7 +180,9 @@ def test_take_starts_again_from_zero():
 
 
 class _Shift:
-    """An exchange of one rank with itself that is no identity: rows move by as many places as the matrix says."""
+    """An exchange of one rank with itself that is no identity: rows move by as many places as
+    the matrix says.
+    """
 
     def __init__(self) -> None:
         self.calls: list[list[list[int]]] = []
@@ -152,11 +190,14 @@ class _Shift:
     def move(self, rows_MD: Tensor, matrix_RR: np.ndarray) -> Tensor:
         self.calls.append(matrix_RR.tolist())
         turn = int(matrix_RR[0, 1] - matrix_RR[1, 0])
-        return ops.gather(rows_MD, Tensor(np.roll(np.arange(rows_MD.shape[0]), turn).astype(np.int32)), 0)
+        return ops.gather(
+            rows_MD, Tensor(np.roll(np.arange(rows_MD.shape[0]), turn).astype(np.int32)), 0
+        )
 
 
 def test_the_gradient_takes_the_transposed_matrix_back():
-    matrix_RR, shift = np.array([[0, 3], [1, 0]]), _Shift()
+    matrix_RR = np.array([[0, 3], [1, 0]])
+    shift = _Shift()
     cell = ExchangeRows(shift, matrix_RR)  # type: ignore[arg-type]
     x_MD, factor_MD = np.random.default_rng(0).normal(size=(2, 4, FEATURES)).astype(np.float32)
 

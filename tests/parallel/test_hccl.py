@@ -35,13 +35,21 @@ def calls(monkeypatch):
 
         return make
 
-    monkeypatch.setattr(hccl.ops, "AllReduce", stand_in("AllReduce", lambda x: x * 2), raising=False)
-    monkeypatch.setattr(hccl.ops, "AllGather", stand_in("AllGather", lambda x: ops.tile(x, (4, 1))), raising=False)
+    monkeypatch.setattr(
+        hccl.ops, "AllReduce", stand_in("AllReduce", lambda x: x * 2), raising=False
+    )
+    monkeypatch.setattr(
+        hccl.ops, "AllGather", stand_in("AllGather", lambda x: ops.tile(x, (4, 1))), raising=False
+    )
 
     def all_to_all(x, sent, received):
         # As documented: without anything to receive the result is a scalar without a meaning.
         block = record[-1][1][1]
-        return ops.zeros((sum(received) * block,), x.dtype) if sum(received) else ops.zeros((), x.dtype)
+        return (
+            ops.zeros((sum(received) * block,), x.dtype)
+            if sum(received)
+            else ops.zeros((), x.dtype)
+        )
 
     monkeypatch.setattr(hccl.ops, "AlltoAllV", stand_in("AlltoAllV", all_to_all), raising=False)
     return record
@@ -124,8 +132,12 @@ def test_a_rank_with_nothing_to_receive_has_no_rows(communicator, calls):
     assert communicator.all_to_all(rows(2), [2, 0], [0, 0], [0, 1]).shape == (0, 3)
 
 
-@pytest.mark.parametrize("size, per_node, expert_parallel", [(8, 8, 8), (64, 8, 16), (256, 8, 8), (256, 16, 256)])
-def test_a_rank_has_three_groups_at_most_and_all_members_call_them_the_same(size, per_node, expert_parallel):
+@pytest.mark.parametrize(
+    "size, per_node, expert_parallel", [(8, 8, 8), (64, 8, 16), (256, 8, 8), (256, 16, 256)]
+)
+def test_a_rank_has_three_groups_at_most_and_all_members_call_them_the_same(
+    size, per_node, expert_parallel
+):
     topology = Topology(size, per_node, expert_parallel, 256)
     names = {}
     for rank in range(size):
@@ -140,7 +152,8 @@ def test_a_rank_has_three_groups_at_most_and_all_members_call_them_the_same(size
 
 
 def test_irregular_groups_have_names_too():
-    one, other = group_name([0, 1, 5], 8), group_name([0, 1, 6], 8)
+    one = group_name([0, 1, 5], 8)
+    other = group_name([0, 1, 6], 8)
     assert one != other and max(len(one), len(other)) < 128
     assert group_name(range(8), 8) == "hccl_world_group"
 

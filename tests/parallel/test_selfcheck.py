@@ -1,4 +1,6 @@
-"""The start-up check on communicators that are whole, and on such as fail in the ways that were seen."""
+"""The start-up check on communicators that are whole, and on such as fail in the ways that were
+seen.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,16 @@ TOPOLOGY = Topology(4, 2, 2, 4)
 
 
 class Recorder(Communicator):
-    """Rank 1 of 4: answers what the others would have sent, or something else where it is told to break."""
+    """Rank 1 of 4: answers what the others would have sent, or something else where it is told
+    to break.
+    """
 
-    rank, size = 1, 4
+    rank = 1
+    size = 4
 
     def __init__(self, fault: str = "", group: Sequence[int] = (0, 1, 2, 3)) -> None:
-        self.fault, self.group = fault, tuple(group)
+        self.fault = fault
+        self.group = tuple(group)
         self.calls: list[tuple[str, tuple[int, ...]]] = []
 
     def broken(self, ranks: Sequence[int], fault: str) -> bool:
@@ -36,10 +42,14 @@ class Recorder(Communicator):
         wrong = self.broken(ranks, "sum")
         return x if wrong else x * (sum(rank + 1 for rank in ranks) / (self.rank + 1))
 
-    def all_to_all(self, rows_MD: Tensor, sent: Sequence[int], received: Sequence[int], ranks: Sequence[int]) -> Tensor:
+    def all_to_all(
+        self, rows_MD: Tensor, sent: Sequence[int], received: Sequence[int], ranks: Sequence[int]
+    ) -> Tensor:
         self.calls.append(("exchange", tuple(ranks)))
         assert rows_MD.shape[0] == sum(sent)
-        blocks = [selfcheck._block(source, self.rank, count) for source, count in zip(ranks, received)]
+        blocks = [
+            selfcheck._block(source, self.rank, count) for source, count in zip(ranks, received)
+        ]
         if self.broken(ranks, "zeros"):
             blocks = [block * (source == self.rank) for source, block in zip(ranks, blocks)]
         if self.broken(ranks, "order"):
@@ -61,10 +71,14 @@ def test_every_group_is_checked_once():
     communicator = Recorder()
     selfcheck.check_groups(TOPOLOGY, communicator)
     groups = [(0, 1, 2, 3), (0, 1), (1, 3)]
-    assert communicator.calls == [(kind, group) for group in groups for kind in ("sum", "exchange", "exchange")]
+    assert communicator.calls == [
+        (kind, group) for group in groups for kind in ("sum", "exchange", "exchange")
+    ]
     communicator = Recorder()
     selfcheck.check_groups(Topology(4, 2, 4, 4), communicator)
-    assert [group for _, group in communicator.calls] == [(0, 1, 2, 3)] * 3, "the world is its own expert-parallel group"
+    assert [group for _, group in communicator.calls] == [(0, 1, 2, 3)] * 3, (
+        "the world is its own expert-parallel group"
+    )
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 8])
@@ -76,19 +90,35 @@ def test_the_counts_are_uneven_and_some_are_zero(size):
     assert size > 4 or ((matrix_RR + matrix_RR.T) > 0).all(), "there and back, every way is tried"
 
 
-@pytest.mark.parametrize("group, name", [((0, 1, 2, 3), "the world"), ((0, 1), "its expert-parallel group"), ((1, 3), "the group that holds the same experts")])
+@pytest.mark.parametrize(
+    "group, name",
+    [
+        ((0, 1, 2, 3), "the world"),
+        ((0, 1), "its expert-parallel group"),
+        ((1, 3), "the group that holds the same experts"),
+    ],
+)
 @pytest.mark.parametrize(
     "fault, message",
     [
         ("sum", r"the AllReduce in {} is wrong: the sum is 2, not .*; likely cause: another job"),
-        ("zeros", r"the exchange in {} is wrong: the rows from rank \d are zero; likely cause: .*910A.*CANN"),
+        (
+            "zeros",
+            r"the exchange in {} is wrong: the rows from rank \d are zero; likely cause: .*910A.*CANN",
+        ),
         ("order", r"the exchange in {} is wrong: the rows from rank \d are wrong"),
         ("short", r"the exchange in {} is wrong: \d+ rows came, not \d+"),
-        ("gone", r"the exchange in {} failed: Wait for rank 3 timed out; likely cause: one of these ranks"),
+        (
+            "gone",
+            r"the exchange in {} failed: Wait for rank 3 timed out; likely cause: one of these ranks",
+        ),
     ],
 )
 def test_a_fault_names_rank_group_and_cause(fault, message, group, name):
-    with pytest.raises(TopologyError, match="^rank 1: " + message.format(rf"{name} \(ranks {', '.join(map(str, group))}\)")) as error:
+    with pytest.raises(
+        TopologyError,
+        match="^rank 1: " + message.format(rf"{name} \(ranks {', '.join(map(str, group))}\)"),
+    ) as error:
         selfcheck.check_groups(TOPOLOGY, Recorder(fault, group))
     assert "\n" not in str(error.value)
 
@@ -110,9 +140,14 @@ def test_another_configuration_or_version_names_the_ranks():
     selfcheck.check_same_run(small_config(), Recorder())
     with pytest.raises(ConfigError, match=r"^ranks 2, 3 have another configuration than rank 0: "):
         selfcheck.check_same_run(small_config(), Different(slice(3, 4)))
-    with pytest.raises(ConfigError, match=r"^ranks 2, 3 have another version of pangu_locmoe than rank 0: "):
+    with pytest.raises(
+        ConfigError, match=r"^ranks 2, 3 have another version of pangu_locmoe than rank 0: "
+    ):
         selfcheck.check_same_run(small_config(), Different(slice(4, 5)))
-    with pytest.raises(TopologyError, match=r"^rank 1: the AllGather in the world \(ranks 0, 1, 2, 3\) failed: Wait for rank 3"):
+    with pytest.raises(
+        TopologyError,
+        match=r"^rank 1: the AllGather in the world \(ranks 0, 1, 2, 3\) failed: Wait for rank 3",
+    ):
         selfcheck.check_same_run(small_config(), Recorder("gone"))
 
 

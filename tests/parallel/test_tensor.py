@@ -13,15 +13,24 @@ from pangu_locmoe.model.vocabulary import Vocabulary
 from pangu_locmoe.parallel.communicator import SingleProcess
 from pangu_locmoe.parallel.tensor import Cut, TensorGroup, cut_of
 
-T, V, D = 7, 12, 5
+T = 7
+V = 12
+D = 5
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(1, 3), min_size=1, max_size=3), st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.data())
+@given(
+    st.lists(st.integers(1, 3), min_size=1, max_size=3),
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.data(),
+)
 def test_slices_make_up_the_whole(shape, blocks, size, width, data):
     axis = data.draw(st.integers(0, len(shape) - 1))
     shape[axis] = blocks * size * width
-    whole, cut = np.arange(np.prod(shape)).reshape(shape), Cut(axis, blocks)
+    whole = np.arange(np.prod(shape)).reshape(shape)
+    cut = Cut(axis, blocks)
     parts = [cut.part(whole, place, size) for place in range(size)]
     assert all(part.shape == (*shape[:axis], blocks * width, *shape[axis + 1 :]) for part in parts)
     np.testing.assert_array_equal(cut.whole(parts), whole)
@@ -33,7 +42,8 @@ def test_a_head_keeps_its_keys_and_values_together():
 
 
 def test_only_a_divided_parameter_has_a_cut():
-    alone, second = TensorGroup.alone(), Half(1)
+    alone = TensorGroup.alone()
+    second = Half(1)
     assert cut_of(alone.parameter(np.ones((4, 4), np.float32), "w", Cut(1))) is None
     parameter = second.parameter(np.arange(8, dtype=np.float32).reshape(2, 4), "w", Cut(1))
     assert cut_of(parameter) == Cut(1)
@@ -41,11 +51,18 @@ def test_only_a_divided_parameter_has_a_cut():
 
 
 class Half(TensorGroup):
-    """One of two ranks. Its sums are those in `known`, and zero from the first on that is not known yet; `asked` is what it added."""
+    """One of two ranks.
+
+    Its sums are those in `known`, and zero from the first on that is not known yet; `asked` is what
+    it added.
+    """
 
     def __init__(self, place, known=()):
         super().__init__(SingleProcess(), [0])
-        self.size, self.place, self.known, self.asked = 2, place, known, []
+        self.size = 2
+        self.place = place
+        self.known = known
+        self.asked = []
         self.sum = self._sum
 
     leave = leave_rows = property(lambda self: self._sum)
@@ -57,7 +74,9 @@ class Half(TensorGroup):
 
 
 def on_both(make, *inputs):
-    """make(group)(*inputs[place]) on both ranks: again and again, each time with one more sum known."""
+    """make(group)(*inputs[place]) on both ranks: again and again, each time with one more sum
+    known.
+    """
     known: list[np.ndarray] = []
     while True:
         groups = [Half(place, known) for place in (0, 1)]
@@ -73,13 +92,18 @@ def random():
 
 
 def test_the_loss_and_its_gradient_are_those_of_the_whole_vocabulary(random):
-    logits_TV, targets_T = random.normal(0, 20, (T, V)).astype(np.float32), random.integers(0, V, T).astype(np.int32)
+    logits_TV = random.normal(0, 20, (T, V)).astype(np.float32)
+    targets_T = random.integers(0, V, T).astype(np.int32)
     halves = [Tensor(half) for half in np.split(logits_TV, 2, axis=1)]
 
     def loss(group):
-        vocabulary, targets = Vocabulary(V, group), Tensor(targets_T)
+        vocabulary = Vocabulary(V, group)
+        targets = Tensor(targets_T)
         mean = lambda logits: vocabulary.cross_entropy(logits, targets)  # noqa: E731
-        return lambda logits: (*ms.value_and_grad(mean)(logits), vocabulary.token_losses(logits, targets))
+        return lambda logits: (
+            *ms.value_and_grad(mean)(logits),
+            vocabulary.token_losses(logits, targets),
+        )
 
     shifted = (logits_TV - logits_TV.max(1, keepdims=True)).astype(float)
     log_softmax = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
@@ -88,12 +112,16 @@ def test_the_loss_and_its_gradient_are_those_of_the_whole_vocabulary(random):
     for place, (mean, slope, losses) in enumerate(on_both(loss, halves)):
         np.testing.assert_allclose(losses.asnumpy(), wanted_T, rtol=1e-6, atol=1e-6)
         np.testing.assert_allclose(mean.asnumpy(), wanted_T.mean(), rtol=1e-6)
-        np.testing.assert_allclose(slope.asnumpy(), np.split(gradient, 2, axis=1)[place], rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(
+            slope.asnumpy(), np.split(gradient, 2, axis=1)[place], rtol=1e-5, atol=1e-7
+        )
 
 
 def test_embeddings_and_logits_are_those_of_the_whole_table(random):
     """Two domains with a table each."""
-    table_XD, tokens_T, domains_T = random.normal(size=(2 * V, D)).astype(np.float32), random.integers(0, V, T), random.integers(0, 2, T)
+    table_XD = random.normal(size=(2 * V, D)).astype(np.float32)
+    tokens_T = random.integers(0, V, T)
+    domains_T = random.integers(0, 2, T)
     parts = [Tensor(Cut(0, 2).part(table_XD, place, 2)) for place in (0, 1)]
     ids = [Tensor(ids.astype(np.int32)) for ids in (tokens_T, domains_T)]
 
@@ -104,5 +132,8 @@ def test_embeddings_and_logits_are_those_of_the_whole_table(random):
     for rows_TD in on_both(embed, parts):
         np.testing.assert_array_equal(rows_TD.asnumpy(), table_XD[domains_T * V + tokens_T])
     logits_BV = random.normal(size=(3, V)).astype(np.float32)
-    for whole in on_both(lambda group: Vocabulary(V, group).whole, [Tensor(half) for half in np.split(logits_BV, 2, axis=1)]):
+    for whole in on_both(
+        lambda group: Vocabulary(V, group).whole,
+        [Tensor(half) for half in np.split(logits_BV, 2, axis=1)],
+    ):
         np.testing.assert_array_equal(whole.asnumpy(), logits_BV)

@@ -1,4 +1,6 @@
-"""The page about a load trace: what it says, that it says what it cannot show, and that it stays one small, whole file."""
+"""The page about a load trace: what it says, that it says what it cannot show, and that it stays
+one small, whole file.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,22 @@ from pangu_locmoe.report.expert_load.page import build_load_report
 RECORDED = Path(__file__).parent.parent / "data" / "traces" / "locmoe-1.npz"
 
 
-def make_trace(rows: int = 400, layers: int = 2, experts: int = 4, nodes: int = 2, stride: int = 1, settle: int = 60) -> Trace:
-    """Shares that swing up to row `settle` and then stay; node n prefers the experts of its own block."""
+def make_trace(
+    rows: int = 400,
+    layers: int = 2,
+    experts: int = 4,
+    nodes: int = 2,
+    stride: int = 1,
+    settle: int = 60,
+) -> Trace:
+    """Shares that swing up to row `settle` and then stay; node n prefers the experts of its own
+    block.
+    """
     rng = np.random.default_rng(0)
-    logits_KLE = rng.normal(0, 0.3, (1, layers, experts)) + 1.5 * rng.normal(size=(rows, layers, experts)) * (np.arange(rows) < settle)[:, None, None]
+    logits_KLE = (
+        rng.normal(0, 0.3, (1, layers, experts))
+        + 1.5 * rng.normal(size=(rows, layers, experts)) * (np.arange(rows) < settle)[:, None, None]
+    )
     home_NE = np.where(np.arange(experts) * nodes // experts == np.arange(nodes)[:, None], 0.8, 0.0)
     weight_KLNE = np.exp(logits_KLE[:, :, None] + home_NE)
     share_KLNE = weight_KLNE / weight_KLNE.sum(axis=3, keepdims=True)
@@ -54,23 +68,53 @@ def test_the_recorded_trace_says_everything(tmp_path: Path) -> None:
     page = Page(build_load_report(RECORDED, tmp_path / "report.html"))
     assert time.monotonic() - begin < 20
     text = words(page)
-    for part in ("Expert load of locmoe-1.npz", "2,400 rows, 4 sparse layers, 16 experts", "one each step", "1,536", "2 nodes", "stable from step 1,056"):
+    for part in (
+        "Expert load of locmoe-1.npz",
+        "2,400 rows, 4 sparse layers, 16 experts",
+        "one each step",
+        "1,536",
+        "2 nodes",
+        "stable from step 1,056",
+    ):
         assert part in text, part
-    for part in ("MoE layer 0: stable from step 793", "25 windows of 50 rows", "WAPE, %", "MAE, points", "sampling alone", "best constant, in hindsight"):
+    for part in (
+        "MoE layer 0: stable from step 793",
+        "25 windows of 50 rows",
+        "WAPE, %",
+        "MAE, points",
+        "sampling alone",
+        "best constant, in hindsight",
+    ):
         assert part in text, part
     for horizon in HORIZONS:
         assert f"{horizon:,} steps, transient" in text and f"{horizon:,} steps, stable" in text
-    for part in (*METHODS, "arima", "mean error ratio per MoE layer", "0.25 %", "cannot be compared exactly", "Tokens that stay in their node"):
+    for part in (
+        *METHODS,
+        "arima",
+        "mean error ratio per MoE layer",
+        "0.25 %",
+        "cannot be compared exactly",
+        "Tokens that stay in their node",
+    ):
         assert part in text, part
-    assert "are not shown" not in text and 'class="notes"' not in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "are not shown" not in text and 'class="notes"' not in (
+        tmp_path / "report.html"
+    ).read_text(encoding="utf-8")
     assert page.count("svg") == 4 + 1 + 1 + 1 and page.count("script") == page.count("img") == 0
     assert (tmp_path / "report.html").stat().st_size < 2_000_000
 
 
 def test_the_errors_are_those_of_a_back_test(tmp_path: Path) -> None:
-    """A stationary layer: a window mean is as good as sampling allows, the last value worse by about the square root of 2."""
+    """A stationary layer: a window mean is as good as sampling allows, the last value worse by
+    about the square root of 2.
+    """
     page = report(tmp_path, make_trace(600, settle=0))
-    rows = {row[0]: row[1:] for row in re.findall(r"\b(window_mean|last|sampling alone) ([\d.]+)", words(page).split("WAPE, %")[1])[:3]}
+    rows = {
+        row[0]: row[1:]
+        for row in re.findall(
+            r"\b(window_mean|last|sampling alone) ([\d.]+)", words(page).split("WAPE, %")[1]
+        )[:3]
+    }
     mean, last, floor = (float(rows[name][0]) for name in ("window_mean", "last", "sampling alone"))
     assert mean == pytest.approx(floor, rel=0.1) and last == pytest.approx(1.41 * floor, rel=0.2)
 
@@ -89,8 +133,15 @@ def test_origins_have_rows_behind_and_the_horizon_ahead() -> None:
 def test_a_short_trace_says_what_is_missing(tmp_path: Path, rows: int) -> None:
     page = report(tmp_path, make_trace(rows, settle=0))
     text = words(page)
-    assert f"States: {rows} row{'s' if rows > 1 else ''} cannot tell, the rule needs 74" in text and "MoE layer 0: too short to tell" in text
-    assert "transient at the last step" not in text and "The model: too short to tell" in text and "MoE layer 0 unknown" in text
+    assert (
+        f"States: {rows} row{'s' if rows > 1 else ''} cannot tell, the rule needs 74" in text
+        and "MoE layer 0: too short to tell" in text
+    )
+    assert (
+        "transient at the last step" not in text
+        and "The model: too short to tell" in text
+        and "MoE layer 0 unknown" in text
+    )
     assert "No errors to show" in text and f"covers {rows} steps" in text and "0.25 %" in text
     assert "nan" not in " ".join(str(attributes.get("d")) for _, attributes in page.tags)
     assert page.count("svg") == 2 + (rows >= 50) + 1
@@ -98,20 +149,30 @@ def test_a_short_trace_says_what_is_missing(tmp_path: Path, rows: int) -> None:
 
 def test_a_trace_that_covers_only_the_short_horizon(tmp_path: Path) -> None:
     text = words(report(tmp_path, make_trace(200)))
-    assert "100 steps, transient" in text and "Horizons of 500 and 1,000 steps are not shown" in text
+    assert (
+        "100 steps, transient" in text and "Horizons of 500 and 1,000 steps are not shown" in text
+    )
 
 
 def test_a_trace_without_sources(tmp_path: Path) -> None:
     trace = make_trace(110)
     page = report(tmp_path, Trace(trace.step_K, trace.load_KLE))
     text = words(page)
-    assert "does not say which node tokens come from" in text and "Tokens that stay in their node" not in text
+    assert (
+        "does not say which node tokens come from" in text
+        and "Tokens that stay in their node" not in text
+    )
     assert text.count("not recorded") == 2  # sources and drops
     assert page.count("svg") == 2 + 1
 
 
-@pytest.mark.parametrize("experts, nodes, reason", [(4, 1, "there is one node"), (5, 2, "2 nodes do not divide 5 experts")])
-def test_sources_that_do_not_tell_locality(tmp_path: Path, experts: int, nodes: int, reason: str) -> None:
+@pytest.mark.parametrize(
+    "experts, nodes, reason",
+    [(4, 1, "there is one node"), (5, 2, "2 nodes do not divide 5 experts")],
+)
+def test_sources_that_do_not_tell_locality(
+    tmp_path: Path, experts: int, nodes: int, reason: str
+) -> None:
     text = words(report(tmp_path, make_trace(90, experts=experts, nodes=nodes)))
     assert f"Not shown: tokens that stay in their node: {reason}" in text
 
@@ -140,7 +201,14 @@ def test_no_tokens_at_all(tmp_path: Path) -> None:
     assert "Expert load of a run" in page.text and "nan" not in words(page).lower()
 
 
-@pytest.mark.parametrize("stride, shown", [(10, "100 steps, "), (200, "Horizons of 100 steps are not shown"), (2000, "No errors to show")])
+@pytest.mark.parametrize(
+    "stride, shown",
+    [
+        (10, "100 steps, "),
+        (200, "Horizons of 100 steps are not shown"),
+        (2000, "No errors to show"),
+    ],
+)
 def test_strides(tmp_path: Path, stride: int, shown: str) -> None:
     text = words(report(tmp_path, make_trace(120, stride=stride)))
     assert f"one every {stride:,} steps" in text and shown in text
@@ -149,7 +217,9 @@ def test_strides(tmp_path: Path, stride: int, shown: str) -> None:
 def test_uneven_steps(tmp_path: Path) -> None:
     trace = make_trace(300)
     keep = np.flatnonzero(np.arange(300) % 7 != 3)
-    assert "not evenly spaced" in words(report(tmp_path, Trace(trace.step_K[keep], trace.load_KLE[keep])))
+    assert "not evenly spaced" in words(
+        report(tmp_path, Trace(trace.step_K[keep], trace.load_KLE[keep]))
+    )
 
 
 def test_many_layers_and_experts_stay_small(tmp_path: Path) -> None:
@@ -157,7 +227,11 @@ def test_many_layers_and_experts_stay_small(tmp_path: Path) -> None:
     trace = Trace(np.arange(1, 401), rng.poisson(40.0, (400, 26, 80)))
     file = build_load_report(write(tmp_path, trace), tmp_path / "report.html")
     text = words(Page(file))
-    assert "the first 24 of 26 layers are drawn" in text and "16 are left out" in text and "the most restless layer" in text
+    assert (
+        "the first 24 of 26 layers are drawn" in text
+        and "16 are left out" in text
+        and "the most restless layer" in text
+    )
     assert file.stat().st_size < 3_000_000
 
 
@@ -180,7 +254,11 @@ def test_charts_share_a_page(tmp_path: Path) -> None:
 def test_errors_are_one_line(tmp_path: Path) -> None:
     output = tmp_path / "report.html"
     (tmp_path / "bad.npz").write_text("no trace")
-    for file, says in ((tmp_path / "absent.npz", "does not exist"), (tmp_path / "bad.npz", "not a load trace"), (tmp_path, "folder")):
+    for file, says in (
+        (tmp_path / "absent.npz", "does not exist"),
+        (tmp_path / "bad.npz", "not a load trace"),
+        (tmp_path, "folder"),
+    ):
         with pytest.raises(DataError, match=says) as caught:
             build_load_report(file, output)
         assert "\n" not in str(caught.value)

@@ -18,7 +18,9 @@ from pangu_locmoe.report.series import bin_rows, duration, moving_mean, percent,
 def write(path: Path, lines: list[Any], config: str = "model:\n  num_layers: 5\n") -> Path:
     path.mkdir()
     (path / "config.yaml").write_text(config)
-    (path / "metrics.jsonl").write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    (path / "metrics.jsonl").write_text(
+        "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
+    )
     return path
 
 
@@ -45,27 +47,44 @@ def test_a_cut_off_last_line_is_ignored(tmp_path: Path) -> None:
 
 
 def test_a_broken_line_in_the_middle_is_left_out_and_noted(tmp_path: Path) -> None:
-    run = read_run(write(tmp_path / "run", [{"step": 1, "loss": 3.0}, "{]", "7", {"step": 3, "loss": 2.0}]))
+    run = read_run(
+        write(tmp_path / "run", [{"step": 1, "loss": 3.0}, "{]", "7", {"step": 3, "loss": 2.0}])
+    )
     assert run.column("step").tolist() == [1, 3]
     assert any("2 unreadable line(s) left out, the first is line 2" in note for note in run.notes)
 
 
 def test_the_later_of_two_rows_for_a_step_wins(tmp_path: Path) -> None:
-    lines = [{"step": s, "loss": float(s)} for s in (1, 2, 3)] + [{"step": s, "loss": 10.0 * s} for s in (2, 3, 4)]
+    lines = [{"step": s, "loss": float(s)} for s in (1, 2, 3)] + [
+        {"step": s, "loss": 10.0 * s} for s in (2, 3, 4)
+    ]
     run = read_run(write(tmp_path / "run", lines))
     assert run.column("step").tolist() == [1, 2, 3, 4]
     assert run.column("loss").tolist() == [1, 20, 30, 40]
 
 
 def test_null_nan_and_missing_values_become_nan(tmp_path: Path) -> None:
-    run = read_run(write(tmp_path / "run", [{"step": 1, "loss": None}, {"step": 2, "loss": math.nan}, {"step": 3, "loss": "Infinity"}]))
+    run = read_run(
+        write(
+            tmp_path / "run",
+            [
+                {"step": 1, "loss": None},
+                {"step": 2, "loss": math.nan},
+                {"step": 3, "loss": "Infinity"},
+            ],
+        )
+    )
     assert np.isnan(run.column("loss")[:2]).all() and math.isinf(run.column("loss")[2])
     assert np.isnan(run.column("capacity")).all()
     assert math.isnan(number(True)) and math.isnan(number([1])) and number("2.5") == 2.5
 
 
 def test_seconds_count_the_steps_between_rows(tmp_path: Path) -> None:
-    run = read_run(write(tmp_path / "run", [{"step": s, "loss": 1.0, "step_seconds": 0.5} for s in (10, 20, 30)]))
+    run = read_run(
+        write(
+            tmp_path / "run", [{"step": s, "loss": 1.0, "step_seconds": 0.5} for s in (10, 20, 30)]
+        )
+    )
     assert run.seconds.tolist() == [5, 10, 15]
 
 
@@ -96,11 +115,16 @@ def test_a_damaged_load_trace_or_summary_is_noted(tmp_path: Path) -> None:
     (path / "summary.json").write_text('{"param')
     run = read_run(path)
     assert run.load is None and run.summary == {}
-    assert any(note.startswith("Expert load is not shown: load.npz: not a load trace: ") for note in run.notes)
+    assert any(
+        note.startswith("Expert load is not shown: load.npz: not a load trace: ")
+        for note in run.notes
+    )
     assert any(note.startswith("summary.json") for note in run.notes)
     np.savez(path / "load.npz", load=np.ones((2, 3)), step=np.arange(2))
     assert "needs step [rows] and load [rows, layers, experts]" in read_run(path).notes[0]
-    np.savez(path / "load.npz", load=np.ones((2, 1, 4)), step=np.arange(2), source=np.ones((2, 1, 3, 5)))
+    np.savez(
+        path / "load.npz", load=np.ones((2, 1, 4)), step=np.arange(2), source=np.ones((2, 1, 3, 5))
+    )
     run = read_run(path)
     assert run.load is None and "source has shape" in run.notes[0]
 
@@ -111,11 +135,19 @@ def test_thinning_keeps_spikes_and_sums() -> None:
     x, thinned = thin(np.arange(10_000.0), y, 400)
     assert len(x) <= 400 and np.nanmax(thinned) == 9
     counts = np.arange(24).reshape(12, 2)
-    assert bin_rows(counts, 5).shape == (5, 2) and (bin_rows(counts, 5).sum(axis=0) == counts.sum(axis=0)).all()
+    assert (
+        bin_rows(counts, 5).shape == (5, 2)
+        and (bin_rows(counts, 5).sum(axis=0) == counts.sum(axis=0)).all()
+    )
 
 
 def test_the_moving_mean_leaves_gaps_out() -> None:
-    assert moving_mean(np.array([1.0, 2.0, 3.0, np.nan, 5.0]), 3)[[0, 1, 2, 4]].tolist() == [1.5, 2, 2.5, 5]
+    assert moving_mean(np.array([1.0, 2.0, 3.0, np.nan, 5.0]), 3)[[0, 1, 2, 4]].tolist() == [
+        1.5,
+        2,
+        2.5,
+        5,
+    ]
     assert np.isnan(moving_mean(np.array([np.nan, np.inf]), 3)).all()
 
 
@@ -128,4 +160,9 @@ def test_numbers_read_well() -> None:
         "∞",
         "123.5",
     ]
-    assert (percent(0.125), percent(1.0), duration(59), duration(3725)) == ("12.5 %", "100 %", "59 s", "1 h 02 min")
+    assert (percent(0.125), percent(1.0), duration(59), duration(3725)) == (
+        "12.5 %",
+        "100 %",
+        "59 s",
+        "1 h 02 min",
+    )

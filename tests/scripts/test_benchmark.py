@@ -47,9 +47,15 @@ def test_a_line_that_is_not_ready_is_an_error() -> None:
 def test_ratios_are_formed_inside_a_round() -> None:
 
     def rounds(seconds: List[float], others: List[float]) -> list:
-        return [{"wall_seconds": 2 * s, "steps": 2, "cores_of_others": o} for s, o in zip(seconds, others)]
+        return [
+            {"wall_seconds": 2 * s, "steps": 2, "cores_of_others": o}
+            for s, o in zip(seconds, others)
+        ]
 
-    answers = {"hf": rounds([1.0, 4.0, 3.0], [0.0, 1.0, 0.0]), "switch-5/4": rounds([2.0, 4.0, 2.0], [0.1, 0.0, 0.9])}
+    answers = {
+        "hf": rounds([1.0, 4.0, 3.0], [0.0, 1.0, 0.0]),
+        "switch-5/4": rounds([2.0, 4.0, 2.0], [0.1, 0.0, 0.9]),
+    }
     ratios = run.ratios(answers)
     assert list(ratios) == ["speed: switch-5/4 vs hf"]
     ratio = ratios["speed: switch-5/4 vs hf"]
@@ -85,7 +91,9 @@ def test_the_flags_of_every_side_are_known_and_ours_are_valid_configurations() -
         (hf, ["--implementation", "fast"]),
     ],
 )
-def test_a_bad_flag_is_one_line_and_exit_code_2(script: ModuleType, flags: List[str], capsys: pytest.CaptureFixture) -> None:
+def test_a_bad_flag_is_one_line_and_exit_code_2(
+    script: ModuleType, flags: List[str], capsys: pytest.CaptureFixture
+) -> None:
     with pytest.raises(SystemExit) as exit_:
         script.parse_arguments(flags)
     assert exit_.value.code == 2
@@ -94,15 +102,32 @@ def test_a_bad_flag_is_one_line_and_exit_code_2(script: ModuleType, flags: List[
 
 
 @pytest.mark.parametrize(
-    "flags", [["--rounds", "0"], ["--rounds"], ["--fast"], ["--output", "no/such/folder/file.json"], ["--python", "no-such-python"]]
+    "flags",
+    [
+        ["--rounds", "0"],
+        ["--rounds"],
+        ["--fast"],
+        ["--output", "no/such/folder/file.json"],
+        ["--python", "no-such-python"],
+    ],
 )
 def test_the_shell_script_refuses_a_bad_flag_before_it_installs(flags: List[str]) -> None:
-    done = subprocess.run(["bash", str(SCRIPTS / "benchmark.sh"), *flags], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["bash", str(SCRIPTS / "benchmark.sh"), *flags], capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert flags[0] in done.stderr
 
 
 def test_the_shell_script_has_help() -> None:
-    done = subprocess.run(["bash", str(SCRIPTS / "benchmark.sh"), "--help"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["bash", str(SCRIPTS / "benchmark.sh"), "--help"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0
-    assert all(flag in done.stdout for flag in ("--rounds", "--steps", "--output", "--python", "--hf-python", "--torch-index"))
+    assert all(
+        flag in done.stdout
+        for flag in ("--rounds", "--steps", "--output", "--python", "--hf-python", "--torch-index")
+    )

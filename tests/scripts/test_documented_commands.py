@@ -1,4 +1,6 @@
-"""Every command in README, docs and the configurations' comments is one that exists; those that take moments are run."""
+"""Every command in README, docs and the configurations' comments is one that exists; those that
+take moments are run.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,20 @@ from pangu_locmoe.train.job import plan_job
 
 ROOT = Path(__file__).resolve().parents[2]
 # docs/tutorial.md is worked through, command by command, by test_tutorial.py.
-DOCUMENTS = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").glob("*.md") if path.name != "tutorial.md")]
+DOCUMENTS = [
+    ROOT / "README.md",
+    *sorted(path for path in (ROOT / "docs").glob("*.md") if path.name != "tutorial.md"),
+]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 COMMAND = re.compile(r"(?:\.venv/bin/)?pangu-locmoe (?=[a-z])|bash scripts/|sbatch .*?scripts/")
-PLACEHOLDERS = {"CONFIG": "configs/cpu_smoke.yaml", "SPARSE": "configs/cpu_smoke.yaml", "STEPS": "100", "N": "4", "R": "2", "K": "2"}
+PLACEHOLDERS = {
+    "CONFIG": "configs/cpu_smoke.yaml",
+    "SPARSE": "configs/cpu_smoke.yaml",
+    "STEPS": "100",
+    "N": "4",
+    "R": "2",
+    "K": "2",
+}
 SCRIPTS = sorted(
     ".".join(path.relative_to(ROOT / "scripts").with_suffix("").parts)
     for path in (ROOT / "scripts").rglob("*.py")
@@ -42,13 +54,22 @@ def found(file: Path) -> list[tuple[str, Optional[str]]]:
             match = COMMAND.match(re.sub(r"^[\s#$]*|^.*?: (?=pangu-locmoe )", "", text))
             if match:
                 command = re.sub(r"^[\s#$]*|^.*?: (?=pangu-locmoe )", "", text)
-                commands.append((command.split("  #")[0].split(" #")[0].strip(), below if below.startswith("pangu-locmoe: ") else None))
+                commands.append(
+                    (
+                        command.split("  #")[0].split(" #")[0].strip(),
+                        below if below.startswith("pangu-locmoe: ") else None,
+                    )
+                )
     return commands
 
 
 COMMANDS = sorted({command for file in [*DOCUMENTS, *CONFIGS] for command in found(file)}, key=str)
-VERBS = [(command, error) for command, error in COMMANDS if re.search(r"pangu-locmoe \w+ .", command)]  # more than a verb's name
-SHELL = [command for command, _ in COMMANDS if "scripts/" in command and "pangu-locmoe" not in command]
+VERBS = [
+    (command, error) for command, error in COMMANDS if re.search(r"pangu-locmoe \w+ .", command)
+]  # more than a verb's name
+SHELL = [
+    command for command, _ in COMMANDS if "scripts/" in command and "pangu-locmoe" not in command
+]
 
 
 def words(command: str) -> list[str]:
@@ -58,7 +79,9 @@ def words(command: str) -> list[str]:
 def test_commands_are_found():
     text = [command for command, _ in COMMANDS]
     assert len(VERBS) > 20 and len(SHELL) > 15
-    assert "bash scripts/measure_placement.sh" in text and any(command.startswith("pangu-locmoe load place") for command in text)
+    assert "bash scripts/measure_placement.sh" in text and any(
+        command.startswith("pangu-locmoe load place") for command in text
+    )
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -84,7 +107,14 @@ def test_a_verb_has_these_flags_and_this_configuration(command, error, monkeypat
 
 @functools.cache
 def explained(script: str) -> str:
-    return subprocess.run(["bash", f"scripts/{script}", "--help"], cwd=ROOT, text=True, capture_output=True, check=True, timeout=60).stdout
+    return subprocess.run(
+        ["bash", f"scripts/{script}", "--help"],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        check=True,
+        timeout=60,
+    ).stdout
 
 
 @pytest.mark.parametrize("command", SHELL)
@@ -103,13 +133,20 @@ def test_a_script_has_these_flags_and_this_configuration(command, monkeypatch):
         assert re.search(rf"(^|[ \[]){word}\b", text, re.MULTILINE), f"{script} has no {word}"
         takes_value = re.search(rf"{word} ([A-Z]+\b|\w+\|)", text)
         flags.setdefault(word, []).append(rest.pop(0) if takes_value else "")
-    default = re.search(r"CONFIG \((configs/[\w/]+\.yaml)\)|--config CONFIG +(?:\w[\w ]*\()?(configs/[\w/]+\.yaml)", text)
+    default = re.search(
+        r"CONFIG \((configs/[\w/]+\.yaml)\)|--config CONFIG +(?:\w[\w ]*\()?(configs/[\w/]+\.yaml)",
+        text,
+    )
     if not positional and default is None:
         return
     assert len(positional) <= 1
     path = Path(positional[0] if positional else next(filter(None, default.groups())))
     if script in ("train_cpu_cluster.sh", "emulate_cluster.sh"):
-        shape = {flag[2:].replace("-", "_"): int(value[0]) for flag, value in flags.items() if flag in ("--ranks", "--nodes", "--ranks-per-node")}
+        shape = {
+            flag[2:].replace("-", "_"): int(value[0])
+            for flag, value in flags.items()
+            if flag in ("--ranks", "--nodes", "--ranks-per-node")
+        }
         plan_job(path, flags.get("--set", []), **shape)
     else:
         load_config(path, flags.get("--set", []))

@@ -15,16 +15,34 @@ from study.recorded import Recorded
 def experiment(factors=(1, 2, 3), **settings):
     def claims(measured):
         values = [float(row["result"]) for row in measured]
-        return [Claim("It grows", "yes", verdict.spread(values, ".0f"), "", "here", *verdict.positive(values, "it is above 0"))]
+        return [
+            Claim(
+                "It grows",
+                "yes",
+                verdict.spread(values, ".0f"),
+                "",
+                "here",
+                *verdict.positive(values, "it is above 0"),
+            )
+        ]
 
-    return Experiment("growth", lambda quick: [{"factor": factor, "quick": quick, **settings} for factor in factors], lambda case: 10 * case["factor"], claims)
+    return Experiment(
+        "growth",
+        lambda quick: [{"factor": factor, "quick": quick, **settings} for factor in factors],
+        lambda case: 10 * case["factor"],
+        claims,
+    )
 
 
 @pytest.fixture
 def calls(monkeypatch):
     """Cases measured, in this process."""
     made = []
-    monkeypatch.setattr(reproduce, "_in_a_process", lambda name, case: made.append(case["factor"]) or 10 * case["factor"])
+    monkeypatch.setattr(
+        reproduce,
+        "_in_a_process",
+        lambda name, case: made.append(case["factor"]) or 10 * case["factor"],
+    )
     return made
 
 
@@ -63,7 +81,8 @@ def test_a_stop_between_two_cases_loses_nothing(tmp_path, monkeypatch):
 
 
 def test_the_page_has_verdicts_rules_and_what_is_missing(tmp_path, monkeypatch):
-    half, none = experiment(), Experiment("nothing", lambda quick: [{}], lambda case: 0, lambda measured: [])
+    half = experiment()
+    none = Experiment("nothing", lambda quick: [{}], lambda case: 0, lambda measured: [])
     absent = Recorded("absent", ("true",), ("absent.json",), lambda folder: [], "")
     monkeypatch.setattr(pages, "ALL", [half, none, absent])
     record(half, tmp_path / "growth.json", True, half.cases(True)[0], 10, 1.0)
@@ -81,7 +100,10 @@ def test_the_committed_numbers_make_rows(tmp_path):
     for one in pages.ALL:
         if isinstance(one, Recorded):
             claims = one.claims(reproduce.COMMITTED)
-            assert claims and all(claim.verdict in (verdict.HOLDS, verdict.PARTLY, verdict.NOT, verdict.CANNOT) for claim in claims)
+            assert claims and all(
+                claim.verdict in (verdict.HOLDS, verdict.PARTLY, verdict.NOT, verdict.CANNOT)
+                for claim in claims
+            )
 
 
 def test_cases_are_json_and_all_different():

@@ -17,5 +17,7 @@ def test_every_sparse_layer_is_looked_at(router):
     found = np.array(similarities(PanguSigma(config), config, prepare(config, False), 2))
     assert found.shape == (2, 2)
     assert (np.abs(found) <= 1).all() and np.isfinite(found).all()
-    if router == "locmoe_plus":  # its experts are where a token's features are large: those of one expert are alike
+    if (
+        router == "locmoe_plus"
+    ):  # its experts are where a token's features are large: those of one expert are alike
         assert (found[:, 0] > found[:, 1]).all()

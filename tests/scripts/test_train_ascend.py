@@ -1,4 +1,6 @@
-"""scripts/train_ascend.sh and the pre-flight: what they refuse, and what a dry run says would run."""
+"""scripts/train_ascend.sh and the pre-flight: what they refuse, and what a dry run says would
+run.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL, PAPER = "configs/ascend/small.yaml", "configs/ascend/paper_38b.yaml"
+SMALL = "configs/ascend/small.yaml"
+PAPER = "configs/ascend/paper_38b.yaml"
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = ["bash", "scripts/train_ascend.sh", "--python", sys.executable, *arguments]
-    return subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=120, env={**os.environ, **environment})
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=120,
+        env={**os.environ, **environment},
+    )
 
 
 def exported(text: str) -> dict[str, str]:
@@ -35,9 +45,18 @@ def command(text: str) -> list[str]:
         (["--nodes", "two"], "--nodes two: must be a number"),
         (["--ranks-per-node", "0"], "--ranks-per-node 0: must be a number"),
         (["--nodes", "2"], "--nodes 2: say which of them this is with --node-rank"),
-        (["--nodes", "2", "--node-rank", "0"], "--nodes 2: say where server 0 is with --master-addr"),
-        (["--nodes", "2", "--node-rank", "2", "--master-addr", "a"], "--node-rank 2: must be a number from 0 to 1"),
-        (["--nodes", "2", "--node-rank", "1", "--master-addr", "127.0.0.1"], "--master-addr 127.0.0.1: the other servers cannot reach it"),
+        (
+            ["--nodes", "2", "--node-rank", "0"],
+            "--nodes 2: say where server 0 is with --master-addr",
+        ),
+        (
+            ["--nodes", "2", "--node-rank", "2", "--master-addr", "a"],
+            "--node-rank 2: must be a number from 0 to 1",
+        ),
+        (
+            ["--nodes", "2", "--node-rank", "1", "--master-addr", "127.0.0.1"],
+            "--master-addr 127.0.0.1: the other servers cannot reach it",
+        ),
         (["--node-rank", "1"], "--node-rank 1: must be a number from 0 to 0"),
         (["--connect-timeout", "60"], "--connect-timeout 60: must be a number from 120 to 7200"),
         (["--master-port", "80"], "--master-port 80: must be a number from 1024 to 65535"),
@@ -46,13 +65,20 @@ def command(text: str) -> list[str]:
         (["configs/absent.yaml"], "configs/absent.yaml: no such configuration"),
         (["--hostfile", "absent"], "no such file"),
         (["--hostfile", "/dev/null"], "no such file"),
-        (["--hostfile", "absent", "--nodes", "2"], "--hostfile says what --nodes, --node-rank and --master-addr would"),
+        (
+            ["--hostfile", "absent", "--nodes", "2"],
+            "--hostfile says what --nodes, --node-rank and --master-addr would",
+        ),
     ],
 )
 def test_refusals(arguments, message):
     done = run(*arguments)
     assert (done.returncode, done.stdout) == (2, "")
-    assert message in done.stderr and done.stderr.startswith("train_ascend.sh: ") and done.stderr.count("\n") == 1
+    assert (
+        message in done.stderr
+        and done.stderr.startswith("train_ascend.sh: ")
+        and done.stderr.count("\n") == 1
+    )
 
 
 def test_an_empty_hostfile(tmp_path):
@@ -64,48 +90,110 @@ def test_an_empty_hostfile(tmp_path):
 def test_what_is_wrong_with_the_configuration_is_said_before_anything_starts():
     done = run("--set", "moe.routr=hash", "--dry-run")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("train_ascend.sh: moe.routr = 'hash': unknown key") and done.stderr.count("\n") == 1
+    assert (
+        done.stderr.startswith("train_ascend.sh: moe.routr = 'hash': unknown key")
+        and done.stderr.count("\n") == 1
+    )
     done = run("--ranks-per-node", "3", "--dry-run")
-    assert done.returncode == 2 and "ranks (3) must be divisible by parallel.expert_parallel (8)" in done.stderr
+    assert (
+        done.returncode == 2
+        and "ranks (3) must be divisible by parallel.expert_parallel (8)" in done.stderr
+    )
 
 
 def test_one_server_is_the_default():
     done = run("--dry-run")
     assert (done.returncode, done.stderr) == (0, "")
-    settings, words = exported(done.stdout), command(done.stdout)
+    settings = exported(done.stdout)
+    words = command(done.stdout)
     assert settings["PANGU_LOCMOE_DEVICE"] == "Ascend"
-    assert (settings["HCCL_CONNECT_TIMEOUT"], settings["HCCL_EXEC_TIMEOUT"], settings["HCCL_BUFFSIZE"]) == ("600", "1836", "200")
+    assert (
+        settings["HCCL_CONNECT_TIMEOUT"],
+        settings["HCCL_EXEC_TIMEOUT"],
+        settings["HCCL_BUFFSIZE"],
+    ) == ("600", "1836", "200")
     assert {"HCCL_DETERMINISTIC", "HCCL_ALGO", "MS_NODE_TIMEOUT"}.isdisjoint(settings)
     assert Path(words[0]).name == "msrun"
-    for pair in ("--worker_num 8", "--local_worker_num 8", "--master_addr 127.0.0.1", "--node_rank 0"):
+    for pair in (
+        "--worker_num 8",
+        "--local_worker_num 8",
+        "--master_addr 127.0.0.1",
+        "--node_rank 0",
+    ):
         assert f" {pair} " in " ".join(words)
     assert {"--join=True", "--bind_core=True"} <= set(words)
     program = words.index(str(ROOT / "pangu_locmoe" / "launch.py"))
     assert words[program + 1 :] == [
-        "train", SMALL, "--set", "parallel.nodes=1", "--run-dir", "runs/small-8-ranks", "--resume", "never",
-        ">", "runs/small-8-ranks/logs/node-0/msrun.log", "2>&1",
-    ]  # fmt: skip
+        "train",
+        SMALL,
+        "--set",
+        "parallel.nodes=1",
+        "--run-dir",
+        "runs/small-8-ranks",
+        "--resume",
+        "never",
+        ">",
+        "runs/small-8-ranks/logs/node-0/msrun.log",
+        "2>&1",
+    ]
     assert "preflight_ascend.py" in done.stdout and "--master-port 8118 || exit 3" in done.stdout
     assert not (ROOT / "runs" / "small-8-ranks").exists()
 
 
 def test_one_of_several_servers():
     done = run(
-        "--nodes", "32", "--node-rank", "31", "--master-addr", "10.0.0.1", "--ranks-per-node", "8", PAPER, "--set", "train.seed=7",
-        "--run-dir", "/shared/a run", "--resume", "auto", "--init-from", "there", "--no-progress", "--deterministic", "--no-bind",
-        "--hccl-algo", "level0:NA;level1:pairwise", "--buffer-mb", "300", "--expect", "abc", "--dry-run",
-    )  # fmt: skip
+        "--nodes",
+        "32",
+        "--node-rank",
+        "31",
+        "--master-addr",
+        "10.0.0.1",
+        "--ranks-per-node",
+        "8",
+        PAPER,
+        "--set",
+        "train.seed=7",
+        "--run-dir",
+        "/shared/a run",
+        "--resume",
+        "auto",
+        "--init-from",
+        "there",
+        "--no-progress",
+        "--deterministic",
+        "--no-bind",
+        "--hccl-algo",
+        "level0:NA;level1:pairwise",
+        "--buffer-mb",
+        "300",
+        "--expect",
+        "abc",
+        "--dry-run",
+    )
     assert (done.returncode, done.stderr) == (0, "")
-    settings, words = exported(done.stdout), command(done.stdout)
+    settings = exported(done.stdout)
+    words = command(done.stdout)
     # More than 128 devices take longer to come up.
     assert (settings["HCCL_CONNECT_TIMEOUT"], settings["MS_NODE_TIMEOUT"]) == ("1800", "1800")
-    assert (settings["HCCL_DETERMINISTIC"], settings["HCCL_ALGO"], settings["HCCL_BUFFSIZE"]) == ("true", "level0:NA;level1:pairwise", "300")
+    assert (settings["HCCL_DETERMINISTIC"], settings["HCCL_ALGO"], settings["HCCL_BUFFSIZE"]) == (
+        "true",
+        "level0:NA;level1:pairwise",
+        "300",
+    )
     assert "--bind_core=True" not in words
     line = " ".join(words)
-    assert "--worker_num 256 --local_worker_num 8 --master_addr 10.0.0.1 --master_port 8118 --node_rank 31" in line
-    assert "--set train.seed=7 --set parallel.nodes=32 --run-dir /shared/a run --resume auto --init-from there --no-progress" in line
+    assert (
+        "--worker_num 256 --local_worker_num 8 --master_addr 10.0.0.1 --master_port 8118 "
+        "--node_rank 31"
+    ) in line
+    assert (
+        "--set train.seed=7 --set parallel.nodes=32 --run-dir /shared/a run --resume auto "
+        "--init-from there --no-progress"
+    ) in line
     assert "--expect abc" in done.stdout
-    assert "--master-port" not in done.stdout.splitlines()[2]  # the scheduler's port is server 0's matter
+    assert (
+        "--master-port" not in done.stdout.splitlines()[2]
+    )  # the scheduler's port is server 0's matter
 
 
 def test_a_hostfile_starts_every_server_with_the_same_hash(tmp_path):
@@ -113,12 +201,17 @@ def test_a_hostfile_starts_every_server_with_the_same_hash(tmp_path):
     done = run("--hostfile", str(tmp_path / "hosts"), "--set", "train.seed=7", "--dry-run")
     assert (done.returncode, done.stderr) == (0, "")
     lines = [shlex.split(line) for line in done.stdout.splitlines()]
-    assert [line[:5] for line in lines] == [["ssh", "-tt", "-o", "BatchMode=yes", host] for host in ("alpha", "beta")]
+    assert [line[:5] for line in lines] == [
+        ["ssh", "-tt", "-o", "BatchMode=yes", host] for host in ("alpha", "beta")
+    ]
     for rank, line in enumerate(lines):
         words = shlex.split(line[5])
         assert words[:5] == ["cd", str(ROOT), "&&", "exec", "bash"]
         flags = " ".join(words)
-        assert f"{SMALL} --node-rank {rank} --nodes 2 --master-addr alpha" in flags and "--set train.seed=7" in flags
+        assert (
+            f"{SMALL} --node-rank {rank} --nodes 2 --master-addr alpha" in flags
+            and "--set train.seed=7" in flags
+        )
     assert len({line[5].split("--expect ")[1].split()[0] for line in lines}) == 1
 
 
@@ -129,9 +222,17 @@ def test_a_hostfile_job_ends_as_its_servers_do(tmp_path, codes, wanted):
     ssh = tmp_path / "ssh"
     ssh.write_text('#!/bin/sh\nshift 3\necho "on $1: $2"\nexit "${1#host}"\n')
     ssh.chmod(0o755)
-    done = run("--hostfile", str(tmp_path / "hosts"), "--run-dir", str(tmp_path / "run"), PATH=f"{tmp_path}:{os.environ['PATH']}")
+    done = run(
+        "--hostfile",
+        str(tmp_path / "hosts"),
+        "--run-dir",
+        str(tmp_path / "run"),
+        PATH=f"{tmp_path}:{os.environ['PATH']}",
+    )
     assert done.returncode == wanted
-    if not codes.startswith("1"):  # where server 0 fails, the others are ended, perhaps before they say a word
+    if not codes.startswith(
+        "1"
+    ):  # where server 0 fails, the others are ended, perhaps before they say a word
         assert (tmp_path / "run" / "logs" / "node-1.log").read_text().startswith("on host")
     assert "on host" in done.stdout  # server 0's own output
     if wanted:
@@ -142,14 +243,24 @@ def test_a_server_that_is_not_ready_starts_nothing(tmp_path):
     """This machine has no device."""
     done = run("--run-dir", str(tmp_path / "run"), "--expect", "0" * 16)
     assert done.returncode == 3
-    assert "not ready: configuration and code" in done.stdout and "ready: MindSpore 2.10." in done.stdout
+    assert (
+        "not ready: configuration and code" in done.stdout
+        and "ready: MindSpore 2.10." in done.stdout
+    )
     assert "is not ready, see above" in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
 def preflight(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     script = [sys.executable, "scripts/preflight_ascend.py", *arguments]
-    return subprocess.run(script, cwd=ROOT, text=True, capture_output=True, timeout=60, env={**os.environ, **environment})
+    return subprocess.run(
+        script,
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=60,
+        env={**os.environ, **environment},
+    )
 
 
 def test_the_hash_follows_bases_and_overrides(tmp_path):
@@ -175,9 +286,17 @@ def test_preflight_with_stand_ins_for_driver_and_cann(tmp_path):
     smi.chmod(0o755)
     (tmp_path / "version.cfg").write_text("# version: 1.0\nversion=8.5.0\n")
     done = preflight(
-        SMALL, "--ranks", "2", "--disk-gb", "0", "--run-dir", str(tmp_path),
-        PATH=f"{tmp_path}:{os.environ['PATH']}", ASCEND_TOOLKIT_HOME=str(tmp_path), ASCEND_RT_VISIBLE_DEVICES="0,1",
-    )  # fmt: skip
+        SMALL,
+        "--ranks",
+        "2",
+        "--disk-gb",
+        "0",
+        "--run-dir",
+        str(tmp_path),
+        PATH=f"{tmp_path}:{os.environ['PATH']}",
+        ASCEND_TOOLKIT_HOME=str(tmp_path),
+        ASCEND_RT_VISIBLE_DEVICES="0,1",
+    )
     assert done.returncode == 0, done.stdout
     assert "ready: 2 devices for 2 ranks" in done.stdout and "version=8.5.0" in done.stdout
 

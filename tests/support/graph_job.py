@@ -1,4 +1,5 @@
-"""One rank of a job in which the compiled step and the ordinary one train the same model: msrun ... graph_job.py FOLDER CASE
+"""One rank of a job in which the compiled step and the ordinary one train the same model: msrun ...
+graph_job.py FOLDER CASE
 
 Writes FOLDER/rank-R.json: the rows of both.
 """
@@ -17,7 +18,10 @@ import mindspore as ms
 
 from pangu_locmoe.parallel.world import join
 
-STEPS, VOCAB, LENGTH, BATCH = 4, 300, 8, 8
+STEPS = 4
+VOCAB = 300
+LENGTH = 8
+BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -35,15 +39,20 @@ CASES = {
     "sharded, half precision": Case({"shard_optimizer": True}, FP16),
     "chunks": Case({"overlap_chunks": 2}),
     "sharded": Case({"expert_parallel": 2, "shard_optimizer": True}),
-    "sharded, accumulation": Case({"expert_parallel": 2, "shard_optimizer": True}, {"accumulation_steps": 2}),
+    "sharded, accumulation": Case(
+        {"expert_parallel": 2, "shard_optimizer": True}, {"accumulation_steps": 2}
+    ),
     "tensor parallel, groupwise": Case({**PLACES, "exchange": "groupwise"}),
     "sequence parallel": Case({**PLACES, "sequence_parallel": True}),
-    "tensor parallel, sharded, half precision": Case({**PLACES, "shard_optimizer": True}, {**FP16, "accumulation_steps": 2}),
-}  # fmt: skip
+    "tensor parallel, sharded, half precision": Case(
+        {**PLACES, "shard_optimizer": True}, {**FP16, "accumulation_steps": 2}
+    ),
+}
 
 
 def main() -> int:
-    # Kernels one after the other: two collectives at once would reach the ranks in different orders.
+    # Kernels one after the other: two collectives at once would reach the ranks in different
+    # orders.
     ms.runtime.dispatch_threads_num(1)
     mccl = join()
 
@@ -61,8 +70,17 @@ def main() -> int:
     def rows(case: Case, communicator: Any, kind: Any) -> list[Any]:
         config = small_config(
             model={"num_layers": 2},
-            moe={"num_experts": 8, "locality_loss": 0.1, "capacity": {"local_factor": 2.0, "remote_factor": 1.0}},
-            parallel={"expert_parallel": mccl.size, "nodes": mccl.size // 2, "sizes": "static", **case.parallel},
+            moe={
+                "num_experts": 8,
+                "locality_loss": 0.1,
+                "capacity": {"local_factor": 2.0, "remote_factor": 1.0},
+            },
+            parallel={
+                "expert_parallel": mccl.size,
+                "nodes": mccl.size // 2,
+                "sizes": "static",
+                **case.parallel,
+            },
             train={"batch_size": BATCH, "epsilon": 1e-6, "mode": "pynative", **case.train},
         )
         world = World.of(config, communicator)
@@ -72,8 +90,16 @@ def main() -> int:
         for step in range(1, STEPS + 1):
             random = np.random.default_rng(step)
             tokens = random.integers(0, VOCAB, (BATCH, LENGTH + 1)).astype(np.int32)
-            positions, zeros = np.tile(np.arange(LENGTH, dtype=np.int32), (BATCH, 1)), np.zeros((BATCH, LENGTH), np.int32)
-            batch = Batch(tokens[:, :-1].copy(), tokens[:, 1:].copy(), positions, zeros, np.arange(BATCH, dtype=np.int32) % 2, np.ones(BATCH, bool))
+            positions = np.tile(np.arange(LENGTH, dtype=np.int32), (BATCH, 1))
+            zeros = np.zeros((BATCH, LENGTH), np.int32)
+            batch = Batch(
+                tokens[:, :-1].copy(),
+                tokens[:, 1:].copy(),
+                positions,
+                zeros,
+                np.arange(BATCH, dtype=np.int32) % 2,
+                np.ones(BATCH, bool),
+            )
             result = stepper(batch, step, 5e-4)
             found.append(
                 {
@@ -88,8 +114,12 @@ def main() -> int:
             )
         return found
 
-    case, found = CASES[sys.argv[2]], {}
-    for kind, communicator, stepper in (("ordinary", mccl, CountsStepper), ("compiled", operators, GraphStepper)):
+    case = CASES[sys.argv[2]]
+    found = {}
+    for kind, communicator, stepper in (
+        ("ordinary", mccl, CountsStepper),
+        ("compiled", operators, GraphStepper),
+    ):
         found[kind] = rows(case, communicator, stepper)
     (Path(sys.argv[1]) / f"rank-{mccl.rank}.json").write_text(json.dumps(found), encoding="utf-8")
     return 0

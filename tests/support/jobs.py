@@ -1,4 +1,6 @@
-"""Start a script in several processes with msrun, as scripts/train_cpu_cluster.sh does, and wait for its end."""
+"""Start a script in several processes with msrun, as scripts/train_cpu_cluster.sh does, and wait
+for its end.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def free_port() -> int:
-    """A port nobody listens on; below the range from which the system takes ports for outgoing connections."""
+    """A port nobody listens on; below the range from which the system takes ports for outgoing
+    connections.
+    """
     start = 11000 + os.getpid() * 7 % 9000
     for port in range(start, start + 200):
         with socket.socket() as probe:
@@ -39,14 +43,36 @@ def environment(**more: str) -> dict[str, str]:
     }
 
 
-def msrun(ranks: int, folder: Path, *script: object, timeout: float = 200, env: Optional[dict[str, str]] = None) -> subprocess.CompletedProcess[str]:
+def msrun(
+    ranks: int,
+    folder: Path,
+    *script: object,
+    timeout: float = 200,
+    env: Optional[dict[str, str]] = None,
+) -> subprocess.CompletedProcess[str]:
     """Run a script with its arguments on `ranks` processes in `folder`; logs in folder/logs."""
     command = [
-        "msrun", "--worker_num", ranks, "--local_worker_num", ranks, "--master_addr", "127.0.0.1", "--master_port", free_port(),
-        "--join=True", "--log_dir", folder / "logs", *script,
-    ]  # fmt: skip
+        "msrun",
+        "--worker_num",
+        ranks,
+        "--local_worker_num",
+        ranks,
+        "--master_addr",
+        "127.0.0.1",
+        "--master_port",
+        free_port(),
+        "--join=True",
+        "--log_dir",
+        folder / "logs",
+        *script,
+    ]
     process = subprocess.Popen(
-        [str(part) for part in command], cwd=folder, env=env or environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [str(part) for part in command],
+        cwd=folder,
+        env=env or environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
     try:
         output, _ = process.communicate(timeout=timeout)
@@ -58,9 +84,15 @@ def msrun(ranks: int, folder: Path, *script: object, timeout: float = 200, env: 
 
 
 def logs(folder: Path) -> str:
-    """What the workers said, without MindSpore's warnings, for the message of a failed assertion."""
+    """What the workers said, without MindSpore's warnings, for the message of a failed
+    assertion.
+    """
     lines = []
     for file in sorted(folder.glob("logs/worker_*.log")):
-        said = [line for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if line and not line.startswith(("[WARN", "[INFO"))]
+        said = [
+            line
+            for line in file.read_text(encoding="utf-8", errors="replace").splitlines()
+            if line and not line.startswith(("[WARN", "[INFO"))
+        ]
         lines += [f"--- {file.name}", *said[-30:]]
     return "\n".join(lines)

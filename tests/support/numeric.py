@@ -1,4 +1,6 @@
-"""Float64 references in NumPy, finite differences, and the gradients of cells, for the tests of model and moe."""
+"""Float64 references in NumPy, finite differences, and the gradients of cells, for the tests of
+model and moe.
+"""
 
 from __future__ import annotations
 
@@ -27,15 +29,25 @@ class Probe(nn.Cell):
 
 
 class LayerObjective(nn.Cell):
-    """Something that every output of an MoE layer feeds: (x_TD, tokens_T, domains_T) -> a scalar."""
+    """Something that every output of an MoE layer feeds: (x_TD, tokens_T, domains_T) -> a
+    scalar.
+    """
 
     def __init__(self, layer: nn.Cell, capacity: int, sens_TD: np.ndarray) -> None:
         super().__init__(auto_prefix=False)
-        self.layer, self.capacity, self.sens_TD, self.keys = layer, capacity, tensor(sens_TD), no_noise(*sens_TD.shape)
+        self.layer = layer
+        self.capacity = capacity
+        self.sens_TD = tensor(sens_TD)
+        self.keys = no_noise(*sens_TD.shape)
 
     def construct(self, x_TD, tokens_T, domains_T):
         y_TD, stats = self.layer(x_TD, tokens_T, domains_T, self.keys, self.capacity, True)
-        return ops.reduce_sum(y_TD * self.sens_TD) + stats["balance_loss"] + stats["locality_loss"] + stats["z_loss"]
+        return (
+            ops.reduce_sum(y_TD * self.sens_TD)
+            + stats["balance_loss"]
+            + stats["locality_loss"]
+            + stats["z_loss"]
+        )
 
 
 def tensor(array: Any) -> Tensor:
@@ -49,14 +61,19 @@ def integers(array: Any) -> Tensor:
 def close(got: Any, wanted: Any, tolerance: float = 2e-5) -> None:
     """Relative to each number, and to the largest one for those near zero."""
     got = got.asnumpy() if isinstance(got, Tensor) else got
-    np.testing.assert_allclose(got, wanted, rtol=tolerance, atol=tolerance * max(1.0, float(np.abs(wanted).max())))
+    np.testing.assert_allclose(
+        got, wanted, rtol=tolerance, atol=tolerance * max(1.0, float(np.abs(wanted).max()))
+    )
 
 
-def slope(function: Callable[[np.ndarray], Any], x: np.ndarray, sens: Any = 1.0, h: float = 1e-5) -> np.ndarray:
+def slope(
+    function: Callable[[np.ndarray], Any], x: np.ndarray, sens: Any = 1.0, h: float = 1e-5
+) -> np.ndarray:
     """Central differences of sum(sens * function(x)) in float64."""
     grad = np.zeros_like(x)
     for index in np.ndindex(*x.shape):
-        up, down = x.copy(), x.copy()
+        up = x.copy()
+        down = x.copy()
         up[index] += h
         down[index] -= h
         grad[index] = np.sum((function(up) - function(down)) * sens) / (2 * h)

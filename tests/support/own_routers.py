@@ -10,7 +10,9 @@ from pangu_locmoe.moe.routers.switch import SwitchRouter
 
 
 class OwnLosses(SwitchRouter):
-    """All three losses are its own, means over tokens; the layer's are not wanted in their place."""
+    """All three losses are its own, means over tokens; the layer's are not wanted in their
+    place.
+    """
 
     has_locality_loss = True
 
@@ -40,17 +42,25 @@ class OneOwnLoss(SwitchRouter):
 
 
 class Spread(SwitchRouter):
-    """A loss of everybody's means: the mean over nodes of sum_i P_i^2, and the layer's balance loss on top."""
+    """A loss of everybody's means: the mean over nodes of sum_i P_i^2, and the layer's balance
+    loss on top.
+    """
 
     def losses_of(self, own, shared, training):
         found = super().losses_of(own, shared, training)
         squares_NE = shared["probs_NE"] * shared["probs_NE"]
         spread = ops.reduce_mean(ops.reduce_sum(squares_NE, 1))
-        return {"balance_loss": found["balance_loss"], "locality_loss": spread, "z_loss": found["z_loss"]}
+        return {
+            "balance_loss": found["balance_loss"],
+            "locality_loss": spread,
+            "z_loss": found["z_loss"],
+        }
 
 
 class Bare(Router):
-    """By token id; a plan without any loss, of which the layer makes the balance loss of the counts."""
+    """By token id; a plan without any loss, of which the layer makes the balance loss of the
+    counts.
+    """
 
     has_gate = False
 

@@ -1,7 +1,8 @@
-"""What msrun starts for test_moving_experts.py: two trainings, without and with moves; or one that is killed while experts move.
+"""What msrun starts for test_moving_experts.py: two trainings, without and with moves; or one that
+is killed while experts move.
 
-    msrun ... placement_worker.py train CONFIG RUN_DIR [CONFIG RUN_DIR]...
-    msrun ... placement_worker.py kill CONFIG RUN_DIR
+msrun ... placement_worker.py train CONFIG RUN_DIR [CONFIG RUN_DIR]...
+msrun ... placement_worker.py kill CONFIG RUN_DIR
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ def main() -> int:
 
         moving.ops.assign = assign
     for config, run_dir in zip(sys.argv[2::2], sys.argv[3::2]):
-        code = cli.main(["train", config, "--run-dir", run_dir, "--resume", "auto", "--no-progress"])
+        code = cli.main(
+            ["train", config, "--run-dir", run_dir, "--resume", "auto", "--no-progress"]
+        )
         if code:
             return code
     return 0

@@ -1,4 +1,7 @@
-"""The jobs that several tests look at; each starts once. Starting processes is what takes time, so one does many things."""
+"""The jobs that several tests look at; each starts once.
+
+Starting processes is what takes time, so one does many things.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,9 @@ from pangu_locmoe.config import Config
 from support import jobs, tiny
 
 WORKER = Path(__file__).with_name("worker.py")
-STEPS, EVERY, WATCHED = 9, 3, 8
+STEPS = 9
+EVERY = 3
+WATCHED = 8
 
 
 def config(**parallel: Any) -> Config:
@@ -34,7 +39,9 @@ def config(**parallel: Any) -> Config:
 
 @functools.cache
 def folder() -> Path:
-    """Where the runs are: one (undisturbed, 1 process), four (4 ranks), one-after-four, two-after-one."""
+    """Where the runs are: one (undisturbed, 1 process), four (4 ranks), one-after-four,
+    two-after-one.
+    """
     path = Path(tempfile.mkdtemp(prefix="runs-"))
     atexit.register(shutil.rmtree, path, ignore_errors=True)
     return path
@@ -42,26 +49,38 @@ def folder() -> Path:
 
 @functools.cache
 def job(ranks: int, which: str = "everyday") -> tuple[Path, list[dict[str, Any]]]:
-    """The folder of an invariance job and what every rank found; jobs of 4 and 2 ranks then train, see `train_on`."""
+    """The folder of an invariance job and what every rank found; jobs of 4 and 2 ranks then
+    train, see `train_on`.
+    """
     path = folder() / f"{which}-{ranks}"
     path.mkdir()
     arguments: list[str] = []
     if which == "everyday" and ranks == 4:
-        arguments = _arguments("four", expert_parallel=2, tensor_parallel=2, exchange="groupwise", nodes=2)
+        arguments = _arguments(
+            "four", expert_parallel=2, tensor_parallel=2, exchange="groupwise", nodes=2
+        )
     if which == "everyday" and ranks == 2:
         _one_after_four()
         _hand_over("one-after-four", "two-after-one", 2 * EVERY)
         arguments = _arguments("two-after-one", expert_parallel=2, nodes=2)
-    # All cases take their time, and a rank that compiles on few cores is silent for longer than a dead one should be waited for.
-    timeout, env = (900, None) if which == "everyday" else (3600, jobs.environment(MS_NODE_TIMEOUT="120"))
+    # All cases take their time, and a rank that compiles on few cores is silent for longer than a
+    # dead one should be waited for.
+    timeout, env = (
+        (900, None) if which == "everyday" else (3600, jobs.environment(MS_NODE_TIMEOUT="120"))
+    )
     done = jobs.msrun(ranks, path, WORKER, path, which, *arguments, timeout=timeout, env=env)
     assert done.returncode == 0, jobs.logs(path)
-    return path, [json.loads((path / f"rank-{rank}.json").read_text(encoding="utf-8")) for rank in range(ranks)]
+    return path, [
+        json.loads((path / f"rank-{rank}.json").read_text(encoding="utf-8"))
+        for rank in range(ranks)
+    ]
 
 
 @functools.cache
 def train_on() -> Path:
-    """All four runs: 4 ranks, their first checkpoint in 1 process, and that one's second on 2 ranks."""
+    """All four runs: 4 ranks, their first checkpoint in 1 process, and that one's second on 2
+    ranks.
+    """
     assert main(_arguments("one", nodes=2)) == 0
     job(2)
     return folder()
@@ -75,7 +94,15 @@ def _one_after_four() -> None:
 
 
 def _arguments(name: str, **parallel: Any) -> list[str]:
-    return ["train", str(tiny.write(config(**parallel), folder(), name)), "--run-dir", str(folder() / name), "--resume", "auto", "--no-progress"]
+    return [
+        "train",
+        str(tiny.write(config(**parallel), folder(), name)),
+        "--run-dir",
+        str(folder() / name),
+        "--resume",
+        "auto",
+        "--no-progress",
+    ]
 
 
 def _hand_over(before: str, after: str, step: int) -> None:

@@ -1,4 +1,7 @@
-"""The smallest sensible configuration, for the tests of all rooms. No conftest: its name would hide those of the folders."""
+"""The smallest sensible configuration, for the tests of all rooms.
+
+No conftest: its name would hide those of the folders.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,26 @@ from pangu_locmoe.config import Config, parse_config
 
 SMALL: dict[str, dict[str, Any]] = {
     "model": {
-        "vocab_size": 300, "hidden_size": 16, "num_layers": 3, "num_moe_layers": 1, "num_heads": 2, "ffn_size": 24, "seq_length": 8,
+        "vocab_size": 300,
+        "hidden_size": 16,
+        "num_layers": 3,
+        "num_moe_layers": 1,
+        "num_heads": 2,
+        "ffn_size": 24,
+        "seq_length": 8,
         "init_std": 0.3,
     },
     "moe": {"router": "locmoe", "num_experts": 4, "levels": 1},
-    "data": {"sources": [{"path": "corpus/en", "domain": "en"}, {"path": "corpus/zh", "domain": "zh"}]},
+    "data": {
+        "sources": [{"path": "corpus/en", "domain": "en"}, {"path": "corpus/zh", "domain": "zh"}]
+    },
     "train": {"steps": 20, "batch_size": 4, "warmup_steps": 2, "learning_rate": 0.01},
-}  # fmt: skip
+}
 
 
 def small_config(**overrides: dict[str, Any]) -> Config:
     """small_config(moe={"router": "hash"}) is the smallest model with these keys on top."""
     sections = {*SMALL, *overrides}
-    return parse_config({name: {**SMALL.get(name, {}), **overrides.get(name, {})} for name in sections})
+    return parse_config(
+        {name: {**SMALL.get(name, {}), **overrides.get(name, {})} for name in sections}
+    )

@@ -1,7 +1,9 @@
-"""HCCL's operators for CPU processes, so that the compiled step of an Ascend job can run: all of them made of MCCL's AllReduce.
+"""HCCL's operators for CPU processes, so that the compiled step of an Ascend job can run: all of
+them made of MCCL's AllReduce.
 
-`install` puts them where `mindspore.ops` has its own; they are what the documentation says of those, gradients included. Primitives
-made beforehand: some functions of `mindspore.ops` make theirs when they are called, which fails in a cell's own `bprop`.
+`install` puts them where `mindspore.ops` has its own; they are what the documentation says of
+those, gradients included. Primitives made beforehand: some functions of `mindspore.ops` make theirs
+when they are called, which fails in a cell's own `bprop`.
 """
 
 from __future__ import annotations
@@ -17,12 +19,16 @@ RANK = [0]
 
 
 class _Everyones(nn.Cell):
-    """A vector of every rank of a group, [R, M]: the sum of matrices with one row that is not zero."""
+    """A vector of every rank of a group, [R, M]: the sum of matrices with one row that is not
+    zero.
+    """
 
     def __init__(self, group: str) -> None:
         super().__init__()
-        self.place, self.size = GROUPS[group].index(RANK[0]), len(GROUPS[group])
-        self.stack, self.sum = ops.Stack(), ops.AllReduce(ops.ReduceOp.SUM, group)
+        self.place = GROUPS[group].index(RANK[0])
+        self.size = len(GROUPS[group])
+        self.stack = ops.Stack()
+        self.sum = ops.AllReduce(ops.ReduceOp.SUM, group)
 
     def construct(self, x_M: Tensor) -> Tensor:
         rows = []
@@ -37,13 +43,17 @@ class AllGather(nn.Cell):
         self.everyones = _Everyones(group)
 
     def construct(self, x: Tensor) -> Tensor:
-        return ops.reshape(self.everyones(ops.reshape(x, (-1,))), (self.everyones.size * x.shape[0], *x.shape[1:]))
+        return ops.reshape(
+            self.everyones(ops.reshape(x, (-1,))), (self.everyones.size * x.shape[0], *x.shape[1:])
+        )
 
 
 class ReduceScatter(nn.Cell):
     def __init__(self, op: str, group: str) -> None:
         super().__init__()
-        self.place, self.size, self.sum = GROUPS[group].index(RANK[0]), len(GROUPS[group]), ops.AllReduce(op, group)
+        self.place = GROUPS[group].index(RANK[0])
+        self.size = len(GROUPS[group])
+        self.sum = ops.AllReduce(op, group)
 
     def construct(self, x: Tensor) -> Tensor:
         share = x.shape[0] // self.size
@@ -53,8 +63,11 @@ class ReduceScatter(nn.Cell):
 class AlltoAllV(nn.Cell):
     def __init__(self, group: str, block_size: int) -> None:
         super().__init__()
-        self.everyones, self.block, self.room = _Everyones(group), block_size, MOST_ROWS * block_size
-        self.concat, self.zeros = ops.Concat(), ops.Zeros()
+        self.everyones = _Everyones(group)
+        self.block = block_size
+        self.room = MOST_ROWS * block_size
+        self.concat = ops.Concat()
+        self.zeros = ops.Zeros()
 
     def construct(self, flat: Tensor, sent: tuple[int, ...], received: tuple[int, ...]) -> Tensor:
         messages = []
@@ -84,5 +97,3 @@ def install(rank: int, size: int) -> hccl.HcclOperators:
         create_group(name, ranks)
 
     return hccl.HcclOperators(rank, size, create)
-
-

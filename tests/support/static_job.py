@@ -1,7 +1,8 @@
-"""What msrun starts for test_static_job.py: a static layer shared by all ranks, against ordinary layers, one per source.
+"""What msrun starts for test_static_job.py: a static layer shared by all ranks, against ordinary
+layers, one per source.
 
-With the same capacity for local and remote experts a source's part of the result is that of an ordinary layer on its
-tokens alone; an expert's gradient is the sum over the sources.
+With the same capacity for local and remote experts a source's part of the result is that of an
+ordinary layer on its tokens alone; an expert's gradient is the sum over the sources.
 """
 
 from __future__ import annotations
@@ -28,16 +29,27 @@ from pangu_locmoe.parallel.topology import Topology  # noqa: E402
 from support.numeric import close, integers, no_noise, tensor  # noqa: E402
 from support.small import small_config  # noqa: E402
 
-TOKENS, HIDDEN, EXPERTS, FACTOR = 16, 16, 4, 1.25
-rank, size = communicator.rank, communicator.size
+TOKENS = 16
+HIDDEN = 16
+EXPERTS = 4
+FACTOR = 1.25
+rank = communicator.rank
+size = communicator.size
 random = np.random.default_rng(5)
 x_RTD, sens_RTD = random.standard_normal((2, size, TOKENS, HIDDEN))
-tokens_T, domains_T, keys = integers(random.integers(0, 300, TOKENS)), integers(np.repeat([0, 1], TOKENS // 2)), no_noise(TOKENS, HIDDEN)
+tokens_T = integers(random.integers(0, 300, TOKENS))
+domains_T = integers(np.repeat([0, 1], TOKENS // 2))
+keys = no_noise(TOKENS, HIDDEN)
 
 
 def config_of(router, overlap_chunks):
     return small_config(
-        moe={"router": router, "balance_loss": 0.0, "locality_loss": 0.0, "capacity": {"local_factor": FACTOR, "remote_factor": FACTOR}},
+        moe={
+            "router": router,
+            "balance_loss": 0.0,
+            "locality_loss": 0.0,
+            "capacity": {"local_factor": FACTOR, "remote_factor": FACTOR},
+        },
         parallel={"expert_parallel": 2, "sizes": "static", "overlap_chunks": overlap_chunks},
         train={"batch_size": 2 * size},
     )
@@ -50,14 +62,17 @@ def context(config, topology: Topology) -> RouterContext:
 
 def outcome(layer, source):
     """y_TD, and the gradients of sum(sens * y) by x and by the experts' weights."""
-    capacity, x_TD = factor_capacity(FACTOR, TOKENS, EXPERTS), tensor(x_RTD[source])
+    capacity = factor_capacity(FACTOR, TOKENS, EXPERTS)
+    x_TD = tensor(x_RTD[source])
     weights = ms.ParameterTuple([layer.experts.w_in, layer.experts.w_out])
 
     def objective(x_TD):
         y_TD, stats = layer(x_TD, tokens_T, domains_T, keys, capacity, True)
         return ops.reduce_sum(y_TD * tensor(sens_RTD[source])), y_TD, stats["dropped_E"]
 
-    (_, y_TD, dropped_E), (dx_TD, (dw_in, dw_out)) = ms.value_and_grad(objective, 0, weights, has_aux=True)(x_TD)
+    (_, y_TD, dropped_E), (dx_TD, (dw_in, dw_out)) = ms.value_and_grad(
+        objective, 0, weights, has_aux=True
+    )(x_TD)
     return [array.asnumpy() for array in (y_TD, dropped_E, dx_TD, dw_in, dw_out)]
 
 

@@ -1,4 +1,6 @@
-"""A corpus of three generated domains, a configuration small enough to train in a test, and short runs of it."""
+"""A corpus of three generated domains, a configuration small enough to train in a test, and
+short runs of it.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +27,14 @@ from pangu_locmoe.train.run import train
 from pangu_locmoe.train.step import LocalStepper, StepResult
 
 DOMAINS = ("en", "zh", "code")
-# Few words that always follow each other in one of a few ways, so that 30 steps are enough to learn something.
+# Few words that always follow each other in one of a few ways, so that 30 steps are enough to learn
+# something.
 PHRASES = {
-    "en": ["the router sends every token ", "to the expert of its domain ", "and the expert sends it back. "],
+    "en": [
+        "the router sends every token ",
+        "to the expert of its domain ",
+        "and the expert sends it back. ",
+    ],
     "zh": ["路由把每个词元送到", "本领域的专家那里，", "专家再把它送回来。"],
     "code": ["for token in tokens:\n", "    expert = route(token)\n", "    expert.append(token)\n"],
 }
@@ -58,9 +65,19 @@ def prepared_dir() -> str:
 
 
 def tiny_config(**sections: dict[str, Any]) -> Config:
-    """3 layers of which 1 is sparse, hidden size 32, 4 experts, sequences of 32 tokens; `sections` win."""
+    """3 layers of which 1 is sparse, hidden size 32, 4 experts, sequences of 32 tokens;
+    `sections` win.
+    """
     base: dict[str, dict[str, Any]] = {
-        "model": {"vocab_size": 400, "hidden_size": 32, "num_layers": 3, "num_moe_layers": 1, "num_heads": 2, "ffn_size": 64, "seq_length": 32},
+        "model": {
+            "vocab_size": 400,
+            "hidden_size": 32,
+            "num_layers": 3,
+            "num_moe_layers": 1,
+            "num_heads": 2,
+            "ffn_size": 64,
+            "seq_length": 32,
+        },
         "moe": {"router": "locmoe", "num_experts": 4, "levels": 1},
         "data": {"sources": sources(), "prepared_dir": prepared_dir(), "validation_fraction": 0.2},
         "train": {"steps": 12, "batch_size": 8, "warmup_steps": 2, "learning_rate": 0.01},
@@ -68,7 +85,9 @@ def tiny_config(**sections: dict[str, Any]) -> Config:
         "checkpoint": {"every": 4},
         "sample": {"tokens": 0},
     }
-    return parse_config({name: {**base.get(name, {}), **sections.get(name, {})} for name in {**base, **sections}})
+    return parse_config(
+        {name: {**base.get(name, {}), **sections.get(name, {})} for name in {**base, **sections}}
+    )
 
 
 def write(config: Config, folder: Path, name: str = "config") -> Path:
@@ -79,10 +98,15 @@ def write(config: Config, folder: Path, name: str = "config") -> Path:
 
 
 def reference_config() -> Config:
-    """The run that the tests of the loop and of resuming share: dropout, two nodes, and a capacity measured on the way."""
+    """The run that the tests of the loop and of resuming share: dropout, two nodes, and a
+    capacity measured on the way.
+    """
     return tiny_config(
         model={"dropout": 0.1},
-        moe={"locality_loss": 0.1, "capacity": {"policy": "bound", "warmup_steps": 7, "statistic": 0.25, "max_drop": 0.2}},
+        moe={
+            "locality_loss": 0.1,
+            "capacity": {"policy": "bound", "warmup_steps": 7, "statistic": 0.25, "max_drop": 0.2},
+        },
         parallel={"nodes": 2},
         data={"sharding": "domain"},
         train={"steps": 40, "learning_rate": 0.003},
@@ -101,7 +125,12 @@ def reference_run() -> Path:
 
 def batches(config: Config, prepared: Prepared) -> Iterator[Batch]:
     """The run's training batches."""
-    sampler = BatchSampler(prepared.num_sequences["train"], config.train.batch_size, seed=config.train.seed, nodes=config.parallel.nodes)
+    sampler = BatchSampler(
+        prepared.num_sequences["train"],
+        config.train.batch_size,
+        seed=config.train.seed,
+        nodes=config.parallel.nodes,
+    )
     return BatchLoader(prepared, sampler, config.data.reset_at_document_end)
 
 
@@ -112,8 +141,11 @@ def make_stepper(config: Config) -> LocalStepper:
 
 def steps(config: Config, count: int) -> list[StepResult]:
     """The first steps of a run at the constant learning rate, without evaluation and files."""
-    stepper, source = make_stepper(config), batches(config, prepare(config, False))
-    return [stepper(next(source), number, config.train.learning_rate) for number in range(1, count + 1)]
+    stepper = make_stepper(config)
+    source = batches(config, prepare(config, False))
+    return [
+        stepper(next(source), number, config.train.learning_rate) for number in range(1, count + 1)
+    ]
 
 
 def losses(results: list[StepResult]) -> np.ndarray:
@@ -122,9 +154,18 @@ def losses(results: list[StepResult]) -> np.ndarray:
 
 
 def rows(run_dir: Path, timing: bool = False) -> list[dict[str, Any]]:
-    """The rows of a run's metrics, without the fields that differ between two runs of the same thing."""
-    found = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return found if timing else [{key: value for key, value in row.items() if key not in TIMING} for row in found]
+    """The rows of a run's metrics, without the fields that differ between two runs of the same
+    thing.
+    """
+    found = [
+        json.loads(line)
+        for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    return (
+        found
+        if timing
+        else [{key: value for key, value in row.items() if key not in TIMING} for row in found]
+    )
 
 
 def trace(run_dir: Path) -> dict[str, np.ndarray]:
@@ -137,10 +178,23 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "pangu_locmoe", *map(str, arguments)]
 
 
-def cli(*arguments: object, folder: Optional[Path] = None, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def cli(
+    *arguments: object, folder: Optional[Path] = None, timeout: float = 120
+) -> subprocess.CompletedProcess[str]:
     """Run a verb in a process of its own."""
-    return subprocess.run(command(*arguments), cwd=folder, env=environment(), text=True, capture_output=True, timeout=timeout)
+    return subprocess.run(
+        command(*arguments),
+        cwd=folder,
+        env=environment(),
+        text=True,
+        capture_output=True,
+        timeout=timeout,
+    )
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    return {
+        **os.environ,
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
+    }

@@ -1,6 +1,8 @@
-"""One rank of a job that runs every case of its world's size: msrun ... worker.py FOLDER everyday|all [TRAIN_ARGUMENTS...]
+"""One rank of a job that runs every case of its world's size: msrun ... worker.py FOLDER
+everyday|all [TRAIN_ARGUMENTS...]
 
-Writes FOLDER/rank-R.json and FOLDER/gradients-R.npz; with arguments it then runs `pangu-locmoe train` with them.
+Writes FOLDER/rank-R.json and FOLDER/gradients-R.npz; with arguments it then runs `pangu-locmoe
+train` with them.
 """
 
 from __future__ import annotations
@@ -20,15 +22,24 @@ def main() -> int:
     communicator = world.join()
     from support import cases
 
-    folder, started, ranks = Path(sys.argv[1]), time.time(), communicator.size
+    folder = Path(sys.argv[1])
+    started = time.time()
+    ranks = communicator.size
     found = {}
     everyday = cases.EVERYDAY[ranks]
     for name in everyday if sys.argv[2] == "everyday" else cases.possible(ranks):
-        began, cpu = time.time(), time.process_time()
+        began = time.time()
+        cpu = time.process_time()
         run = cases.Run(cases.CASES[name], communicator)
         rows = run.rows(everyday[name] if sys.argv[2] == "everyday" else cases.CASES[name].steps)
         found[name] = {"rows": rows, "digest": run.digest()}
-        print(f"{name}: {time.time() - began:.1f} s, {time.process_time() - cpu:.1f} s of the processor", flush=True)
+        print(
+            (
+                f"{name}: {time.time() - began:.1f} s, {time.process_time() - cpu:.1f} s of "
+                "the processor"
+            ),
+            flush=True,
+        )
     if ranks == 2:
         gradients = {}
         for name in cases.GRADIENTS:

@@ -18,14 +18,22 @@ from pangu_locmoe.parallel.communicator import SingleProcess
 from pangu_locmoe.train.claim import LOCK, claimed, default_run_dir
 from pangu_locmoe.train.run import train
 
-HOLD = "import sys, time; from pathlib import Path; from pangu_locmoe.train.claim import claimed\nwith claimed(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(600)"
+HOLD = (
+    "import sys, time; from pathlib import Path; from pangu_locmoe.train.claim import "
+    "claimed\nwith claimed(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(600)"
+)
 
 
 @pytest.fixture
 def held(tmp_path):
     """A directory, and another process that holds it."""
     run_dir = tmp_path / "runs" / "run"
-    process = subprocess.Popen([sys.executable, "-c", HOLD, run_dir], env=tiny.environment(), stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, run_dir],
+        env=tiny.environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     for line in process.stdout:
         if line == "held\n":
             break
@@ -36,12 +44,28 @@ def held(tmp_path):
 
 def test_a_live_run_is_refused_by_name_and_a_dead_one_is_not(held, tmp_path, capsys):
     run_dir, process = held
-    wanted = f"--run-dir {run_dir}: process {process.pid} on {socket.gethostname()} is training there; wait for it or stop it, or give another directory"
+    wanted = (
+        f"--run-dir {run_dir}: process {process.pid} on {socket.gethostname()} is training "
+        "there; wait for it or stop it, or give another directory"
+    )
     with pytest.raises(ConfigError, match=f"^{re.escape(wanted)}$"), claimed(run_dir):
         pass
     config = tiny.write(tiny.tiny_config(moe={"router": "hash"}), tmp_path)
     for resume in ("auto", "never"):
-        assert main(["train", str(config), "--run-dir", str(run_dir), "--resume", resume, "--no-progress"]) == 2
+        assert (
+            main(
+                [
+                    "train",
+                    str(config),
+                    "--run-dir",
+                    str(run_dir),
+                    "--resume",
+                    resume,
+                    "--no-progress",
+                ]
+            )
+            == 2
+        )
         assert capsys.readouterr().err == f"pangu-locmoe: {wanted}\n"
     assert [path.name for path in run_dir.iterdir()] == [LOCK]
     process.send_signal(signal.SIGKILL)
@@ -53,7 +77,12 @@ def test_a_live_run_is_refused_by_name_and_a_dead_one_is_not(held, tmp_path, cap
 
 def test_a_start_that_fails_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="neither a checkpoint"):
-        train(tiny.tiny_config(moe={"router": "hash"}), tmp_path / "a" / "b", init_from=tmp_path / "absent", progress=False)
+        train(
+            tiny.tiny_config(moe={"router": "hash"}),
+            tmp_path / "a" / "b",
+            init_from=tmp_path / "absent",
+            progress=False,
+        )
     assert not list(tmp_path.iterdir())
     (tmp_path / "mine").mkdir()
     with pytest.raises(RuntimeError), claimed(tmp_path / "mine"):
@@ -74,7 +103,10 @@ def test_a_directory_that_cannot_be_made_is_one_line(tmp_path, there):
 
 def test_two_starts_at_once_take_different_directories(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with default_run_dir("c", "m:R", False, SingleProcess()) as one, default_run_dir("c", "m:R", False, SingleProcess()) as two:
+    with (
+        default_run_dir("c", "m:R", False, SingleProcess()) as one,
+        default_run_dir("c", "m:R", False, SingleProcess()) as two,
+    ):
         assert (str(one), str(two)) == ("runs/c-R", "runs/c-R-2")
         (one / "kept").touch()
         with default_run_dir("c", "m:R", True, SingleProcess()) as newest:
@@ -83,6 +115,13 @@ def test_two_starts_at_once_take_different_directories(tmp_path, monkeypatch):
 
 
 def test_resume_with_nothing_to_resume_says_so(tmp_path, capsys):
-    config = tiny.tiny_config(moe={"router": "hash"}, train={"steps": 1, "warmup_steps": 0, "mode": "pynative"}, evaluation={"every": 1, "sequences": 1})
+    config = tiny.tiny_config(
+        moe={"router": "hash"},
+        train={"steps": 1, "warmup_steps": 0, "mode": "pynative"},
+        evaluation={"every": 1, "sequences": 1},
+    )
     train(config, tmp_path / "run", resume=True, progress=False)
-    assert f"nothing to resume: {tmp_path / 'run'} has no checkpoint; starting at step 0\n" in capsys.readouterr().out
+    assert (
+        f"nothing to resume: {tmp_path / 'run'} has no checkpoint; starting at step 0\n"
+        in capsys.readouterr().out
+    )

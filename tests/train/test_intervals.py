@@ -1,4 +1,6 @@
-"""Intervals from blocks of documents against closed forms, a bootstrap, and how often they hold the truth."""
+"""Intervals from blocks of documents against closed forms, a bootstrap, and how often they hold
+the truth.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def one_domain(sums: np.ndarray) -> dict:
 def test_equal_documents_give_students_interval_of_their_mean():
     losses = np.random.default_rng(1).normal(3, 1, 20)
     wanted = stats.t.interval(0.95, 19, losses.mean(), stats.sem(losses))
-    assert interval(one_domain(np.stack([losses * 10, np.full(20, 10)], axis=1))) == pytest.approx(wanted)
+    assert interval(one_domain(np.stack([losses * 10, np.full(20, 10)], axis=1))) == pytest.approx(
+        wanted
+    )
 
 
 def test_documents_of_different_lengths_against_a_bootstrap():
@@ -32,7 +36,9 @@ def test_documents_of_different_lengths_against_a_bootstrap():
     draws = np.random.default_rng(3).integers(0, len(sums), (4000, len(sums)))
     nats, tokens = sums[draws].sum(axis=1).T
     low, high = interval(one_domain(sums))
-    assert (low, high) == pytest.approx(np.quantile(nats / tokens, [0.025, 0.975]), abs=0.1 * (high - low))
+    assert (low, high) == pytest.approx(
+        np.quantile(nats / tokens, [0.025, 0.975]), abs=0.1 * (high - low)
+    )
 
 
 def test_the_truth_is_inside_as_often_as_promised():
@@ -44,7 +50,10 @@ def test_the_truth_is_inside_as_often_as_promised():
 
 
 def test_domains_add_up_by_their_weight():
-    blocks = {name: {"weight": weight, "sums": documents(seed).tolist()} for seed, (name, weight) in enumerate((("en", 3), ("zh", 1)))}
+    blocks = {
+        name: {"weight": weight, "sums": documents(seed).tolist()}
+        for seed, (name, weight) in enumerate((("en", 3), ("zh", 1)))
+    }
     half = {name: np.ptp(interval({name: domain})) / 2 for name, domain in blocks.items()}
     got = np.ptp(interval(blocks)) / 2
     assert got == pytest.approx(np.hypot(0.75 * half["en"], 0.25 * half["zh"]), rel=0.02)
@@ -63,22 +72,37 @@ def test_blocks_hold_all_documents_in_order():
 def test_a_gap_between_two_models_is_surer_than_their_losses():
     """Both are measured on the same documents, so what is hard for both cancels."""
     first = one_domain(documents(5))
-    second = {"en": {**first["en"], "sums": [[nats - 0.1 * tokens, tokens] for nats, tokens in first["en"]["sums"]]}}
+    second = {
+        "en": {
+            **first["en"],
+            "sums": [[nats - 0.1 * tokens, tokens] for nats, tokens in first["en"]["sums"]],
+        }
+    }
     assert interval(difference(first, second)) == pytest.approx((0.1, 0.1))
     assert np.ptp(interval(first)) > 0.1
-    assert interval(mean_of([first, second])) == pytest.approx(np.mean([interval(first), interval(second)], axis=0))
+    assert interval(mean_of([first, second])) == pytest.approx(
+        np.mean([interval(first), interval(second)], axis=0)
+    )
     with pytest.raises(ValueError, match="different text"):
         difference(first, one_domain(documents(6)))
 
 
 def test_a_table_has_both_spreads_or_says_what_records_them():
     blocks = [one_domain(documents(seed)) for seed in (7, 7)]
-    models = {"hash": [{"seed": 1, "loss": 3.0, "blocks": blocks[0]}], "switch": [{"seed": 1, "loss": 3.25, "blocks": blocks[1]}]}
+    models = {
+        "hash": [{"seed": 1, "loss": 3.0, "blocks": blocks[0]}],
+        "switch": [{"seed": 1, "loss": 3.25, "blocks": blocks[1]}],
+    }
     text = loss_table(models, "hash")
     low, high = interval(blocks[0])
     assert f"| switch | 3.250 | {low:.3f} to {high:.3f} | +0.250 | +0.000 to +0.000 |" in text
     del models["switch"][0]["blocks"]
     assert f"| switch | 3.250 | {UNKNOWN} | +0.250 | {UNKNOWN} |" in loss_table(models, "hash")
     assert note("training", [{"validation": [], "blocks": {}}, {"times": []}]) == ""
-    assert "`bash scripts/reproduce.sh --again training` measures" in note("training", [{"validation": []}])
-    assert on_other_documents([blocks[0]], less=[one_domain(documents(8))]) == "measured on different text"
+    assert "`bash scripts/reproduce.sh --again training` measures" in note(
+        "training", [{"validation": []}]
+    )
+    assert (
+        on_other_documents([blocks[0]], less=[one_domain(documents(8))])
+        == "measured on different text"
+    )

@@ -1,4 +1,6 @@
-"""What the scripts ask before they start processes: how many, on how many nodes, and whether that can work."""
+"""What the scripts ask before they start processes: how many, on how many nodes, and whether
+that can work.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,15 @@ from pangu_locmoe.errors import LocMoEError
 from pangu_locmoe.parallel.topology import Topology
 from pangu_locmoe.train.job import Job, main, plan_job
 
-MODEL = {"vocab_size": 300, "hidden_size": 32, "num_layers": 3, "num_moe_layers": 1, "num_heads": 4, "ffn_size": 32, "seq_length": 16}
+MODEL = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "num_layers": 3,
+    "num_moe_layers": 1,
+    "num_heads": 4,
+    "ffn_size": 32,
+    "seq_length": 16,
+}
 SOURCES = [{"path": "text", "domain": str(domain)} for domain in range(4)]
 
 
@@ -19,7 +29,13 @@ def config(tmp_path):
     """Writes a configuration of four domains and eight experts."""
 
     def write(**sections):
-        values = {"model": MODEL, "moe": {"num_experts": 8, "levels": 1}, "data": {"sources": SOURCES}, "train": {"batch_size": 16}, **sections}
+        values = {
+            "model": MODEL,
+            "moe": {"num_experts": 8, "levels": 1},
+            "data": {"sources": SOURCES},
+            "train": {"batch_size": 16},
+            **sections,
+        }
         path = tmp_path / "config.yaml"
         path.write_text(json.dumps(values), encoding="utf-8")
         return path
@@ -50,30 +66,85 @@ def config(tmp_path):
 )
 def test_a_job_is_what_flags_and_configuration_say(config, parallel, overrides, numbers, wanted):
     completed, job = plan_job(config(parallel=parallel), overrides, **numbers)
-    assert job == wanted and (completed.parallel.nodes, completed.parallel.expert_parallel) == (job.nodes, job.expert_parallel)
+    assert job == wanted and (completed.parallel.nodes, completed.parallel.expert_parallel) == (
+        job.nodes,
+        job.expert_parallel,
+    )
     assert Topology.from_config(completed, job.ranks).num_nodes == job.nodes
 
 
 def test_what_needs_an_exchange_is_read_with_one(config):
     """A file that is wrong for one process, whose experts a job shares."""
-    static = {"moe": {"num_experts": 8, "levels": 1, "capacity": {"local_factor": 2.0, "remote_factor": 1.0}}, "parallel": {"nodes": 2, "sizes": "static"}}
+    static = {
+        "moe": {
+            "num_experts": 8,
+            "levels": 1,
+            "capacity": {"local_factor": 2.0, "remote_factor": 1.0},
+        },
+        "parallel": {"nodes": 2, "sizes": "static"},
+    }
     assert plan_job(config(**static), [])[1] == Job(4, 2, 4)
 
 
 @pytest.mark.parametrize(
     "sections, overrides, numbers, message",
     [
-        ({"parallel": {"nodes": 4}}, [], {"ranks": 6}, r"moe\.num_experts \(8\) must be divisible by the 6 ranks that would share the experts; give --ranks"),
-        ({"parallel": {"nodes": 4}}, [], {"ranks": 2}, r"ranks \(2\) must be divisible by parallel\.nodes \(4\): .*; start 4, or set parallel\.nodes to 2"),
-        ({}, [], {"ranks": 4, "ranks_per_node": 3}, "--ranks 4: must be divisible by --ranks-per-node 3"),
-        ({}, [], {"ranks": 4, "ranks_per_node": 2, "nodes": 4}, "--nodes 4: --ranks 4 with --ranks-per-node 2 are 2 nodes"),
-        ({}, ["parallel.nodes=4"], {"nodes": 2}, r"parallel\.nodes = 4: the script's flags make 2 nodes"),
-        ({"train": {"batch_size": 6}}, [], {}, r"train\.batch_size \(6\) must be divisible by ranks \(4\)"),
-        ({"parallel": {"nodes": 4, "tensor_parallel": 2}}, [], {"ranks": 4}, r"ranks of a node \(4 / parallel\.nodes 4 = 1\) must be divisible by parallel\.tensor"),
-        ({"parallel": {"nodes": 2, "expert_parallel": 8}}, [], {}, r"ranks \(4\) must be divisible by parallel\.expert_parallel \(8\)"),
+        (
+            {"parallel": {"nodes": 4}},
+            [],
+            {"ranks": 6},
+            r"moe\.num_experts \(8\) must be divisible by the 6 ranks that would share the experts; give --ranks",
+        ),
+        (
+            {"parallel": {"nodes": 4}},
+            [],
+            {"ranks": 2},
+            r"ranks \(2\) must be divisible by parallel\.nodes \(4\): .*; start 4, or set parallel\.nodes to 2",
+        ),
+        (
+            {},
+            [],
+            {"ranks": 4, "ranks_per_node": 3},
+            "--ranks 4: must be divisible by --ranks-per-node 3",
+        ),
+        (
+            {},
+            [],
+            {"ranks": 4, "ranks_per_node": 2, "nodes": 4},
+            "--nodes 4: --ranks 4 with --ranks-per-node 2 are 2 nodes",
+        ),
+        (
+            {},
+            ["parallel.nodes=4"],
+            {"nodes": 2},
+            r"parallel\.nodes = 4: the script's flags make 2 nodes",
+        ),
+        (
+            {"train": {"batch_size": 6}},
+            [],
+            {},
+            r"train\.batch_size \(6\) must be divisible by ranks \(4\)",
+        ),
+        (
+            {"parallel": {"nodes": 4, "tensor_parallel": 2}},
+            [],
+            {"ranks": 4},
+            r"ranks of a node \(4 / parallel\.nodes 4 = 1\) must be divisible by parallel\.tensor",
+        ),
+        (
+            {"parallel": {"nodes": 2, "expert_parallel": 8}},
+            [],
+            {},
+            r"ranks \(4\) must be divisible by parallel\.expert_parallel \(8\)",
+        ),
         ({"parallel": {"emulated_nodes": 4}}, [], {}, r"write parallel\.nodes: 4"),
         ({"parallel": {"nodes": "four"}}, [], {}, r"parallel\.nodes = 'four': must be an integer"),
-        ({"data": {"sources": SOURCES, "sharding": "domain"}}, [], {}, r"data\.sharding = 'domain': needs more than one node"),
+        (
+            {"data": {"sources": SOURCES, "sharding": "domain"}},
+            [],
+            {},
+            r"data\.sharding = 'domain': needs more than one node",
+        ),
     ],
 )
 def test_what_cannot_work_is_one_line(config, sections, overrides, numbers, message):
@@ -86,7 +157,10 @@ def test_the_program_prints_three_numbers_or_why_not(config, capsys):
     path = str(config(parallel={"nodes": 4}))
     assert main([path]) == 0
     assert capsys.readouterr().out == "4 4 4\n"
-    for flags, said in (["--ranks", "3"], "moe.num_experts (8)"), (["--set", "train.precision=bf16"], "train.precision = 'bf16'"):
+    for flags, said in (
+        (["--ranks", "3"], "moe.num_experts (8)"),
+        (["--set", "train.precision=bf16"], "train.precision = 'bf16'"),
+    ):
         assert main([path, *flags]) == 2
         error = capsys.readouterr().err
         assert error.startswith(said) and error.count("\n") == 1

@@ -29,7 +29,9 @@ def make(**settings):
 
 
 class Update(nn.Cell):
-    """The gradients one by one: a tuple of tensors given to a graph is a constant, and each step would compile anew."""
+    """The gradients one by one: a tuple of tensors given to a graph is a constant, and each step
+    would compile anew.
+    """
 
     def __init__(self, optimizer):
         super().__init__(auto_prefix=False)
@@ -42,13 +44,18 @@ class Update(nn.Cell):
 def gradients(step: int):
     """Large at some steps and small at others, so that clipping sets in and out."""
     random = np.random.default_rng(100 + step)
-    return [(random.standard_normal(shape) * (3.0 if step % 3 == 0 else 0.02)).astype(np.float32) for shape in SHAPES]
+    return [
+        (random.standard_normal(shape) * (3.0 if step % 3 == 0 else 0.02)).astype(np.float32)
+        for shape in SHAPES
+    ]
 
 
 def reference(start, steps, rate, beta1, beta2, epsilon, decay, clip):
     """Twenty lines of float64: weights after the steps and the norms met on the way."""
     weights = [value.astype(np.float64) for value in start]
-    m, v, norms = [np.zeros_like(w) for w in weights], [np.zeros_like(w) for w in weights], []
+    m = [np.zeros_like(w) for w in weights]
+    v = [np.zeros_like(w) for w in weights]
+    norms = []
     for step in range(1, steps + 1):
         grads = [g.astype(np.float64) for g in gradients(step)]
         norms.append(np.sqrt(sum((g**2).sum() for g in grads)))
@@ -57,7 +64,11 @@ def reference(start, steps, rate, beta1, beta2, epsilon, decay, clip):
             m[i] = beta1 * m[i] + (1 - beta1) * grad * scale
             v[i] = beta2 * v[i] + (1 - beta2) * (grad * scale) ** 2
             weights[i] *= 1 - rate(step) * decay * DECAYED[i]
-            weights[i] -= rate(step) * (m[i] / (1 - beta1**step)) / (np.sqrt(v[i] / (1 - beta2**step)) + epsilon)
+            weights[i] -= (
+                rate(step)
+                * (m[i] / (1 - beta1**step))
+                / (np.sqrt(v[i] / (1 - beta2**step)) + epsilon)
+            )
     return weights, norms
 
 
@@ -68,7 +79,14 @@ def test_the_host_computes_the_same():
     _, there, offloaded = make(on_host=[True, False, True], **settings)
     updates = Update(optimizer), Update(offloaded)
     for step in range(1, 11):
-        norms = [update(Tensor(0.01, ms.float32), Tensor(step, ms.int32), *(Tensor(g) for g in gradients(step))).asnumpy() for update in updates]
+        norms = [
+            update(
+                Tensor(0.01, ms.float32),
+                Tensor(step, ms.int32),
+                *(Tensor(g) for g in gradients(step)),
+            ).asnumpy()
+            for update in updates
+        ]
         assert norms[0] == norms[1]
     for one, other in zip([*here, *optimizer.state], [*there, *offloaded.state]):
         np.testing.assert_allclose(other.asnumpy(), one.asnumpy(), rtol=1e-5, atol=1e-6)
@@ -78,14 +96,21 @@ def test_the_host_computes_the_same():
 @pytest.mark.parametrize("clip", [None, 1.0], ids=["free", "clipped"])
 @pytest.mark.parametrize("epsilon", [1e-8, 1e-2], ids=["small epsilon", "large epsilon"])
 def test_twenty_steps_match_float64(clip, epsilon):
-    start, parameters, optimizer = make(beta1=0.9, beta2=0.95, epsilon=epsilon, weight_decay=0.1, clip_norm=clip)
+    start, parameters, optimizer = make(
+        beta1=0.9, beta2=0.95, epsilon=epsilon, weight_decay=0.1, clip_norm=clip
+    )
 
     def rate(step):
         return 0.01 * step / 20
 
-    update, norms = Update(optimizer), []
+    update = Update(optimizer)
+    norms = []
     for step in range(1, 21):
-        norm = update(Tensor(rate(step), ms.float32), Tensor(step, ms.int32), *(Tensor(g) for g in gradients(step)))
+        norm = update(
+            Tensor(rate(step), ms.float32),
+            Tensor(step, ms.int32),
+            *(Tensor(g) for g in gradients(step)),
+        )
         assert norm.shape == () and norm.dtype == ms.float32
         norms.append(float(norm.asnumpy()))
     weights, wanted_norms = reference(start, 20, rate, 0.9, 0.95, epsilon, 0.1, clip)
@@ -98,7 +123,9 @@ def test_moments_are_named_after_their_parameter_and_not_trained():
     _, _, optimizer = make()
     names = [p.name for p in optimizer.get_parameters()]
     assert {"adam_m.layer0.w", "adam_v.layer2.w"} <= set(names)
-    assert not any(p.requires_grad for p in optimizer.get_parameters() if p.name.startswith("adam_"))
+    assert not any(
+        p.requires_grad for p in optimizer.get_parameters() if p.name.startswith("adam_")
+    )
 
 
 def test_a_flag_for_each_parameter_is_asked_for():

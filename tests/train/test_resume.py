@@ -105,7 +105,10 @@ def test_without_any_whole_checkpoint_nothing_is_written_over(short_run):
     before = tiny.rows(short_run)
     for folder in (short_run / "checkpoints").iterdir():
         (folder / "state.json").unlink()
-    with pytest.raises(CheckpointError, match=r"step-00000006 is not a checkpoint: .*; no older checkpoint is whole: begin again in another --run-dir$"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"step-00000006 is not a checkpoint: .*; no older checkpoint is whole: begin again in another --run-dir$",
+    ):
         train(short_config(), short_run, resume=True, progress=False)
     assert tiny.rows(short_run) == before
 
@@ -120,11 +123,21 @@ def test_half_written_checkpoints_and_rows_are_cleared_away(short_run):
     assert not list((short_run / "checkpoints").glob(".*"))
 
 
-@pytest.mark.parametrize("key, value", [("train.learning_rate", 0.1), ("moe.balance_loss", 0.5), ("model.dropout", 0.2), ("train.steps", 8)])
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("train.learning_rate", 0.1),
+        ("moe.balance_loss", 0.5),
+        ("model.dropout", 0.2),
+        ("train.steps", 8),
+    ],
+)
 def test_a_changed_key_is_refused_by_name(short_run, key, value):
     config = short_config()
     section, name = key.split(".")
-    changed = config.model_copy(update={section: getattr(config, section).model_copy(update={name: value})})
+    changed = config.model_copy(
+        update={section: getattr(config, section).model_copy(update={name: value})}
+    )
     with pytest.raises(ConfigError, match=rf"^{re.escape(key)} = {value}: the run in .* has "):
         train(changed, short_run, resume=True, progress=False)
 
@@ -138,12 +151,17 @@ def test_a_run_of_an_older_version_goes_on(short_run):
     assert train(short_config(), short_run, resume=True, progress=False) is None
     values["train"]["forgotten"] = 1
     file.write_text(yaml.safe_dump(values), encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"^the run was started with another version of pangu_locmoe: train\.forgotten = 1: "):
+    with pytest.raises(
+        ConfigError,
+        match=r"^the run was started with another version of pangu_locmoe: train\.forgotten = 1: ",
+    ):
         train(short_config(), short_run, resume=True, progress=False)
 
 
 def test_how_often_to_evaluate_and_to_save_may_change(short_run):
-    changed = short_config(evaluation={"every": 2, "sequences": 1}, checkpoint={"every": 1, "keep": 1})
+    changed = short_config(
+        evaluation={"every": 2, "sequences": 1}, checkpoint={"every": 1, "keep": 1}
+    )
     assert train(changed, short_run, resume=True, progress=False) is None
 
 
@@ -152,15 +170,26 @@ def test_a_checkpoint_of_another_model_names_the_first_weight(short_run):
     arrays = read_arrays(other / "model.safetensors")
     arrays["blocks.0.norm1.gamma"] = np.ones(5, np.float32)
     save_file(arrays, other / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"another model: blocks\.0\.norm1\.gamma gives .* \[5\], not \[32\]"):
+    with pytest.raises(
+        CheckpointError, match=r"another model: blocks\.0\.norm1\.gamma gives .* \[5\], not \[32\]"
+    ):
         train(short_config(), short_run, resume=True, progress=False)
 
 
 def test_the_schedule_counts_updates_and_so_does_a_resumed_run(tmp_path):
-    """fp16 with a scale that overflows at first: the rate of the first update is that of update 1, at whichever step it comes."""
+    """fp16 with a scale that overflows at first: the rate of the first update is that of update
+    1, at whichever step it comes.
+    """
     config = tiny.tiny_config(
         model={"num_layers": 2, "num_moe_layers": 0},
-        train={"precision": "fp16", "mode": "pynative", "loss_scale": 2.0**30, "steps": 24, "learning_rate": 0.003, "warmup_steps": 10},
+        train={
+            "precision": "fp16",
+            "mode": "pynative",
+            "loss_scale": 2.0**30,
+            "steps": 24,
+            "learning_rate": 0.003,
+            "warmup_steps": 10,
+        },
         evaluation={"every": 24, "sequences": 1},
         checkpoint={"every": 4, "keep": 9},
     )
@@ -189,4 +218,6 @@ def test_the_schedule_counts_updates_and_so_does_a_resumed_run(tmp_path):
         if counts:
             assert tiny.rows(run_dir) == tiny.rows(tmp_path / "whole")
         else:
-            assert [row for row in tiny.rows(run_dir) if "loss" in row][start]["learning_rate"] == learning_rate(config.train, start + 1)
+            assert [row for row in tiny.rows(run_dir) if "loss" in row][start][
+                "learning_rate"
+            ] == learning_rate(config.train, start + 1)

@@ -9,20 +9,32 @@ from pangu_locmoe.train.schedule import learning_rate
 
 
 def rates(**settings):
-    config = TrainConfig(**{"steps": 110, "warmup_steps": 10, "learning_rate": 2.0, "final_learning_rate": 0.1, **settings})
+    config = TrainConfig(
+        **{
+            "steps": 110,
+            "warmup_steps": 10,
+            "learning_rate": 2.0,
+            "final_learning_rate": 0.1,
+            **settings,
+        }
+    )
     return {step: learning_rate(config, step) for step in range(1, config.steps + 1)}
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "polynomial", "constant"])
 def test_warm_up_is_linear_and_ends_at_the_peak(schedule):
     got = rates(schedule=schedule)
-    assert [got[step] for step in range(1, 11)] == pytest.approx([0.2 * step for step in range(1, 11)])
+    assert [got[step] for step in range(1, 11)] == pytest.approx(
+        [0.2 * step for step in range(1, 11)]
+    )
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "polynomial", "constant"])
 @pytest.mark.parametrize("steps", [1, 4, 9, 10])
 def test_a_run_that_ends_inside_its_warm_up(schedule, steps):
-    assert rates(schedule=schedule, steps=steps) == pytest.approx({step: 0.2 * step for step in range(1, steps + 1)})
+    assert rates(schedule=schedule, steps=steps) == pytest.approx(
+        {step: 0.2 * step for step in range(1, steps + 1)}
+    )
 
 
 def test_cosine():

@@ -1,4 +1,6 @@
-"""Forecasts of expert load: shares of the next steps from the rows before an origin. NumPy only, but for arima and lstm.
+"""Forecasts of expert load: shares of the next steps from the rows before an origin.
+
+NumPy only, but for arima and lstm.
 
     past.py     the rows before the origin
     lines.py    methods that are a level and a slope: last, drift, window_mean, ses, theta, linear_trend, log_trend
@@ -6,7 +8,8 @@
     auto.py     the choice by rolling back-test
     score.py    errors of a forecast, and back-tests over a trace
 
-The paper is arXiv 2404.16914, section 5. Letters: K past rows, F future rows, L sparse layers, E experts.
+The paper is arXiv 2404.16914, section 5. Letters: K past rows, F future rows, L sparse layers, E
+experts.
 """
 
 from __future__ import annotations
@@ -37,7 +40,8 @@ class Forecast:
         share_FLE: float64, >= 0, each layer of a row sums to 1.
         method: as asked for.
         origin, horizon: as asked for, in steps.
-        chosen: what `auto` (the heaviest only) or `combination` averaged: (method, weight); empty for other methods.
+        chosen: what `auto` (the heaviest only) or `combination` averaged: (method, weight); empty
+            for other methods.
         notes: what the user should know, JSON-able, for example the series that ARIMA gave up.
     """
 
@@ -63,12 +67,15 @@ class Forecast:
         }
 
 
-def forecast(trace: Trace, origin: int, horizon: int, method: str = "auto", **options: Any) -> Forecast:
+def forecast(
+    trace: Trace, origin: int, horizon: int, method: str = "auto", **options: Any
+) -> Forecast:
     """Forecast the shares of `horizon` steps from `origin` on.
 
-    Only rows with step < origin are looked at. The forecast is for the steps in [origin, origin + horizon) that lie a whole
-    number of strides after the last of these rows: the rows the trace records itself if it goes on as before. A trace of
-    every 10th step (1, 11, 21, ...), origin 200, horizon 30 gives steps 201, 211 and 221.
+    Only rows with step < origin are looked at. The forecast is for the steps in [origin, origin +
+    horizon) that lie a whole number of strides after the last of these rows: the rows the trace
+    records itself if it goes on as before. A trace of every 10th step (1, 11, 21, ...), origin 200,
+    horizon 30 gives steps 201, 211 and 221.
 
     Args:
         trace: the run so far, or all of it.
@@ -77,17 +84,26 @@ def forecast(trace: Trace, origin: int, horizon: int, method: str = "auto", **op
         method: a name of METHODS, or `name(option=value)`.
         options: of the method; `options_of(name)` lists them.
     Raises:
-        DataError: too few rows before the origin, a horizon under a stride, an unknown method or option, a value that is not
-            allowed, or a library that is not installed.
+        DataError: too few rows before the origin, a horizon under a stride, an unknown method or
+            option, a value that is not allowed, or a library that is not installed.
     """
     past = Past.of(trace, origin)
     step_F = past.future(origin, horizon)
     prediction = predict(method, past, step_F, options)
-    return Forecast(step_F, normalised(prediction.share_FLE), method, origin, horizon, prediction.chosen, prediction.notes)
+    return Forecast(
+        step_F,
+        normalised(prediction.share_FLE),
+        method,
+        origin,
+        horizon,
+        prediction.chosen,
+        prediction.notes,
+    )
 
 
 def mean_share(past: Trace, origin: int, horizon: int) -> NDArray[np.float64]:
-    """Each expert's mean share over the horizon as `auto` forecasts it, [L, E]: what a placement is planned for.
+    """Each expert's mean share over the horizon as `auto` forecasts it, [L, E]: what a placement is
+    planned for.
 
     Of a single row, from which nothing can be forecast, its shares.
     """
@@ -98,7 +114,10 @@ def mean_share(past: Trace, origin: int, horizon: int) -> NDArray[np.float64]:
 
 
 def save_forecast(path: Path, forecast: Forecast) -> None:
-    """Write `step` int64 [F] and `share` float64 [F, L, E] as .npz, whole or not at all. Raises DataError if it cannot."""
+    """Write `step` int64 [F] and `share` float64 [F, L, E] as .npz, whole or not at all.
+
+    Raises DataError if it cannot.
+    """
     buffer = io.BytesIO()
     np.savez_compressed(buffer, step=forecast.step_F, share=forecast.share_FLE)
     try:

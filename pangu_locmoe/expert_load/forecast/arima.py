@@ -1,7 +1,10 @@
-"""ARIMA, the paper's classical predictor: one model per expert and layer. Needs statsforecast (the extra `forecast`).
+"""ARIMA, the paper's classical predictor: one model per expert and layer.
 
-On a real share it is fragile: a constant series, roots on the unit circle or an optimiser that runs out leave no usable model.
-Such a series falls back to simple exponential smoothing, and the notes say how many did and why.
+Needs statsforecast (the extra `forecast`).
+
+On a real share it is fragile: a constant series, roots on the unit circle or an optimiser that runs
+out leave no usable model. Such a series falls back to simple exponential smoothing, and the notes
+say how many did and why.
 """
 
 from __future__ import annotations
@@ -27,11 +30,18 @@ FAR = 0.25  # a share this far outside [0, 1] is no forecast but a model that bl
 IN_PROCESS = 16  # series below which starting processes costs more than it saves
 
 
-def predict_arima(past: Past, step_F: NDArray[Any], order: Sequence[int], jobs: int | None, progress: bool) -> Prediction:
-    """ARIMA(order) on each series; `jobs` processes (None: one per core), a bar on standard error if `progress`."""
+def predict_arima(
+    past: Past, step_F: NDArray[Any], order: Sequence[int], jobs: int | None, progress: bool
+) -> Prediction:
+    """ARIMA(order) on each series; `jobs` processes (None: one per core), a bar on standard
+    error if `progress`.
+    """
     order = tuple(order)
     if len(order) != 3 or not all(isinstance(part, int) and part >= 0 for part in order):
-        raise DataError(f"arima order {order}: must be three whole numbers p, d, q, not negative, for example 5,1,5")
+        raise DataError(
+            f"arima order {order}: must be three whole numbers p, d, q, not negative, for "
+            "example 5,1,5"
+        )
     rows, layers, experts = past.share_KLE.shape
     rows_F = past.rows_ahead(step_F)
     series = list(np.ascontiguousarray(past.share_KLE.reshape(rows, -1).T))
@@ -46,7 +56,9 @@ def predict_arima(past: Past, step_F: NDArray[Any], order: Sequence[int], jobs: 
         else:
             # spawn: MindSpore and NumPy keep threads, which do not survive a fork.
             with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-                for result in pool.map(fit, series, chunksize=max(1, min(16, len(series) // (4 * jobs)))):
+                for result in pool.map(
+                    fit, series, chunksize=max(1, min(16, len(series) // (4 * jobs)))
+                ):
                     results.append(result)
                     bar.update()
     share_FLE = np.array(ses(past.step_K).extend(past.step_K, past.share_KLE, step_F))
@@ -54,11 +66,17 @@ def predict_arima(past: Past, step_F: NDArray[Any], order: Sequence[int], jobs: 
         if future is not None:
             share_FLE[:, index // experts, index % experts] = future[rows_F - 1]
     reasons = Counter(reason for _, reason in results if reason)
-    notes = {"series": layers * experts, "fallback_to_ses": sum(reasons.values()), "fallback_reasons": dict(reasons)}
+    notes = {
+        "series": layers * experts,
+        "fallback_to_ses": sum(reasons.values()),
+        "fallback_reasons": dict(reasons),
+    }
     return Prediction(share_FLE, notes=notes)
 
 
-def _fit(values: NDArray[np.float64], order: tuple[int, int, int], ahead: int) -> tuple[NDArray[np.float64] | None, str]:
+def _fit(
+    values: NDArray[np.float64], order: tuple[int, int, int], ahead: int
+) -> tuple[NDArray[np.float64] | None, str]:
     """The next `ahead` values, or None and why not."""
     if np.ptp(values) == 0:
         return np.full(ahead, values[-1]), ""
@@ -67,9 +85,13 @@ def _fit(values: NDArray[np.float64], order: tuple[int, int, int], ahead: int) -
             warnings.simplefilter("ignore")
             model = ARIMA(order=order).fit(values)
             future = np.asarray(model.predict(h=ahead)["mean"])
-    except Exception as error:  # whatever the library raises on a hard series costs that series, not the forecast
+    except (
+        Exception
+    ) as error:  # whatever the library raises on a hard series costs that series, not the forecast
         return None, type(error).__name__
-    if model.model_["code"] == 1:  # scipy's BFGS: 1 ran out of iterations; 2, precision lost at the optimum, is the usual end
+    if (
+        model.model_["code"] == 1
+    ):  # scipy's BFGS: 1 ran out of iterations; 2, precision lost at the optimum, is the usual end
         return None, "not converged"
     if not np.isfinite(future).all():
         return None, "not finite"

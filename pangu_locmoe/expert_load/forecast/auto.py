@@ -1,12 +1,14 @@
-"""`auto`: every line is tried on the trace's own past and counts as much as it would have been right. NumPy only.
+"""`auto`: every line is tried on the trace's own past and counts as much as it would have been
+right. NumPy only.
 
-Rolling back-test: stand at several earlier rows, forecast the rows after them, compare. What decides is the mean of a
-stretch of rows, not the single row: a single share is mostly sampling noise, which no method foresees and which only blurs
-the comparison. Rather than take the winner, whose lead is often luck, the candidates are averaged with weights that fall
-off as exp(-excess error / TEMPERATURE): clear losers vanish, near ties share.
+Rolling back-test: stand at several earlier rows, forecast the rows after them, compare. What
+decides is the mean of a stretch of rows, not the single row: a single share is mostly sampling
+noise, which no method foresees and which only blurs the comparison. Rather than take the winner,
+whose lead is often luck, the candidates are averaged with weights that fall off as exp(-excess
+error / TEMPERATURE): clear losers vanish, near ties share.
 
-One choice for all layers: per layer there is less to judge by, and on the recorded traces it chose worse.
-M candidates, B stretches, S series (layers x experts), K rows.
+One choice for all layers: per layer there is less to judge by, and on the recorded traces it chose
+worse. M candidates, B stretches, S series (layers x experts), K rows.
 """
 
 from __future__ import annotations
@@ -23,10 +25,14 @@ from pangu_locmoe.expert_load.forecast.spec import label
 from pangu_locmoe.expert_load.state import STABLE, TRANSIENT, WINDOW, states
 from pangu_locmoe.expert_load.trace import Trace
 
-# No width suits all runs, early and late: widths in rows for noise, parts of the past for a run that slows down as it ages.
+# No width suits all runs, early and late: widths in rows for noise, parts of the past for a run
+# that slows down as it ages.
 CANDIDATES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("last", {}),
-    *(("window_mean", {"width": width}) for width in (5, 10, 20, 50, 100, 200, 400, 0.1, 0.25, 0.5, 1.0)),
+    *(
+        ("window_mean", {"width": width})
+        for width in (5, 10, 20, 50, 100, 200, 400, 0.1, 0.25, 0.5, 1.0)
+    ),
     *(("ses", {"alpha": alpha}) for alpha in (0.2, 0.05, 0.02, 0.01)),
     *(("theta", {"alpha": alpha, "span": 0.5}) for alpha in (0.1, 0.02)),
     *(("linear_trend", {"span": span}) for span in (200, 0.5)),
@@ -40,29 +46,43 @@ SHOWN = 5  # candidates named in the result; all of them count
 TEMPERATURE = 0.02  # excess error at which a weight has fallen to 1/e
 
 
-def auto(past: Past, step_F: NDArray[Any], temperature: float = TEMPERATURE, stable_from: int | None = None) -> Prediction:
-    """The candidates' average, weighted by a back-test on origins of the present state (transient or stable).
+def auto(
+    past: Past,
+    step_F: NDArray[Any],
+    temperature: float = TEMPERATURE,
+    stable_from: int | None = None,
+) -> Prediction:
+    """The candidates' average, weighted by a back-test on origins of the present state (transient
+    or stable).
 
-    Horizons are those of the forecast, or half the past if that is shorter. Recent origins count more. A past under
-    MIN_PAST rows cannot be tried: the mean of all of it, with a note.
+    Horizons are those of the forecast, or half the past if that is shorter. Recent origins count
+    more. A past under MIN_PAST rows cannot be tried: the mean of all of it, with a note.
 
     Args:
         temperature: above 0; small takes the winner alone, large averages all.
-        stable_from: the step from which the run is stable up to the origin, if the caller has asked `state.states`; None: asked
-            here of the last STATE_ROWS rows, which is quick but cannot date a spell that is older.
+        stable_from: the step from which the run is stable up to the origin, if the caller has asked
+            `state.states`; None: asked here of the last STATE_ROWS rows, which is quick but cannot
+            date a spell that is older.
     """
     if not temperature > 0:
         raise DataError(f"temperature {temperature}: must be above 0")
     rows = len(past.step_K)
     origins, horizon, state = _origins(past, int(past.rows_ahead(step_F)[-1]), stable_from)
     if not origins:
-        name, options = "window_mean", {"width": 1.0}
+        name = "window_mean"
+        options = {"width": 1.0}
         share_FLE = LINES[name](past.step_K, **options).extend(past.step_K, past.share_KLE, step_F)
-        return Prediction(share_FLE, ((label(name, options), 1.0),), {"backtest": f"none, {rows} rows are too few"})
+        return Prediction(
+            share_FLE,
+            ((label(name, options), 1.0),),
+            {"backtest": f"none, {rows} rows are too few"},
+        )
     share_KS = past.share_KLE.reshape(rows, -1)
     # Up to a horizon ago an origin counts in full; what is older tells less of what comes.
     weight_O = np.array([min(1.0, horizon / (rows - origin)) for origin in origins])
-    excess_OM = np.stack([_excess(past.step_K, share_KS, origin, min(horizon, rows - origin)) for origin in origins])
+    excess_OM = np.stack(
+        [_excess(past.step_K, share_KS, origin, min(horizon, rows - origin)) for origin in origins]
+    )
     excess_M = weight_O @ excess_OM / weight_O.sum()
     weight_M = np.exp(-(excess_M - excess_M.min()) / temperature)
     weight_M /= weight_M.sum()
@@ -70,8 +90,14 @@ def auto(past: Past, step_F: NDArray[Any], temperature: float = TEMPERATURE, sta
     lines = [LINES[name](past.step_K, **options) for name, options in CANDIDATES]
     share_FS = _blend(lines, weight_M, past.step_K, share_KS, step_F)
     heaviest = np.argsort(-weight_M, kind="stable")[:SHOWN]
-    chosen = tuple((label(*CANDIDATES[index]), round(float(weight_M[index]), 3)) for index in heaviest)
-    notes = {"state": state, "backtest_origins": [int(past.step_K[origin]) for origin in sorted(origins)], "backtest_rows": horizon}
+    chosen = tuple(
+        (label(*CANDIDATES[index]), round(float(weight_M[index]), 3)) for index in heaviest
+    )
+    notes = {
+        "state": state,
+        "backtest_origins": [int(past.step_K[origin]) for origin in sorted(origins)],
+        "backtest_rows": horizon,
+    }
     return Prediction(share_FS.reshape(len(step_F), *past.share_KLE.shape[1:]), chosen, notes)
 
 
@@ -91,21 +117,37 @@ def _origins(past: Past, ahead: int, stable_from: int | None) -> tuple[list[int]
 
 
 def _stable_from(past: Past) -> tuple[int | None, str]:
-    """The step from which the past's end is stable, None if it is not, and the state. A spell that fills the rows looked at is taken to
-    be older than all origins: those before it weigh little, and the rule over a whole long past takes longer than the forecast."""
+    """The step from which the past's end is stable, None if it is not, and the state. A spell that
+    fills the rows looked at is taken to be older than all origins: those before it weigh little,
+    and the rule over a whole long past takes longer than the forecast.
+    """
     tail = Trace(past.step_K[-STATE_ROWS:], past.trace.load_KLE[-STATE_ROWS:])
     found = states(tail)
     stable_from = found.stable_from
-    filled = stable_from is not None and stable_from <= tail.step_K[min(WINDOW, len(tail.step_K) - 1)]
+    filled = (
+        stable_from is not None and stable_from <= tail.step_K[min(WINDOW, len(tail.step_K) - 1)]
+    )
     return int(past.step_K[0]) if filled else stable_from, found.state
 
 
-def _excess(step_K: NDArray[Any], share_KS: NDArray[Any], origin: int, horizon: int) -> NDArray[np.float64]:
-    """How much worse than the best candidate each is [M], 0.1 for a tenth: error of the stretches' mean shares, forecast from the
-    rows before `origin`."""
-    bounds = np.unique(np.linspace(origin, origin + horizon, min(horizon, STRETCHES) + 1).round().astype(int))
-    actual_BS = np.stack([np.full(end - begin, 1 / (end - begin)) @ share_KS[begin:end] for begin, end in zip(bounds, bounds[1:])])
-    middle_B = (bounds[:-1] + bounds[1:] - 1) // 2  # a line's mean over a stretch is its value in the middle
+def _excess(
+    step_K: NDArray[Any], share_KS: NDArray[Any], origin: int, horizon: int
+) -> NDArray[np.float64]:
+    """How much worse than the best candidate each is [M], 0.1 for a tenth: error of the stretches'
+    mean shares, forecast from the rows before `origin`.
+    """
+    bounds = np.unique(
+        np.linspace(origin, origin + horizon, min(horizon, STRETCHES) + 1).round().astype(int)
+    )
+    actual_BS = np.stack(
+        [
+            np.full(end - begin, 1 / (end - begin)) @ share_KS[begin:end]
+            for begin, end in zip(bounds, bounds[1:])
+        ]
+    )
+    middle_B = (
+        bounds[:-1] + bounds[1:] - 1
+    ) // 2  # a line's mean over a stretch is its value in the middle
     past_K = step_K[:origin]
     lines = [LINES[name](past_K, **options) for name, options in CANDIDATES]
     level_MS = np.array([line.level_K for line in lines]) @ share_KS[:origin]
@@ -114,21 +156,33 @@ def _excess(step_K: NDArray[Any], share_KS: NDArray[Any], origin: int, horizon: 
     error_M = np.zeros(len(lines))
     for actual_S, step in zip(actual_BS, step_K[middle_B]):
         share_MS = level_MS.copy()
-        ahead_T = np.array([lines[index].ahead(int(past_K[-1]), np.asarray(step)) for index in tilted])
+        ahead_T = np.array(
+            [lines[index].ahead(int(past_K[-1]), np.asarray(step)) for index in tilted]
+        )
         share_MS[tilted] += ahead_T[:, None] * slope_TS
         error_M += np.abs(np.maximum(share_MS, 0) - actual_S).mean(axis=1)
     least = float(error_M.min())
-    return error_M / least - 1 if least > 0 else (error_M > 0).astype(np.float64)  # shares that never move: who hits them
+    return (
+        error_M / least - 1 if least > 0 else (error_M > 0).astype(np.float64)
+    )  # shares that never move: who hits them
 
 
 def _blend(
-    lines: list[Line], weight_M: NDArray[Any], step_K: NDArray[Any], share_KS: NDArray[Any], step_F: NDArray[Any]
+    lines: list[Line],
+    weight_M: NDArray[Any],
+    step_K: NDArray[Any],
+    share_KS: NDArray[Any],
+    step_F: NDArray[Any],
 ) -> NDArray[np.float64]:
     """The weighted mean of the lines [F, S]: a level, and for each clock a slope."""
     weights_K = [weight_M @ np.stack([line.level_K for line in lines])]
     times_F = [np.ones(len(step_F))]
     for clock in dict.fromkeys(line.clock for line in lines if line.slope_K is not None):
-        of_clock = [(weight, line.slope_K) for weight, line in zip(weight_M, lines) if line.slope_K is not None and line.clock is clock]
+        of_clock = [
+            (weight, line.slope_K)
+            for weight, line in zip(weight_M, lines)
+            if line.slope_K is not None and line.clock is clock
+        ]
         weights_K.append(np.sum([weight * slope_K for weight, slope_K in of_clock], axis=0))
         times_F.append(clock(step_F) - clock(step_K[-1:]))
     return np.asarray(np.stack(times_F, axis=1) @ (np.stack(weights_K) @ share_KS))

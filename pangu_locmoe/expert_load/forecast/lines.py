@@ -1,11 +1,15 @@
-"""Forecasts that are straight lines: a level and a slope, each a weighted sum of the past rows. NumPy only.
+"""Forecasts that are straight lines: a level and a slope, each a weighted sum of the past rows.
 
-Window means, exponential smoothing, drift, Theta and the trends differ only in the two weight vectors and in the clock the
-slope runs on, so one method is one function from the steps of the past to a `Line`, and `auto` can try many of them with one
-matrix product. K rows of the past, F rows of the future, L layers, E experts.
+NumPy only.
 
-The weights of a level add up to 1 and those of a slope to 0, so the shares of a layer keep adding up to 1 by themselves.
-A `span` says how much of the past counts: an int is rows, a float is that part of the rows (0.25: the last quarter).
+Window means, exponential smoothing, drift, Theta and the trends differ only in the two weight
+vectors and in the clock the slope runs on, so one method is one function from the steps of the past
+to a `Line`, and `auto` can try many of them with one matrix product. K rows of the past, F rows of
+the future, L layers, E experts.
+
+The weights of a level add up to 1 and those of a slope to 0, so the shares of a layer keep adding
+up to 1 by themselves. A `span` says how much of the past counts: an int is rows, a float is that
+part of the rows (0.25: the last quarter).
 """
 
 from __future__ import annotations
@@ -50,7 +54,9 @@ class Line:
         """Time from the last past step to the future ones [F], on this line's clock."""
         return self.clock(step_F) - self.clock(np.asarray(last))
 
-    def extend(self, step_K: NDArray[Any], share_KLE: NDArray[Any], step_F: NDArray[Any]) -> NDArray[np.float64]:
+    def extend(
+        self, step_K: NDArray[Any], share_KLE: NDArray[Any], step_F: NDArray[Any]
+    ) -> NDArray[np.float64]:
         """The line at step_F: float64 [F, L, E], not yet clipped."""
         share_KS = share_KLE.reshape(len(step_K), -1)
         level_S = self.level_K @ share_KS
@@ -63,9 +69,20 @@ class Line:
 
 
 def rows_of(span: Span, rows: int) -> int:
-    """Rows a span covers of a past of `rows` rows, never more than there are. Raises DataError if it is no span."""
-    if isinstance(span, bool) or not isinstance(span, (int, float)) or span <= 0 or (isinstance(span, float) and span > 1):
-        raise DataError(f"{span}: a span is a number of rows (10) or a part of the past above 0 and up to 1 (0.25)")
+    """Rows a span covers of a past of `rows` rows, never more than there are.
+
+    Raises DataError if it is no span.
+    """
+    if (
+        isinstance(span, bool)
+        or not isinstance(span, (int, float))
+        or span <= 0
+        or (isinstance(span, float) and span > 1)
+    ):
+        raise DataError(
+            f"{span}: a span is a number of rows (10) or a part of the past above 0 and up "
+            "to 1 (0.25)"
+        )
     return min(rows, span if isinstance(span, int) else max(1, round(span * rows)))
 
 
@@ -80,7 +97,9 @@ def window_mean(step_K: NDArray[Any], width: Span = 100) -> Line:
 
 
 def ses(step_K: NDArray[Any], alpha: float = 0.05) -> Line:
-    """Simple exponential smoothing: level = alpha * row + (1 - alpha) * level, begun at the first row."""
+    """Simple exponential smoothing: level = alpha * row + (1 - alpha) * level, begun at the
+    first row.
+    """
     return Line(_smoothing(len(step_K), alpha))
 
 
@@ -93,21 +112,31 @@ def drift(step_K: NDArray[Any]) -> Line:
 
 
 def theta(step_K: NDArray[Any], alpha: float = 0.05, span: Span = 0.5) -> Line:
-    """The Theta method on recent data: mean of the trend line and of the smoothed series with doubled curvature.
+    """The Theta method on recent data: mean of the trend line and of the smoothed series with
+    doubled curvature.
 
-    For lines theta = 0 and 2 that is exponential smoothing plus half the least-squares slope of the span.
+    For lines theta = 0 and 2 that is exponential smoothing plus half the least-squares slope of the
+    span.
     """
     return _tilt(step_K, _smoothing(len(step_K), alpha), span, 0.5, linear_clock)
 
 
 def linear_trend(step_K: NDArray[Any], span: Span = 0.5, strength: float = 0.5) -> Line:
-    """Least squares on the step over the span; `strength` 1 is the whole slope, 0 none (the span's mean)."""
-    return _tilt(step_K, _window(len(step_K), rows_of(span, len(step_K))), span, strength, linear_clock)
+    """Least squares on the step over the span; `strength` 1 is the whole slope, 0 none (the
+    span's mean).
+    """
+    return _tilt(
+        step_K, _window(len(step_K), rows_of(span, len(step_K))), span, strength, linear_clock
+    )
 
 
 def log_trend(step_K: NDArray[Any], span: Span = 0.5, strength: float = 0.5) -> Line:
-    """Least squares on log(step) over the span; `strength` 1 is the whole slope, 0 none (the span's mean)."""
-    return _tilt(step_K, _window(len(step_K), rows_of(span, len(step_K))), span, strength, log_clock)
+    """Least squares on log(step) over the span; `strength` 1 is the whole slope, 0 none (the
+    span's mean).
+    """
+    return _tilt(
+        step_K, _window(len(step_K), rows_of(span, len(step_K))), span, strength, log_clock
+    )
 
 
 def _window(rows: int, width: int) -> NDArray[np.float64]:
@@ -124,16 +153,24 @@ def _smoothing(rows: int, alpha: float) -> NDArray[np.float64]:
     return weight_K
 
 
-def _tilt(step_K: NDArray[Any], level_K: NDArray[np.float64], span: Span, strength: float, clock: Clock) -> Line:
-    """A level, carried along `strength` times the least-squares slope of the span from where the level stands in time."""
+def _tilt(
+    step_K: NDArray[Any], level_K: NDArray[np.float64], span: Span, strength: float, clock: Clock
+) -> Line:
+    """A level, carried along `strength` times the least-squares slope of the span from where the
+    level stands in time.
+    """
     if not 0 <= strength <= 1:
         raise DataError(f"strength {strength}: must be from 0 (no trend) to 1 (the whole trend)")
     rows = max(2, rows_of(span, len(step_K)))
     time_K = clock(step_K)
     centred_S = time_K[-rows:] - time_K[-rows:].mean()
     slope_K = np.zeros(len(step_K))
-    slope_K[-rows:] = strength * centred_S / max(float(centred_S @ centred_S), np.finfo(np.float64).tiny)
+    slope_K[-rows:] = (
+        strength * centred_S / max(float(centred_S @ centred_S), np.finfo(np.float64).tiny)
+    )
     return Line(level_K + (time_K[-1] - level_K @ time_K) * slope_K, slope_K, clock)
 
 
-LINES: dict[str, Callable[..., Line]] = {line.__name__: line for line in (last, drift, window_mean, ses, theta, linear_trend, log_trend)}
+LINES: dict[str, Callable[..., Line]] = {
+    line.__name__: line for line in (last, drift, window_mean, ses, theta, linear_trend, log_trend)
+}

@@ -1,7 +1,9 @@
-"""The methods by name. A new straight-line method is one function in lines.py; any other is one function here.
+"""The methods by name.
 
-A method takes the past, the future steps [F] and its options, and returns a `Prediction`; its keyword parameters are the
-options a user may set.
+A new straight-line method is one function in lines.py; any other is one function here.
+
+A method takes the past, the future steps [F] and its options, and returns a `Prediction`; its
+keyword parameters are the options a user may set.
 """
 
 from __future__ import annotations
@@ -23,9 +25,11 @@ from pangu_locmoe.expert_load.trace import Trace
 
 
 def sw_avg(past: Past, step_F: NDArray[Any], window: Span = 100) -> Prediction:
-    """The paper's SW_Avg: the mean of the last w shares is the next one; push it into the window and repeat, k times.
+    """The paper's SW_Avg: the mean of the last w shares is the next one; push it into the window
+    and repeat, k times.
 
-    Iterated, it settles at the mean of the window weighted 1, 2, ..., w, the newest most. The paper gives no w.
+    Iterated, it settles at the mean of the window weighted 1, 2, ..., w, the newest most. The paper
+    gives no w.
     """
     width = rows_of(window, len(past.step_K))
     rows_F = past.rows_ahead(step_F)
@@ -36,39 +40,70 @@ def sw_avg(past: Past, step_F: NDArray[Any], window: Span = 100) -> Prediction:
         np.divide(sum_LE, width, out=next_LE)
         kept.append(next_LE)
         sum_LE = sum_LE + next_LE - kept.popleft()
-    notes = {"window": f"{window} shortened to the {width} rows there are"} if isinstance(window, int) and width < window else {}
+    notes = (
+        {"window": f"{window} shortened to the {width} rows there are"}
+        if isinstance(window, int) and width < window
+        else {}
+    )
     return Prediction(share_HLE[rows_F - 1], notes=notes)
 
 
 def combination(
-    past: Past, step_F: NDArray[Any], of: Sequence[str] = ("window_mean", "ses(alpha=0.02)", "theta", "log_trend")
+    past: Past,
+    step_F: NDArray[Any],
+    of: Sequence[str] = ("window_mean", "ses(alpha=0.02)", "theta", "log_trend"),
 ) -> Prediction:
-    """The plain mean of several methods' shares. Raises DataError for an empty list or an unknown method."""
+    """The plain mean of several methods' shares.
+
+    Raises DataError for an empty list or an unknown method.
+    """
     if isinstance(of, str) or not of:
         raise DataError(f"combination of {of!r}: name one method or more in a list")
     shares = [normalised(predict(method, past, step_F).share_FLE) for method in of]
-    return Prediction(np.mean(shares, axis=0), tuple((method, round(1 / len(of), 3)) for method in of))
+    return Prediction(
+        np.mean(shares, axis=0), tuple((method, round(1 / len(of), 3)) for method in of)
+    )
 
 
 def arima(
-    past: Past, step_F: NDArray[Any], order: Sequence[int] = (5, 1, 5), jobs: int | None = None, progress: bool = False
+    past: Past,
+    step_F: NDArray[Any],
+    order: Sequence[int] = (5, 1, 5),
+    jobs: int | None = None,
+    progress: bool = False,
 ) -> Prediction:
-    """The paper's ARIMA, one model per expert and layer; see arima.py. Raises DataError without the extra."""
+    """The paper's ARIMA, one model per expert and layer; see arima.py.
+
+    Raises DataError without the extra.
+    """
     try:
         from pangu_locmoe.expert_load.forecast.arima import predict_arima
     except ImportError as error:
-        raise DataError(f"forecast with arima: {error}; pip install 'pangu_locmoe[forecast]'") from None
+        raise DataError(
+            f"forecast with arima: {error}; pip install 'pangu_locmoe[forecast]'"
+        ) from None
     return predict_arima(past, step_F, order, jobs, progress)
 
 
 def lstm(
-    past: Past, step_F: NDArray[Any], window: int = 256, hidden: int = 64, updates: int = 200, seed: int = 1, train_on: Trace | None = None
+    past: Past,
+    step_F: NDArray[Any],
+    window: int = 256,
+    hidden: int = 64,
+    updates: int = 200,
+    seed: int = 1,
+    train_on: Trace | None = None,
 ) -> Prediction:
-    """The paper's LSTM, one network over all layers; see lstm.py. Raises DataError without MindSpore."""
+    """The paper's LSTM, one network over all layers; see lstm.py.
+
+    Raises DataError without MindSpore.
+    """
     try:
         from pangu_locmoe.expert_load.forecast.lstm import predict_lstm
     except ImportError as error:
-        raise DataError(f"forecast with lstm: {error}; it needs MindSpore: pip install 'mindspore>=2.9,<2.11'") from None
+        raise DataError(
+            f"forecast with lstm: {error}; it needs MindSpore: pip install 'mindspore>=2.9,<2.11'"
+        ) from None
     return predict_lstm(past, step_F, window, hidden, updates, seed, train_on)
 
 
@@ -79,8 +114,13 @@ METHODS: dict[str, Callable[..., Any]] = {
 }
 
 
-def predict(method: str, past: Past, step_F: NDArray[Any], options: dict[str, Any] | None = None) -> Prediction:
-    """Run a method, `name` or `name(option=value)`, with further options. Raises DataError for a wrong name or option."""
+def predict(
+    method: str, past: Past, step_F: NDArray[Any], options: dict[str, Any] | None = None
+) -> Prediction:
+    """Run a method, `name` or `name(option=value)`, with further options.
+
+    Raises DataError for a wrong name or option.
+    """
     name, own = parse(method)
     options = {**own, **(options or {})}
     if name not in METHODS:
@@ -91,11 +131,15 @@ def predict(method: str, past: Past, step_F: NDArray[Any], options: dict[str, An
             raise DataError(f"{name} has no option {option!r}: {_nearest(option, allowed)}")
     try:
         if name in LINES:
-            return Prediction(LINES[name](past.step_K, **options).extend(past.step_K, past.share_KLE, step_F))
+            return Prediction(
+                LINES[name](past.step_K, **options).extend(past.step_K, past.share_KLE, step_F)
+            )
         prediction: Prediction = METHODS[name](past, step_F, **options)
         return prediction
     except (TypeError, ValueError) as error:
-        values = ", ".join(f"{key}={value!r}" for key, value in options.items() if not isinstance(value, Trace))
+        values = ", ".join(
+            f"{key}={value!r}" for key, value in options.items() if not isinstance(value, Trace)
+        )
         if not values:
             raise
         raise DataError(f"{name}({values}): {error}") from error
@@ -103,7 +147,11 @@ def predict(method: str, past: Past, step_F: NDArray[Any], options: dict[str, An
 
 def options_of(name: str) -> list[str]:
     """The options a user may set for a method."""
-    return [key for key in inspect.signature(METHODS[name]).parameters if key not in ("past", "step_F", "step_K")]
+    return [
+        key
+        for key in inspect.signature(METHODS[name]).parameters
+        if key not in ("past", "step_F", "step_K")
+    ]
 
 
 def normalised(share_FLE: NDArray[Any]) -> NDArray[np.float64]:
@@ -119,4 +167,10 @@ def normalised(share_FLE: NDArray[Any]) -> NDArray[np.float64]:
 
 def _nearest(name: str, allowed: list[str]) -> str:
     near = get_close_matches(name, allowed, 1)
-    return f"did you mean {near[0]}?" if near else f"choose one of {', '.join(allowed)}" if allowed else "it takes none"
+    return (
+        f"did you mean {near[0]}?"
+        if near
+        else f"choose one of {', '.join(allowed)}"
+        if allowed
+        else "it takes none"
+    )

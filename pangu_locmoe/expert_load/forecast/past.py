@@ -16,7 +16,9 @@ MIN_ROWS = 2  # a slope needs two
 
 @dataclass(frozen=True)
 class Past:
-    """The rows before the origin; nothing later can be reached from here. K rows, L layers, E experts.
+    """The rows before the origin; nothing later can be reached from here.
+
+    K rows, L layers, E experts.
 
     Attributes:
         trace: those rows as recorded.
@@ -31,11 +33,19 @@ class Past:
         """The rows with step < origin. Raises DataError if they are too few or of no expert."""
         rows = int(np.searchsorted(trace.step_K, origin))
         if rows < MIN_ROWS:
-            first = f"the trace begins at step {trace.step_K[0]}" if len(trace.step_K) else "the trace is empty"
-            raise DataError(f"origin {origin}: a forecast needs {MIN_ROWS} rows before it, there are {rows}; {first}")
+            first = (
+                f"the trace begins at step {trace.step_K[0]}"
+                if len(trace.step_K)
+                else "the trace is empty"
+            )
+            raise DataError(
+                f"origin {origin}: a forecast needs {MIN_ROWS} rows before it, there are "
+                f"{rows}; {first}"
+            )
         if 0 in trace.load_KLE.shape:
             raise DataError(
-                f"the trace has {trace.load_KLE.shape[1]} sparse layers of {trace.load_KLE.shape[2]} experts: nothing to forecast"
+                f"the trace has {trace.load_KLE.shape[1]} sparse layers of "
+                f"{trace.load_KLE.shape[2]} experts: nothing to forecast"
             )
         before = trace.between(int(trace.step_K[0]), origin)
         return cls(before, before.share_KLE)
@@ -51,10 +61,14 @@ class Past:
         return self.trace.stride
 
     def future(self, origin: int, horizon: int) -> NDArray[np.int64]:
-        """int64 [F]: the steps >= origin and < origin + horizon that the trace will record if it goes on as it did,
-        last row + stride, + 2 strides, ... Raises DataError if there is none."""
+        """int64 [F]: the steps >= origin and < origin + horizon that the trace will record if it
+        goes on as it did, last row + stride, + 2 strides, ... Raises DataError if there is none.
+        """
         if horizon < self.stride:
-            raise DataError(f"horizon {horizon}: must be at least {self.stride}, the steps from one row of the trace to the next")
+            raise DataError(
+                f"horizon {horizon}: must be at least {self.stride}, the steps from one "
+                "row of the trace to the next"
+            )
         last = int(self.step_K[-1])
         first = last + self.stride * -((last - origin) // self.stride)
         return np.arange(first, origin + horizon, self.stride, dtype=np.int64)

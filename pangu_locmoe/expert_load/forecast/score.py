@@ -1,7 +1,8 @@
 """How good a forecast is, against the rows that came. NumPy only.
 
-One share of one step is mostly sampling noise that nobody can foresee, so two yardsticks stand beside the errors: the noise
-of sampling alone, and the best constant known in hindsight. What a placement lives on is the mean over the horizon: `mean_wape`.
+One share of one step is mostly sampling noise that nobody can foresee, so two yardsticks stand
+beside the errors: the noise of sampling alone, and the best constant known in hindsight. What a
+placement lives on is the mean over the horizon: `mean_wape`.
 """
 
 from __future__ import annotations
@@ -16,14 +17,24 @@ from pangu_locmoe.expert_load.forecast.past import Past
 from pangu_locmoe.expert_load.state import STABLE, TRANSIENT, UNKNOWN
 from pangu_locmoe.expert_load.trace import Trace
 
-MEASURES = ("mae_points", "wape", "total_variation", "mase", "relative_to_last", "mean_wape", "sampling_wape", "hindsight_wape")
+MEASURES = (
+    "mae_points",
+    "wape",
+    "total_variation",
+    "mase",
+    "relative_to_last",
+    "mean_wape",
+    "sampling_wape",
+    "hindsight_wape",
+)
 
 
 def errors(forecast: Forecast, trace: Trace) -> dict[str, Any]:
     """Errors of a forecast where the trace covers its horizon.
 
-    Returns `rows` (compared), `pooled` (dict) and `layers` (a dict each); the latter two are None if the trace ends before the
-    last forecast step. Rows that the trace lacks in between are left out. Of a layer, with e = forecast - share:
+    Returns `rows` (compared), `pooled` (dict) and `layers` (a dict each); the latter two are None
+    if the trace ends before the last forecast step. Rows that the trace lacks in between are left
+    out. Of a layer, with e = forecast - share:
 
         mae_points        mean |e|, in percentage points
         wape              sum |e| / sum share
@@ -36,19 +47,29 @@ def errors(forecast: Forecast, trace: Trace) -> dict[str, Any]:
 
     Pooled: over all layers, as if they were one (every layer weighs the same).
     """
-    step_X, in_forecast, in_trace = np.intersect1d(forecast.step_F, trace.step_K, assume_unique=True, return_indices=True)
+    step_X, in_forecast, in_trace = np.intersect1d(
+        forecast.step_F, trace.step_K, assume_unique=True, return_indices=True
+    )
     if len(step_X) == 0 or trace.step_K[-1] < forecast.step_F[-1]:
         return {"rows": 0, "pooled": None, "layers": None}
     came = Trace(step_X, trace.load_KLE[in_trace])
     past_KLE = Past.of(trace, forecast.origin).share_KLE
     sums = _sums(forecast.share_FLE[in_forecast], came.share_KLE, came.load_KLE, past_KLE)
-    layers = [_measures({key: float(value_L[layer]) for key, value_L in sums.items()}) for layer in range(past_KLE.shape[1])]
+    layers = [
+        _measures({key: float(value_L[layer]) for key, value_L in sums.items()})
+        for layer in range(past_KLE.shape[1])
+    ]
     pooled = _measures({key: float(value_L.mean()) for key, value_L in sums.items()})
     return {"rows": len(step_X), "pooled": pooled, "layers": layers}
 
 
-def _sums(share_XLE: NDArray[Any], came_XLE: NDArray[Any], load_XLE: NDArray[Any], past_KLE: NDArray[Any]) -> dict[str, NDArray[Any]]:
-    """Absolute errors [L], summed over experts and averaged over rows. A layer's shares sum to 1, so each is a WAPE."""
+def _sums(
+    share_XLE: NDArray[Any], came_XLE: NDArray[Any], load_XLE: NDArray[Any], past_KLE: NDArray[Any]
+) -> dict[str, NDArray[Any]]:
+    """Absolute errors [L], summed over experts and averaged over rows.
+
+    A layer's shares sum to 1, so each is a WAPE.
+    """
 
     def absolute(difference_XLE: NDArray[Any]) -> NDArray[Any]:
         return np.asarray(np.abs(difference_XLE).sum(axis=2).mean(axis=0))
@@ -80,7 +101,12 @@ def _measures(sums: dict[str, float]) -> dict[str, float | None]:
 
 
 def backtest(
-    trace: Trace, methods: Sequence[str], horizons: Sequence[int], origins: Iterable[int], stable_from: int | None = None, known: bool = True
+    trace: Trace,
+    methods: Sequence[str],
+    horizons: Sequence[int],
+    origins: Iterable[int],
+    stable_from: int | None = None,
+    known: bool = True,
 ) -> list[dict[str, Any]]:
     """Pooled errors of every method from every origin over every horizon that the trace covers.
 
@@ -88,27 +114,44 @@ def backtest(
         trace: a run.
         methods: as `forecast` takes them, for example "sw_avg(window=10)".
         horizons, origins: in steps; combinations the trace does not cover are left out.
-        stable_from: the step from which the run is stable (`state.states`), for the column `state`; None: transient all along.
+        stable_from: the step from which the run is stable (`state.states`), for the column `state`;
+            None: transient all along.
         known: whether the trace is long enough to tell states; else they are "unknown".
     Returns:
-        A dict per case: method, horizon, origin, state ("transient", "stable" or "unknown" at the origin), and MEASURES. See `table`.
+        A dict per case: method, horizon, origin, state ("transient", "stable" or "unknown" at the
+        origin), and MEASURES. See `table`.
     Raises DataError as `forecast` does.
     """
     cases = []
     for origin in origins:
-        state = UNKNOWN if not known else TRANSIENT if stable_from is None or origin < stable_from else STABLE
+        state = (
+            UNKNOWN
+            if not known
+            else TRANSIENT
+            if stable_from is None or origin < stable_from
+            else STABLE
+        )
         for horizon in horizons:
             for method in methods:
                 if len(trace.step_K) == 0 or origin + horizon > trace.step_K[-1] + trace.stride:
                     continue
                 pooled = errors(forecast(trace, origin, horizon, method), trace)["pooled"]
                 if pooled is not None:
-                    cases.append({"method": method, "horizon": horizon, "origin": origin, "state": state, **pooled})
+                    cases.append(
+                        {
+                            "method": method,
+                            "horizon": horizon,
+                            "origin": origin,
+                            "state": state,
+                            **pooled,
+                        }
+                    )
     return cases
 
 
 def table(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The means of a back-test over its origins, by method, horizon and state; `origins` says over how many.
+    """The means of a back-test over its origins, by method, horizon and state; `origins` says over
+    how many.
 
     State "all" takes both states together. A measure that no origin has is None.
     """
@@ -118,7 +161,12 @@ def table(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             groups.setdefault((case["method"], case["horizon"], state), []).append(case)
     rows = []
     for (method, horizon, state), members in groups.items():
-        row: dict[str, Any] = {"method": method, "horizon": horizon, "state": state, "origins": len(members)}
+        row: dict[str, Any] = {
+            "method": method,
+            "horizon": horizon,
+            "state": state,
+            "origins": len(members),
+        }
         for measure in MEASURES:
             values = [case[measure] for case in members if case[measure] is not None]
             row[measure] = float(np.mean(values)) if values else None

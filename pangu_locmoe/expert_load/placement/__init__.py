@@ -1,8 +1,8 @@
 """Where experts and their copies go. NumPy only.
 
-costs.py says what a placement costs; eplb.py balances by load alone; locality.py (starts.py, search.py, exchange.py,
-problem.py) lowers the cost; plan.py joins a placement with its figures, reading.py reads it from a file, from_trace.py makes
-one from a recorded trace.
+costs.py says what a placement costs; eplb.py balances by load alone; locality.py (starts.py,
+search.py, exchange.py, problem.py) lowers the cost; plan.py joins a placement with its figures,
+reading.py reads it from a file, from_trace.py makes one from a recorded trace.
 """
 
 from pangu_locmoe.expert_load.placement.costs import Costs, Evaluation, evaluate
@@ -12,4 +12,19 @@ from pangu_locmoe.expert_load.placement.locality import place
 from pangu_locmoe.expert_load.placement.plan import POLICIES, Figures, Plan, plan, save_plan
 from pangu_locmoe.expert_load.placement.reading import load_plan, read_plan
 
-__all__ = ["POLICIES", "Costs", "Evaluation", "Figures", "Plan", "evaluate", "first_placement", "load_plan", "place", "place_trace", "plan", "read_plan", "rebalance", "save_plan"]
+__all__ = [
+    "POLICIES",
+    "Costs",
+    "Evaluation",
+    "Figures",
+    "Plan",
+    "evaluate",
+    "first_placement",
+    "load_plan",
+    "place",
+    "place_trace",
+    "plan",
+    "read_plan",
+    "rebalance",
+    "save_plan",
+]

@@ -4,12 +4,14 @@
                               + row_seconds   * max_n max(in_n, out_n)
                               + move_seconds  * moved
 
-load_r: token rows that rank r computes. A row goes to a copy of its expert in its own node if there is one (evenly over
-those), otherwise evenly over all copies. out_n, in_n: rows that leave and enter node n in the dispatch; links are full
-duplex, and the way back and the backward pass mirror the dispatch, so each of the 4 crossings lasts as long as this one.
-moved: experts that a rank has to hold and does not hold yet. Their bytes go over one link, one after the other (an upper
-bound), and are paid off over the horizon. Layers run one after another: a step's seconds are the sum over the layers.
-Not modelled: transfers inside a node, overlap of computing and sending, and the gradients that copies of an expert share.
+load_r: token rows that rank r computes. A row goes to a copy of its expert in its own node if there
+is one (evenly over those), otherwise evenly over all copies. out_n, in_n: rows that leave and enter
+node n in the dispatch; links are full duplex, and the way back and the backward pass mirror the
+dispatch, so each of the 4 crossings lasts as long as this one.
+moved: experts that a rank has to hold and does not hold yet. Their bytes go over one link, one
+after the other (an upper bound), and are paid off over the horizon. Layers run one after another: a
+step's seconds are the sum over the layers. Not modelled: transfers inside a node, overlap of
+computing and sending, and the gradients that copies of an expert share.
 
 Letters: L layers, N nodes, R ranks, E experts, S slots, J slots of a rank.
 """
@@ -58,7 +60,9 @@ class Costs:
             if not (np.isfinite(value) and value >= 0):
                 raise DataError(f"{name} ({value}) must be a number and not negative")
         if not (np.isfinite(self.link_bytes_per_second) and self.link_bytes_per_second > 0):
-            raise DataError(f"link bytes per second ({self.link_bytes_per_second}) must be positive")
+            raise DataError(
+                f"link bytes per second ({self.link_bytes_per_second}) must be positive"
+            )
         if self.horizon < 1:
             raise DataError(f"horizon ({self.horizon}) must be at least 1 step")
 
@@ -73,11 +77,13 @@ class Costs:
         row_value_bytes: int = 2,
         state_value_bytes: int = 12,
     ) -> Costs:
-        """Prices from sizes. A trace knows none of them; the defaults assume the paper's 125M model (hidden size 768, inner
-        width 4 * 768), a rank that sustains 100 TFLOP/s, and one 100 Gbit/s link for each node.
+        """Prices from sizes. A trace knows none of them; the defaults assume the paper's 125M model
+        (hidden size 768, inner width 4 * 768), a rank that sustains 100 TFLOP/s, and one 100 Gbit/s
+        link for each node.
 
-        An expert is two matrices of hidden_size * ffn_size weights without biases. Each weight costs a token 2 FLOPs forward
-        and 4 backward, so token_seconds = 12 * hidden_size * ffn_size / flops_per_second.
+        An expert is two matrices of hidden_size * ffn_size weights without biases. Each weight
+        costs a token 2 FLOPs forward and 4 backward, so token_seconds = 12 * hidden_size * ffn_size
+        / flops_per_second.
 
         Args:
             hidden_size, ffn_size: D and F, in values.
@@ -85,13 +91,24 @@ class Costs:
             link_bytes_per_second: of one node, each direction.
             horizon: steps.
             row_value_bytes: of one value of a token row; 2: fp16 or bf16.
-            state_value_bytes: that move with each weight; 12: an fp32 weight and AdamW's two moments.
+            state_value_bytes: that move with each weight; 12: an fp32 weight and AdamW's two
+                moments.
         """
-        for name, value in (("hidden size", hidden_size), ("ffn size", ffn_size), ("FLOPs per second", flops_per_second)):
+        for name, value in (
+            ("hidden size", hidden_size),
+            ("ffn size", ffn_size),
+            ("FLOPs per second", flops_per_second),
+        ):
             if not value > 0:
                 raise DataError(f"{name} ({value}) must be positive")
         weights = 2.0 * hidden_size * ffn_size
-        return cls(6 * weights / flops_per_second, float(hidden_size * row_value_bytes), weights * state_value_bytes, link_bytes_per_second, horizon)
+        return cls(
+            6 * weights / flops_per_second,
+            float(hidden_size * row_value_bytes),
+            weights * state_value_bytes,
+            link_bytes_per_second,
+            horizon,
+        )
 
     @property
     def row_seconds(self) -> float:
@@ -133,10 +150,18 @@ class Evaluation:
     def max_over_mean_L(self) -> Floats:
         """The fullest rank's load over the mean; 1 for a layer without tokens."""
         mean_L = self.load_LR.mean(axis=1)
-        return np.divide(self.load_LR.max(axis=1), mean_L, out=np.ones_like(mean_L), where=mean_L > 0)
+        return np.divide(
+            self.load_LR.max(axis=1), mean_L, out=np.ones_like(mean_L), where=mean_L > 0
+        )
 
 
-def evaluate(slot_to_expert_LS: Ints, load_LNE: NDArray[Any], num_ranks: int, costs: Costs, held_LRE: Optional[Bools] = None) -> Evaluation:
+def evaluate(
+    slot_to_expert_LS: Ints,
+    load_LNE: NDArray[Any],
+    num_ranks: int,
+    costs: Costs,
+    held_LRE: Optional[Bools] = None,
+) -> Evaluation:
     """The objective of each layer and its parts.
 
     Args:
@@ -158,14 +183,28 @@ def evaluate(slot_to_expert_LS: Ints, load_LNE: NDArray[Any], num_ranks: int, co
     load_LR = slot_load_LS.reshape(num_layers, num_ranks, -1).sum(axis=2)
     in_LN = np.einsum("lne,le->ln", copies_LNE, inbound_LE)
     out_LN = remote_LNE.sum(axis=2)
-    run_L = costs.token_seconds * load_LR.max(axis=1) + costs.row_seconds * np.maximum(in_LN, out_LN).max(axis=1)
+    run_L = costs.token_seconds * load_LR.max(axis=1) + costs.row_seconds * np.maximum(
+        in_LN, out_LN
+    ).max(axis=1)
     moved_L = np.zeros(num_layers, dtype=np.int64)
     if held_LRE is not None:
         expert_LRJ = np.sort(slot_to_expert_LS.reshape(num_layers, num_ranks, -1), axis=2)
         new_LRJ = ~held_LRE[layer_L1[:, :, None], np.arange(num_ranks)[:, None], expert_LRJ]
-        new_LRJ[:, :, 1:] &= expert_LRJ[:, :, 1:] != expert_LRJ[:, :, :-1]  # two copies on a rank are fetched once
+        new_LRJ[:, :, 1:] &= (
+            expert_LRJ[:, :, 1:] != expert_LRJ[:, :, :-1]
+        )  # two copies on a rank are fetched once
         moved_L = new_LRJ.sum(axis=(1, 2))
-    return Evaluation(load_LR, in_LN, out_LN, moved_L, run_L, run_L + costs.move_seconds * moved_L, slot_load_LS, inbound_LE, copies_LNE)
+    return Evaluation(
+        load_LR,
+        in_LN,
+        out_LN,
+        moved_L,
+        run_L,
+        run_L + costs.move_seconds * moved_L,
+        slot_load_LS,
+        inbound_LE,
+        copies_LNE,
+    )
 
 
 def holdings(slot_to_expert_LS: Ints, num_ranks: int, num_experts: int) -> Bools:
@@ -174,8 +213,14 @@ def holdings(slot_to_expert_LS: Ints, num_ranks: int, num_experts: int) -> Bools
 
 
 def _count(slot_to_expert_LS: Ints, num_parts: int, num_experts: int) -> Ints:
-    """How often each expert occurs in each of num_parts equal parts of the slots, int64 [L, parts, E]."""
+    """How often each expert occurs in each of num_parts equal parts of the slots, int64 [L,
+    parts, E].
+    """
     num_layers, num_slots = slot_to_expert_LS.shape
     part_S = np.arange(num_slots) * num_parts // num_slots
-    index_LS = (np.arange(num_layers)[:, None] * num_parts + part_S) * num_experts + slot_to_expert_LS
-    return np.bincount(index_LS.ravel(), minlength=num_layers * num_parts * num_experts).reshape(num_layers, num_parts, num_experts)
+    index_LS = (
+        np.arange(num_layers)[:, None] * num_parts + part_S
+    ) * num_experts + slot_to_expert_LS
+    return np.bincount(index_LS.ravel(), minlength=num_layers * num_parts * num_experts).reshape(
+        num_layers, num_parts, num_experts
+    )

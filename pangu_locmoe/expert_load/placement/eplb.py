@@ -1,9 +1,11 @@
 """Balance by load alone: groups to nodes, spare slots to the hottest experts, copies to ranks.
 
-The algorithm that DeepSeek published with its EPLB (hierarchical and global), in our own code and for all layers at once.
-It looks neither at where the tokens come from nor at the placement there is, so it prices no bytes and no moves.
+The algorithm that DeepSeek published with its EPLB (hierarchical and global), in our own code and
+for all layers at once. It looks neither at where the tokens come from nor at the placement there
+is, so it prices no bytes and no moves.
 
-Letters: L layers, E experts, G expert groups, N nodes, S slots, P packs, I items, X experts of a node.
+Letters: L layers, E experts, G expert groups, N nodes, S slots, P packs, I items, X experts of a
+node.
 """
 
 from __future__ import annotations
@@ -18,12 +20,15 @@ from pangu_locmoe.errors import DataError
 Ints = NDArray[np.int64]
 
 
-def rebalance(weight_LE: NDArray[Any], num_slots: int, num_groups: int, num_nodes: int, num_ranks: int) -> Tuple[Ints, Ints, Ints]:
+def rebalance(
+    weight_LE: NDArray[Any], num_slots: int, num_groups: int, num_nodes: int, num_ranks: int
+) -> Tuple[Ints, Ints, Ints]:
     """Place every expert of every layer, the hottest ones several times.
 
-    Hierarchical if num_groups is a multiple of num_nodes: the groups are packed into nodes, each node's slots are filled
-    with its experts, the copies are packed into its ranks. Otherwise global: the same with one node and one group.
-    Computed in float32, as the original is, so that ties fall the same way.
+    Hierarchical if num_groups is a multiple of num_nodes: the groups are packed into nodes, each
+    node's slots are filled with its experts, the copies are packed into its ranks. Otherwise
+    global: the same with one node and one group. Computed in float32, as the original is, so that
+    ties fall the same way.
 
     Args:
         weight_LE: load of each expert, any unit.
@@ -33,8 +38,8 @@ def rebalance(weight_LE: NDArray[Any], num_slots: int, num_groups: int, num_node
 
     Returns:
         slot_to_expert int64 [L, S], rank r holds the r-th contiguous block of slots;
-        expert_to_slots int64 [L, E, most copies of any expert], its slots in the order they were given out, padded with -1;
-        copies int64 [L, E].
+        expert_to_slots int64 [L, E, most copies of any expert], its slots in the order they were
+        given out, padded with -1; copies int64 [L, E].
 
     Raises:
         DataError: the numbers do not divide each other.
@@ -43,13 +48,18 @@ def rebalance(weight_LE: NDArray[Any], num_slots: int, num_groups: int, num_node
     num_layers, num_experts = weight_LE.shape
     check_sizes(num_experts, num_slots, num_groups, num_nodes, num_ranks)
     if num_groups % num_nodes:
-        num_groups, num_nodes = 1, 1
+        num_groups = 1
+        num_nodes = 1
     group_size = num_experts // num_groups
     weight_LG = weight_LE.reshape(num_layers, num_groups, group_size).sum(axis=2, dtype=np.float32)
     group_of_place_LG = pack(weight_LG, num_nodes)
-    expert_of_place_LE = (group_of_place_LG[:, :, None] * group_size + np.arange(group_size)).reshape(num_layers, num_nodes, -1)
+    expert_of_place_LE = (
+        group_of_place_LG[:, :, None] * group_size + np.arange(group_size)
+    ).reshape(num_layers, num_nodes, -1)
     layer_L1 = np.arange(num_layers)[:, None]
-    slot_to_expert_LS, number_LS = fill_nodes(weight_LE[layer_L1[:, None], expert_of_place_LE], expert_of_place_LE, num_slots, num_ranks)
+    slot_to_expert_LS, number_LS = fill_nodes(
+        weight_LE[layer_L1[:, None], expert_of_place_LE], expert_of_place_LE, num_slots, num_ranks
+    )
     copies_LE = np.zeros(weight_LE.shape, dtype=np.int64)
     np.maximum.at(copies_LE, (layer_L1, slot_to_expert_LS), number_LS + 1)
     expert_to_slots = np.full((*copies_LE.shape, copies_LE.max()), -1, dtype=np.int64)
@@ -57,8 +67,11 @@ def rebalance(weight_LE: NDArray[Any], num_slots: int, num_groups: int, num_node
     return slot_to_expert_LS, expert_to_slots, copies_LE
 
 
-def fill_nodes(weight_LNX: NDArray[Any], expert_LNX: Ints, num_slots: int, num_ranks: int) -> Tuple[Ints, Ints]:
-    """Steps two and three: fill each node's slots with copies of its experts and pack these into its ranks.
+def fill_nodes(
+    weight_LNX: NDArray[Any], expert_LNX: Ints, num_slots: int, num_ranks: int
+) -> Tuple[Ints, Ints]:
+    """Steps two and three: fill each node's slots with copies of its experts and pack these into
+    its ranks.
 
     Args:
         weight_LNX: load of the node's experts.
@@ -66,22 +79,29 @@ def fill_nodes(weight_LNX: NDArray[Any], expert_LNX: Ints, num_slots: int, num_r
         num_slots, num_ranks: over all nodes.
 
     Returns:
-        slot_to_expert int64 [L, S]; which of the node's copies of the expert that is, from 0, int64 [L, S].
+        slot_to_expert int64 [L, S]; which of the node's copies of the expert that is, from 0, int64
+        [L, S].
     """
     num_layers, num_nodes, per_node = expert_LNX.shape
     weight_AX = weight_LNX.reshape(-1, per_node).astype(np.float32)  # A: a node of a layer
     item_AS, number_AS, copies_AX = replicate(weight_AX, num_slots // num_nodes)
     row_A1 = np.arange(len(weight_AX))[:, None]
-    slot_AS = pack(weight_AX[row_A1, item_AS] / copies_AX[row_A1, item_AS].astype(np.float32), num_ranks // num_nodes)
+    slot_AS = pack(
+        weight_AX[row_A1, item_AS] / copies_AX[row_A1, item_AS].astype(np.float32),
+        num_ranks // num_nodes,
+    )
     slot_to_expert_AS = expert_LNX.reshape(-1, per_node)[row_A1, item_AS[row_A1, slot_AS]]
-    return slot_to_expert_AS.reshape(num_layers, num_slots), number_AS[row_A1, slot_AS].reshape(num_layers, num_slots)
+    return slot_to_expert_AS.reshape(num_layers, num_slots), number_AS[row_A1, slot_AS].reshape(
+        num_layers, num_slots
+    )
 
 
 def replicate(weight_AE: NDArray[Any], num_slots: int) -> Tuple[Ints, Ints, Ints]:
     """Every expert once, then each spare slot to the expert with the most load per copy.
 
     Returns:
-        expert of each slot int64 [A, S], which copy of it that is int64 [A, S], copies int64 [A, E].
+        expert of each slot int64 [A, S], which copy of it that is int64 [A, S], copies int64 [A,
+        E].
     """
     num_rows, num_experts = weight_AE.shape
     item_AS = np.tile(np.arange(num_slots), (num_rows, 1))
@@ -96,7 +116,8 @@ def replicate(weight_AE: NDArray[Any], num_slots: int) -> Tuple[Ints, Ints, Ints
 
 
 def pack(weight_AI: NDArray[Any], num_packs: int) -> Ints:
-    """Equally many items into each pack: the heaviest item first, into the lightest pack that has room.
+    """Equally many items into each pack: the heaviest item first, into the lightest pack that has
+    room.
 
     Returns:
         int64 [A, I]: pack by pack, the item at each place, in the order in which they went in.
@@ -117,9 +138,19 @@ def pack(weight_AI: NDArray[Any], num_packs: int) -> Ints:
     return place_AI
 
 
-def check_sizes(num_experts: int, num_slots: int, num_groups: int, num_nodes: int, num_ranks: int) -> None:
-    """Raises DataError, naming both numbers, if experts, slots, groups, nodes and ranks do not fit each other."""
-    sizes = {"experts": num_experts, "slots": num_slots, "groups": num_groups, "nodes": num_nodes, "ranks": num_ranks}
+def check_sizes(
+    num_experts: int, num_slots: int, num_groups: int, num_nodes: int, num_ranks: int
+) -> None:
+    """Raises DataError, naming both numbers, if experts, slots, groups, nodes and ranks do not
+    fit each other.
+    """
+    sizes = {
+        "experts": num_experts,
+        "slots": num_slots,
+        "groups": num_groups,
+        "nodes": num_nodes,
+        "ranks": num_ranks,
+    }
     for name, value in sizes.items():
         if value < 1:
             raise DataError(f"{name} ({value}) must be at least 1")
@@ -128,4 +159,6 @@ def check_sizes(num_experts: int, num_slots: int, num_groups: int, num_nodes: in
     for name, divisor in (("slots", "ranks"), ("ranks", "nodes"), ("experts", "groups")):
         if sizes[name] % sizes[divisor]:
             plus = " (experts plus replicas)" if name == "slots" else ""
-            raise DataError(f"{name}{plus} ({sizes[name]}) must be divisible by {divisor} ({sizes[divisor]})")
+            raise DataError(
+                f"{name}{plus} ({sizes[name]}) must be divisible by {divisor} ({sizes[divisor]})"
+            )

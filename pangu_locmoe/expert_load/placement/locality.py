@@ -1,7 +1,8 @@
 """Placement by where the tokens come from: several starts, local search from each, the best of all.
 
-The starts are the current placement, EPLB's and our own (starts.py). The result is never worse than the current placement or
-EPLB's by the objective of costs.py, and a layer that would gain nothing stays as it is.
+The starts are the current placement, EPLB's and our own (starts.py). The result is never worse than
+the current placement or EPLB's by the objective of costs.py, and a layer that would gain nothing
+stays as it is.
 
 Letters: L layers, N nodes, R ranks, E experts, S slots, G expert groups, P placements.
 """
@@ -21,7 +22,9 @@ from pangu_locmoe.expert_load.placement.problem import Problem
 from pangu_locmoe.expert_load.placement.search import Work, improve
 from pangu_locmoe.expert_load.placement.starts import align, copy_by_copy, extend, kick, nodes_first
 
-KICK_ROUNDS, KICKS = 4, 8  # times the best found of each layer is changed at random and improved again, how often at once
+# times the best found of each layer is changed at random and improved again, how often at once
+KICK_ROUNDS = 4
+KICKS = 8
 
 
 def place(
@@ -40,8 +43,10 @@ def place(
         num_ranks: R; a multiple of N, numbered node by node.
         current_LS: the placement there is, int [L, slots]; may have fewer slots than the result.
         costs: prices.
-        num_slots: S of a layer, at least E; more than E: experts get copies. None: as many as the current placement.
-        num_groups: G consecutive runs of experts, each of which must stay within one node; None: no such limit.
+        num_slots: S of a layer, at least E; more than E: experts get copies. None: as many as the
+            current placement.
+        num_groups: G consecutive runs of experts, each of which must stay within one node; None: no
+            such limit.
         starts: further placements [L, S] to start from.
 
     Returns:
@@ -55,7 +60,10 @@ def place(
     num_slots = num_slots or current_LS.shape[1]
     check_sizes(num_experts, num_slots, num_groups or 1, num_nodes, num_ranks)
     if num_groups and num_groups % num_nodes:
-        raise DataError(f"groups ({num_groups}) must be divisible by nodes ({num_nodes}) for each to stay within a node")
+        raise DataError(
+            f"groups ({num_groups}) must be divisible by nodes ({num_nodes}) for each to "
+            "stay within a node"
+        )
     held_LRE = holdings(current_LS, num_ranks, num_experts)
     problem = Problem(load_LNE, held_LRE, num_ranks, costs)
 
@@ -65,26 +73,41 @@ def place(
     kept = [extend(current_LS, load_LE, num_ranks, num_slots), eplb_LS, *starts]
     per_node = (num_slots - num_experts) // num_nodes
     visits = (0,) if num_groups or not per_node else (0, per_node)
-    own = [align(eplb_LS, problem), *(nodes_first(problem, num_slots, num_groups, visiting) for visiting in visits)]
+    own = [
+        align(eplb_LS, problem),
+        *(nodes_first(problem, num_slots, num_groups, visiting) for visiting in visits),
+    ]
     if num_groups is None:
         own.append(copy_by_copy(problem, num_slots))
     else:
-        kept = [slots_LS for slots_LS in kept if _keeps_groups(slots_LS, num_groups, num_nodes, num_experts)]
+        kept = [
+            slots_LS
+            for slots_LS in kept
+            if _keeps_groups(slots_LS, num_groups, num_nodes, num_experts)
+        ]
     return best_of(problem, [*kept, *_search(problem, np.stack([*kept, *own]), num_groups)])
 
 
 def _search(problem: Problem, starts_PLS: Ints, num_groups: Optional[int]) -> List[Ints]:
-    """Local search: in each layer from its best start, then from the next best, then from the best found with a few random
-    changes, for as long as the work lasts. Large problems end with the first, small ones get them all."""
-    work, found, layers_L = Work(), [], np.arange(len(problem.load_LNE))
+    """Local search: in each layer from its best start, then from the next best, then from the best
+    found with a few random changes, for as long as the work lasts. Large problems end with the
+    first, small ones get them all.
+    """
+    work = Work()
+    found = []
+    layers_L = np.arange(len(problem.load_LNE))
 
     def search(row_B: Ints, slots_BS: Ints) -> None:
         part = problem.rows(row_B)
         if num_groups is not None:
-            part = replace(part, allowed_LNE=_allowed_nodes(slots_BS, num_groups, *part.load_LNE.shape[1:]))
+            part = replace(
+                part, allowed_LNE=_allowed_nodes(slots_BS, num_groups, *part.load_LNE.shape[1:])
+            )
         found.extend(np.split(improve(part, slots_BS, work), len(row_B) // len(layers_L)))
 
-    for start_L in np.argsort([problem.value(slots_LS) for slots_LS in starts_PLS], axis=0, kind="stable"):
+    for start_L in np.argsort(
+        [problem.value(slots_LS) for slots_LS in starts_PLS], axis=0, kind="stable"
+    ):
         if work.left > 0:
             search(layers_L, starts_PLS[start_L, layers_L])
     generator = np.random.default_rng(0)
@@ -97,7 +120,9 @@ def _search(problem: Problem, starts_PLS: Ints, num_groups: Optional[int]) -> Li
 
 def _keeps_groups(slots_LS: Ints, num_groups: int, num_nodes: int, num_experts: int) -> bool:
     """Whether every group is within one node in every layer."""
-    return bool((_allowed_nodes(slots_LS, num_groups, num_nodes, num_experts).sum(axis=1) == 1).all())
+    return bool(
+        (_allowed_nodes(slots_LS, num_groups, num_nodes, num_experts).sum(axis=1) == 1).all()
+    )
 
 
 def best_of(problem: Problem, placements: Sequence[Ints]) -> Ints:
@@ -111,4 +136,8 @@ def best_of(problem: Problem, placements: Sequence[Ints]) -> Ints:
 def _allowed_nodes(slots_LS: Ints, num_groups: int, num_nodes: int, num_experts: int) -> Bools:
     """The nodes that hold something of an expert's group, bool [L, N, E]."""
     held_LNE = holdings(slots_LS, num_nodes, num_experts)
-    return np.repeat(held_LNE.reshape(*held_LNE.shape[:2], num_groups, -1).any(axis=3), num_experts // num_groups, axis=2)
+    return np.repeat(
+        held_LNE.reshape(*held_LNE.shape[:2], num_groups, -1).any(axis=3),
+        num_experts // num_groups,
+        axis=2,
+    )

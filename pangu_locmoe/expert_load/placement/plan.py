@@ -1,4 +1,5 @@
-"""The plan: where every copy of every expert goes, what that is expected to bring, and the file it is kept in.
+"""The plan: where every copy of every expert goes, what that is expected to bring, and the file it
+is kept in.
 
 Letters: L layers, N nodes, R ranks, E experts, S slots.
 """
@@ -13,7 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pangu_locmoe.errors import DataError
-from pangu_locmoe.expert_load.placement.costs import CROSSINGS, Costs, Evaluation, Ints, evaluate, holdings
+from pangu_locmoe.expert_load.placement.costs import (
+    CROSSINGS,
+    Costs,
+    Evaluation,
+    Ints,
+    evaluate,
+    holdings,
+)
 from pangu_locmoe.expert_load.placement.eplb import rebalance
 from pangu_locmoe.expert_load.placement.locality import place
 from pangu_locmoe.expert_load.placement.starts import extend
@@ -40,7 +48,11 @@ class Figures:
     @classmethod
     def of(cls, result: Evaluation, costs: Costs) -> Figures:
         rows = float(result.out_LN.sum())
-        return cls(float(result.max_over_mean_L.mean()), rows * CROSSINGS * costs.row_bytes, float(result.seconds_L.sum()))
+        return cls(
+            float(result.max_over_mean_L.mean()),
+            rows * CROSSINGS * costs.row_bytes,
+            float(result.seconds_L.sum()),
+        )
 
 
 @dataclass(frozen=True)
@@ -48,20 +60,25 @@ class Plan:
     """A placement with its figures.
 
     Attributes:
-        slot_to_expert: [layers][slots]; rank r holds the r-th contiguous block of slots; an expert may have several.
+        slot_to_expert: [layers][slots]; rank r holds the r-th contiguous block of slots; an expert
+            may have several.
         experts, nodes, ranks_per_node: sizes; ranks are numbered node by node.
         policy, groups: how it was made; groups None: no limit.
-        now, after: on the load the plan was made for (the forecast), of the placement there was and of this one.
-        experts_moved: experts that ranks have to fetch, all layers; a rank that fetches two counts two.
+        now, after: on the load the plan was made for (the forecast), of the placement there was and
+            of this one.
+        experts_moved: experts that ranks have to fetch, all layers; a rank that fetches two counts
+            two.
         bytes_moved: weights and optimizer state of these.
-        move_seconds: sending them over one link, spread over the horizon, per step; part of after.step_seconds.
+        move_seconds: sending them over one link, spread over the horizon, per step; part of
+            after.step_seconds.
         costs: the prices used.
-        state: of each layer, "stable", "transient" or "unknown"; a transient layer keeps its placement, one of which too few rows
-            are known is placed by those.
-        capacity_factor: of each transient layer, what would have held nearly all loads of late; None for others.
+        state: of each layer, "stable", "transient" or "unknown"; a transient layer keeps its
+            placement, one of which too few rows are known is placed by those.
+        capacity_factor: of each transient layer, what would have held nearly all loads of late;
+            None for others.
         origin, horizon: first step the plan is for, and how many; None: not from a trace.
-        actual_now, actual_after, actual_oracle: on the recorded loads of the horizon, where the trace has them; the oracle
-            is the same policy given those loads instead of the forecast.
+        actual_now, actual_after, actual_oracle: on the recorded loads of the horizon, where the
+            trace has them; the oracle is the same policy given those loads instead of the forecast.
         notes: what was assumed.
     """
 
@@ -102,19 +119,43 @@ class Plan:
     def format(self) -> str:
         """A few lines to read."""
         slots = len(self.slot_to_expert[0])
-        span = f", steps {self.origin} to {self.origin + self.horizon - 1}" if self.origin is not None and self.horizon else ""
+        span = (
+            f", steps {self.origin} to {self.origin + self.horizon - 1}"
+            if self.origin is not None and self.horizon
+            else ""
+        )
         lines = [
-            f"{self.policy}: {len(self.slot_to_expert)} layers, {self.experts} experts in {slots} slots on {self.nodes} x {self.ranks_per_node} ranks{span}",
+            (
+                f"{self.policy}: {len(self.slot_to_expert)} layers, {self.experts} experts in "
+                f"{slots} slots on {self.nodes} x {self.ranks_per_node} ranks{span}"
+            ),
             f"{'':22}{'max/mean':>9}{'MB between nodes':>18}{'ms a step':>11}",
         ]
-        rows = (("forecast, now", self.now), ("forecast, after", self.after), ("recorded, now", self.actual_now))
-        for name, figures in (*rows, ("recorded, after", self.actual_after), ("recorded, oracle", self.actual_oracle)):
+        rows = (
+            ("forecast, now", self.now),
+            ("forecast, after", self.after),
+            ("recorded, now", self.actual_now),
+        )
+        for name, figures in (
+            *rows,
+            ("recorded, after", self.actual_after),
+            ("recorded, oracle", self.actual_oracle),
+        ):
             if figures:
-                lines.append(f"{name:22}{figures.max_over_mean:9.3f}{figures.inter_node_bytes / 1e6:18.3f}{figures.step_seconds * 1e3:11.4f}")
-        lines.append(f"moves {self.experts_moved} experts, {self.bytes_moved / 1e6:.1f} MB ({self.move_seconds * 1e3:.4f} ms of each step); the modelled step changes by {0.0 - self.gain:+.1%}")
+                lines.append(
+                    f"{name:22}{figures.max_over_mean:9.3f}{figures.inter_node_bytes / 1e6:18.3f}{figures.step_seconds * 1e3:11.4f}"
+                )
+        lines.append(
+            f"moves {self.experts_moved} experts, {self.bytes_moved / 1e6:.1f} MB "
+            f"({self.move_seconds * 1e3:.4f} ms of each step); the modelled step changes "
+            f"by {0.0 - self.gain:+.1%}"
+        )
         for layer, factor in enumerate(self.capacity_factor):
             if self.state[layer] == TRANSIENT:
-                lines.append(f"layer {layer} is transient: it keeps its placement; capacity factor {factor:.2f} gives its experts room")
+                lines.append(
+                    f"layer {layer} is transient: it keeps its placement; capacity factor "
+                    f"{factor:.2f} gives its experts room"
+                )
         return "\n".join([*lines, *self.notes])
 
 
@@ -139,10 +180,13 @@ def plan(
         costs: prices.
         policy: eplb or locality.
         num_slots: S of a layer; None: as many as now.
-        num_groups: locality: each group stays within a node; eplb: hierarchical if a multiple of N; None: no groups.
-        min_gain: a layer keeps its placement unless its modelled seconds, moves paid, fall by more than this part of them.
-            None: EPLB's plan is taken as it is, ours where it gains anything.
-        capacity_factor: of each layer that is transient, else None; a transient layer keeps its placement.
+        num_groups: locality: each group stays within a node; eplb: hierarchical if a multiple of N;
+            None: no groups.
+        min_gain: a layer keeps its placement unless its modelled seconds, moves paid, fall by more
+            than this part of them. None: EPLB's plan is taken as it is, ours where it gains
+            anything.
+        capacity_factor: of each layer that is transient, else None; a transient layer keeps its
+            placement.
         starts: further placements for locality to start from.
 
     Raises:
@@ -154,18 +198,26 @@ def plan(
     if policy == "locality":
         slots_LS = place(load_LNE, num_ranks, current_LS, costs, num_slots, num_groups, starts)
     elif policy == "eplb":
-        slots_LS = rebalance(load_LNE.sum(axis=1), num_slots, num_groups or 1, num_nodes, num_ranks)[0]
+        slots_LS = rebalance(
+            load_LNE.sum(axis=1), num_slots, num_groups or 1, num_nodes, num_ranks
+        )[0]
     else:
         raise DataError(f"unknown policy {policy!r}: {' or '.join(POLICIES)}")
     held_LRE = holdings(current_LS, num_ranks, num_experts)
     now = evaluate(current_LS, load_LNE, num_ranks, costs)
-    factors: List[Optional[float]] = [None] * num_layers if capacity_factor is None else list(capacity_factor)
+    factors: List[Optional[float]] = (
+        [None] * num_layers if capacity_factor is None else list(capacity_factor)
+    )
     keeps_L = np.array([factor is not None for factor in factors])
     if min_gain is not None:
         after = evaluate(slots_LS, load_LNE, num_ranks, costs, held_LRE)
         keeps_L |= now.seconds_L - after.seconds_L <= min_gain * now.seconds_L
     if keeps_L.any():
-        slots_LS = np.where(keeps_L[:, None], extend(current_LS, load_LNE.sum(axis=1), num_ranks, num_slots), slots_LS)
+        slots_LS = np.where(
+            keeps_L[:, None],
+            extend(current_LS, load_LNE.sum(axis=1), num_ranks, num_slots),
+            slots_LS,
+        )
     after = evaluate(slots_LS, load_LNE, num_ranks, costs, held_LRE)
     moved = int(after.moved_L.sum())
     return Plan(

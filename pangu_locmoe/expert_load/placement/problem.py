@@ -10,9 +10,17 @@ from typing import Optional
 
 import numpy as np
 
-from pangu_locmoe.expert_load.placement.costs import Bools, Costs, Evaluation, Floats, Ints, evaluate
+from pangu_locmoe.expert_load.placement.costs import (
+    Bools,
+    Costs,
+    Evaluation,
+    Floats,
+    Ints,
+    evaluate,
+)
 
-# Among placements whose slowest rank and busiest node are the same, evener ranks and fewer crossings are better: they lead
+# Among placements whose slowest rank and busiest node are the same, evener ranks and fewer
+# crossings are better: they lead
 # out of the plateaus that a maximum has. The weight is small enough not to trade the maximum away.
 TIE_WEIGHT = 1e-3
 
@@ -38,7 +46,9 @@ class Problem:
     def rows(self, row_B: Ints) -> Problem:
         """The same of some layers, in this order; a layer may occur several times."""
         allowed = None if self.allowed_LNE is None else self.allowed_LNE[row_B]
-        return Problem(self.load_LNE[row_B], self.held_LRE[row_B], self.num_ranks, self.costs, allowed)
+        return Problem(
+            self.load_LNE[row_B], self.held_LRE[row_B], self.num_ranks, self.costs, allowed
+        )
 
     def evaluate(self, slot_to_expert_LS: Ints) -> Evaluation:
         return evaluate(slot_to_expert_LS, self.load_LNE, self.num_ranks, self.costs, self.held_LRE)
@@ -50,5 +60,7 @@ class Problem:
 
 def value_of(now: Evaluation, costs: Costs) -> Floats:
     total_L = np.maximum(now.load_LR.sum(axis=1), 1e-300)
-    evenness_L = costs.token_seconds * np.square(now.load_LR).sum(axis=1) / total_L + costs.row_seconds * now.out_LN.mean(axis=1)
+    evenness_L = costs.token_seconds * np.square(now.load_LR).sum(
+        axis=1
+    ) / total_L + costs.row_seconds * now.out_LN.mean(axis=1)
     return now.seconds_L + TIE_WEIGHT * evenness_L

@@ -1,11 +1,12 @@
 """Where the search starts from.
 
-`nodes_first` decides which node an expert belongs to and then, as EPLB does, its rank; `copy_by_copy` puts one copy after the
-other where it costs least. EPLB does not know which node is which, so `align` renames the nodes and ranks of a placement to
-those that send it most and hold most of it already. `extend` keeps a placement and fills new slots.
+`nodes_first` decides which node an expert belongs to and then, as EPLB does, its rank;
+`copy_by_copy` puts one copy after the other where it costs least. EPLB does not know which node is
+which, so `align` renames the nodes and ranks of a placement to those that send it most and hold
+most of it already. `extend` keeps a placement and fills new slots.
 
-Letters: L layers, N nodes, R ranks, E experts, S slots, G expert groups, X experts of a node, J slots of a node or a rank,
-A rows, P parts.
+Letters: L layers, N nodes, R ranks, E experts, S slots, G expert groups, X experts of a node, J
+slots of a node or a rank, A rows, P parts.
 """
 
 from __future__ import annotations
@@ -24,14 +25,17 @@ from pangu_locmoe.expert_load.placement.search import Work, improve
 KICK_CHANGES = 4
 
 
-def nodes_first(problem: Problem, num_slots: int, num_groups: Optional[int] = None, visiting: int = 0) -> Ints:
-    """The experts' (or groups') nodes as a placement problem of its own, each node one rank; then EPLB's way to copies and ranks.
+def nodes_first(
+    problem: Problem, num_slots: int, num_groups: Optional[int] = None, visiting: int = 0
+) -> Ints:
+    """The experts' (or groups') nodes as a placement problem of its own, each node one rank; then
+    EPLB's way to copies and ranks.
 
     Args:
         num_slots: S, over all ranks.
         num_groups: G; None: every expert may be in any node.
-        visiting: slots of each node for copies of other nodes' experts, those it sends most rows to; the node's further spare
-            slots go to second copies of what it has.
+        visiting: slots of each node for copies of other nodes' experts, those it sends most rows
+            to; the node's further spare slots go to second copies of what it has.
     """
     num_layers, num_nodes, num_experts = problem.load_LNE.shape
     num_items = num_groups or num_experts
@@ -39,35 +43,63 @@ def nodes_first(problem: Problem, num_slots: int, num_groups: Optional[int] = No
         return copy_by_copy(problem, num_slots)
     size = num_experts // num_items
     load_LNG = problem.load_LNE.reshape(num_layers, num_nodes, num_items, size).sum(axis=3)
-    held_LNG = problem.held_LRE.reshape(num_layers, num_nodes, -1, num_items, size).any(axis=2).all(axis=3)
-    seconds, per_group = problem.costs.token_seconds * num_nodes / problem.num_ranks, problem.costs.expert_bytes * size
-    upper = Problem(load_LNG, held_LNG, num_nodes, replace(problem.costs, token_seconds=seconds, expert_bytes=per_group))
-    item_LNJ = improve(upper, copy_by_copy(upper, num_items), Work(150_000)).reshape(num_layers, num_nodes, -1)
-    expert_LNX = (item_LNJ[:, :, :, None] * size + np.arange(size)).reshape(num_layers, num_nodes, -1)
+    held_LNG = (
+        problem.held_LRE.reshape(num_layers, num_nodes, -1, num_items, size).any(axis=2).all(axis=3)
+    )
+    seconds = problem.costs.token_seconds * num_nodes / problem.num_ranks
+    per_group = problem.costs.expert_bytes * size
+    upper = Problem(
+        load_LNG,
+        held_LNG,
+        num_nodes,
+        replace(problem.costs, token_seconds=seconds, expert_bytes=per_group),
+    )
+    item_LNJ = improve(upper, copy_by_copy(upper, num_items), Work(150_000)).reshape(
+        num_layers, num_nodes, -1
+    )
+    expert_LNX = (item_LNJ[:, :, :, None] * size + np.arange(size)).reshape(
+        num_layers, num_nodes, -1
+    )
     home_LNE = holdings(expert_LNX.reshape(num_layers, -1), num_nodes, num_experts)
     away_LNE = np.where(home_LNE, -1.0, problem.load_LNE)
-    expert_LNX = np.concatenate((expert_LNX, np.argsort(-away_LNE, axis=2, kind="stable")[:, :, :visiting]), axis=2)
+    expert_LNX = np.concatenate(
+        (expert_LNX, np.argsort(-away_LNE, axis=2, kind="stable")[:, :, :visiting]), axis=2
+    )
     # A home also computes the rows of the nodes that the expert does not visit.
-    local_LNE = np.where(holdings(expert_LNX.reshape(num_layers, -1), num_nodes, num_experts), problem.load_LNE, 0.0)
-    weight_LNE = local_LNE + np.where(home_LNE, (problem.load_LNE - local_LNE).sum(axis=1, keepdims=True), 0.0)
-    slots_LS, _ = fill_nodes(np.take_along_axis(weight_LNE, expert_LNX, axis=2), expert_LNX, num_slots, problem.num_ranks)
+    local_LNE = np.where(
+        holdings(expert_LNX.reshape(num_layers, -1), num_nodes, num_experts), problem.load_LNE, 0.0
+    )
+    weight_LNE = local_LNE + np.where(
+        home_LNE, (problem.load_LNE - local_LNE).sum(axis=1, keepdims=True), 0.0
+    )
+    slots_LS, _ = fill_nodes(
+        np.take_along_axis(weight_LNE, expert_LNX, axis=2), expert_LNX, num_slots, problem.num_ranks
+    )
     return align(slots_LS, problem)
 
 
 def copy_by_copy(problem: Problem, num_slots: int) -> Ints:
-    """The heaviest copy first, each to the rank with room where load, crossing rows and moving cost least together."""
-    load_LNE, costs = problem.load_LNE, problem.costs
+    """The heaviest copy first, each to the rank with room where load, crossing rows and moving
+    cost least together.
+    """
+    load_LNE = problem.load_LNE
+    costs = problem.costs
     num_layers, num_nodes, _ = load_LNE.shape
-    num_ranks, room = problem.num_ranks, num_slots // problem.num_ranks
+    num_ranks = problem.num_ranks
+    room = num_slots // problem.num_ranks
     load_LE = load_LNE.sum(axis=1)
     expert_LS, _, copies_LE = replicate(load_LE, num_slots)
-    rows_L, row_L1, node_R = np.arange(num_layers), np.arange(num_layers)[:, None], np.arange(num_ranks) * num_nodes // num_ranks
+    rows_L = np.arange(num_layers)
+    row_L1 = np.arange(num_layers)[:, None]
+    node_R = np.arange(num_ranks) * num_nodes // num_ranks
     copy_LS = (load_LE / copies_LE)[row_L1, expert_LS]
-    rank_load_LR, used_LR = np.zeros((num_layers, num_ranks)), np.zeros((num_layers, num_ranks), dtype=np.int64)
+    rank_load_LR = np.zeros((num_layers, num_ranks))
+    used_LR = np.zeros((num_layers, num_ranks), dtype=np.int64)
     home_LNE = np.zeros(load_LNE.shape, dtype=bool)
     slots_LRJ = np.empty((num_layers, num_ranks, room), dtype=np.int64)
     for slot_L in np.argsort(-copy_LS, axis=1, kind="stable").T:
-        expert_L, copy_L = expert_LS[rows_L, slot_L], copy_LS[rows_L, slot_L]
+        expert_L = expert_LS[rows_L, slot_L]
+        copy_L = copy_LS[rows_L, slot_L]
         kept_LN = np.where(home_LNE[rows_L, :, expert_L], 0.0, load_LNE[rows_L, :, expert_L])
         price_LR = costs.token_seconds * rank_load_LR - costs.row_seconds * kept_LN[:, node_R]
         price_LR -= costs.move_seconds * problem.held_LRE[rows_L, :, expert_L]
@@ -80,25 +112,35 @@ def copy_by_copy(problem: Problem, num_slots: int) -> Ints:
 
 
 def align(slots_LS: Ints, problem: Problem) -> Ints:
-    """The same placement with its nodes renamed to keep most tokens and experts, then the ranks of each node to keep most experts."""
+    """The same placement with its nodes renamed to keep most tokens and experts, then the ranks
+    of each node to keep most experts.
+    """
     num_layers, num_nodes, num_experts = problem.load_LNE.shape
     per_node = problem.num_ranks // num_nodes
     in_node_LNE = holdings(slots_LS, num_nodes, num_experts).astype(np.float64)
     held_LNE = problem.held_LRE.reshape(num_layers, num_nodes, per_node, num_experts).any(axis=2)
     worth_LNE = problem.costs.row_seconds * problem.load_LNE + problem.costs.move_seconds * held_LNE
     node_LN = _match(in_node_LNE @ worth_LNE.swapaxes(1, 2))
-    blocks = slots_LS.reshape(num_layers, num_nodes, -1)[np.arange(num_layers)[:, None], node_LN].reshape(num_layers, -1)
+    blocks = slots_LS.reshape(num_layers, num_nodes, -1)[
+        np.arange(num_layers)[:, None], node_LN
+    ].reshape(num_layers, -1)
     shape = (num_layers * num_nodes, per_node, num_experts)
     in_rank_ARE = holdings(blocks, problem.num_ranks, num_experts).reshape(shape).astype(np.float64)
     held_ARE = problem.held_LRE.reshape(shape).astype(np.float64)
     rank_AR = _match(in_rank_ARE @ held_ARE.swapaxes(1, 2))
-    return blocks.reshape(len(rank_AR), per_node, -1)[np.arange(len(rank_AR))[:, None], rank_AR].reshape(num_layers, -1)
+    return blocks.reshape(len(rank_AR), per_node, -1)[
+        np.arange(len(rank_AR))[:, None], rank_AR
+    ].reshape(num_layers, -1)
 
 
 def _match(gain_APP: Floats) -> Ints:
-    """Greedily the largest gains first: for each column the row that takes its place, int64 [A, P]."""
+    """Greedily the largest gains first: for each column the row that takes its place, int64 [A,
+    P].
+    """
     num_rows, num_parts, _ = gain_APP.shape
-    row_AP, rows_A, left = np.empty((num_rows, num_parts), dtype=np.int64), np.arange(num_rows), gain_APP.copy()
+    row_AP = np.empty((num_rows, num_parts), dtype=np.int64)
+    rows_A = np.arange(num_rows)
+    left = gain_APP.copy()
     for _ in range(num_parts):
         row_A, column_A = np.divmod(left.reshape(num_rows, -1).argmax(axis=1), num_parts)
         row_AP[rows_A, column_A] = row_A
@@ -107,15 +149,21 @@ def _match(gain_APP: Floats) -> Ints:
 
 
 def extend(current_LS: Ints, load_LE: Floats, num_ranks: int, num_slots: int) -> Ints:
-    """The current placement with more slots: each rank keeps what it holds, its new slots get the experts with most load per copy.
+    """The current placement with more slots: each rank keeps what it holds, its new slots get the
+    experts with most load per copy.
 
     Raises DataError if there are fewer slots than now or the ranks do not divide them.
     """
     num_layers, num_now = current_LS.shape
     if num_slots < num_now or num_now % num_ranks:
-        raise DataError(f"the current placement has {num_now} slots on {num_ranks} ranks; {num_slots} cannot keep them")
+        raise DataError(
+            f"the current placement has {num_now} slots on {num_ranks} ranks; {num_slots} "
+            "cannot keep them"
+        )
     blocks = [current_LS.reshape(num_layers, num_ranks, -1).astype(np.int64)]
-    copies_LE = np.stack([np.bincount(slots_S, minlength=load_LE.shape[1]) for slots_S in current_LS])
+    copies_LE = np.stack(
+        [np.bincount(slots_S, minlength=load_LE.shape[1]) for slots_S in current_LS]
+    )
     rows_L = np.arange(num_layers)
     for _ in range((num_slots - num_now) // num_ranks):
         added_LR = np.empty((num_layers, num_ranks), dtype=np.int64)
@@ -127,12 +175,21 @@ def extend(current_LS: Ints, load_LE: Floats, num_ranks: int, num_slots: int) ->
 
 
 def kick(slots_BS: Ints, num_experts: int, generator: np.random.Generator) -> Ints:
-    """The same with some pairs of slots exchanged at random and, where there are spare copies, some given to other experts."""
+    """The same with some pairs of slots exchanged at random and, where there are spare copies,
+    some given to other experts.
+    """
     slots_BS, rows_B = slots_BS.copy(), np.arange(len(slots_BS))
     for _ in range(KICK_CHANGES):
         first_B, second_B = generator.integers(0, slots_BS.shape[1], (2, len(slots_BS)))
-        slots_BS[rows_B, first_B], slots_BS[rows_B, second_B] = slots_BS[rows_B, second_B], slots_BS[rows_B, first_B]
+        slots_BS[rows_B, first_B], slots_BS[rows_B, second_B] = (
+            slots_BS[rows_B, second_B],
+            slots_BS[rows_B, first_B],
+        )
         if slots_BS.shape[1] > num_experts:
             spare_B = (slots_BS == slots_BS[rows_B, first_B][:, None]).sum(axis=1) > 1
-            slots_BS[rows_B, first_B] = np.where(spare_B, generator.integers(0, num_experts, len(slots_BS)), slots_BS[rows_B, first_B])
+            slots_BS[rows_B, first_B] = np.where(
+                spare_B,
+                generator.integers(0, num_experts, len(slots_BS)),
+                slots_BS[rows_B, first_B],
+            )
     return slots_BS

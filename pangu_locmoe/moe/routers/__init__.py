@@ -1,7 +1,7 @@
 """The routers and their registry.
 
-A router is one class in one file of this folder, and a line in config/routers.py. Routers from elsewhere
-are imported when a model that names one is built.
+A router is one class in one file of this folder, and a line in config/routers.py. Routers from
+elsewhere are imported when a model that names one is built.
 """
 
 from __future__ import annotations

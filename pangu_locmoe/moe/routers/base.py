@@ -1,10 +1,12 @@
 """What a router is, the registry, and what all routers with a gate have in common.
 
-The contract of a router is its plan (moe/plan.py), and what training adds to the loss for it: a loss that
-follows from everybody's counts and mean probabilities is computed by `losses_of` from what all ranks have
-shared; a loss that is a mean over tokens may be in the plan. Either is the same on any number of ranks.
+The contract of a router is its plan (moe/plan.py), and what training adds to the loss for it: a
+loss that follows from everybody's counts and mean probabilities is computed by `losses_of` from
+what all ranks have shared; a loss that is a mean over tokens may be in the plan. Either is the same
+on any number of ranks.
 
-Letters: T tokens, D hidden, E experts, A assignments (moe/plan.py), N source nodes, K domains, V vocabulary.
+Letters: T tokens, D hidden, E experts, A assignments (moe/plan.py), N source nodes, K domains, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -46,10 +48,12 @@ class RouterContext:
 
 
 class Router(nn.Cell):
-    """A router maps T tokens to experts. Subclass it in a file of this folder with `name="..."` to register it.
+    """A router maps T tokens to experts.
 
-    traits: what it is, for those who do not build it (config/routers.py). A class says what is otherwise
-        with it by an attribute of the trait's name: has_balance_loss = False.
+    Subclass it in a file of this folder with `name="..."` to register it.
+
+    traits: what it is, for those who do not build it (config/routers.py). A class says what is
+        otherwise with it by an attribute of the trait's name: has_balance_loss = False.
     """
 
     traits: ClassVar[RouterTraits] = RouterTraits()
@@ -66,7 +70,8 @@ class Router(nn.Cell):
         super().__init__(auto_prefix=True)
         self.num_experts = config.moe.num_experts
         self.choices = self.max_choices(config)
-        # Where experts are at first: a loss that followed them would make placement change what is learned.
+        # Where experts are at first: a loss that followed them would make placement change what is
+        # learned.
         local_NE = context.topology.local_NE
         local_share_NE = losses.local_distribution(local_NE, config.moe.locality_smoothing)
         self.log_local_NE = Tensor(np.log(local_share_NE))
@@ -89,7 +94,9 @@ class Router(nn.Cell):
         return 0
 
     @classmethod
-    def cut(cls, config: Config, name: str, array: np.ndarray, domain: int, experts: range) -> np.ndarray:
+    def cut(
+        cls, config: Config, name: str, array: np.ndarray, domain: int, experts: range
+    ) -> np.ndarray:
         """The part of one of the router's weights that a sub-model for one domain keeps.
 
         Args:
@@ -101,12 +108,15 @@ class Router(nn.Cell):
         """
         return array
 
-    def construct(self, x_TD: Tensor, tokens_T: Tensor, domains_T: Tensor, noise: Noise, training: bool) -> RoutingPlan:
+    def construct(
+        self, x_TD: Tensor, tokens_T: Tensor, domains_T: Tensor, noise: Noise, training: bool
+    ) -> RoutingPlan:
         """Route T tokens.
 
         Args:
-            x_TD: LayerNormed hidden states of this process's tokens, fp32. In a job those are some of the batch, so that
-                a plan may depend on each token alone, and a loss in it is a mean over tokens.
+            x_TD: LayerNormed hidden states of this process's tokens, fp32. In a job those are some
+                of the batch, so that a plan may depend on each token alone, and a loss in it is a
+                mean over tokens.
             tokens_T: token ids, int32.
             domains_T: domain ids, int32.
             noise: keys of this step's randomness (pangu_locmoe/nn/noise.py).
@@ -117,7 +127,8 @@ class Router(nn.Cell):
     def losses_of(
         self, own: Dict[str, Tensor], shared: Shared, training: bool
     ) -> Dict[str, Tensor]:
-        """balance_loss, locality_loss and z_loss of a layer, fp32 scalars, not yet multiplied by their weights.
+        """balance_loss, locality_loss and z_loss of a layer, fp32 scalars, not yet multiplied by
+        their weights.
 
         Args:
             own: has the losses of this process's plan, if it has any.
@@ -125,7 +136,9 @@ class Router(nn.Cell):
             training: a constant of the compiled graph.
         """
         zero = ops.zeros((), mstype.float32)
-        balance, locality, z_loss = zero, zero, zero
+        balance = zero
+        locality = zero
+        z_loss = zero
         if "balance_loss" in own:
             balance = own["balance_loss"]
         elif self.traits.has_balance_loss:
@@ -142,7 +155,9 @@ class Router(nn.Cell):
 
 
 class GatedRouter(Router):
-    """Token -> logits -> softmax inside the domain's group -> the likeliest expert (`choose`), output scaled by its probability."""
+    """Token -> logits -> softmax inside the domain's group -> the likeliest expert (`choose`),
+    output scaled by its probability.
+    """
 
     def __init__(self, config: Config, context: RouterContext) -> None:
         super().__init__(config, context)
@@ -161,13 +176,19 @@ class GatedRouter(Router):
         raise NotImplementedError
 
     def choose(self, logits_TE: Tensor, probs_TE: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-        """expert_A, one_hot_AE, weight_A and affinity_A of the plan: here the likeliest expert and its probability."""
+        """expert_A, one_hot_AE, weight_A and affinity_A of the plan: here the likeliest expert
+        and its probability.
+        """
         expert_T, probability_T = ops.ArgMaxWithValue(-1)(probs_TE)
         expert_T = ops.cast(expert_T, mstype.int32)
-        one_hot_TE = ops.stop_gradient(ops.cast(ops.equal(ops.expand_dims(expert_T, 1), self.experts_E), probs_TE.dtype))
+        one_hot_TE = ops.stop_gradient(
+            ops.cast(ops.equal(ops.expand_dims(expert_T, 1), self.experts_E), probs_TE.dtype)
+        )
         return expert_T, one_hot_TE, probability_T, probability_T
 
-    def construct(self, x_TD: Tensor, tokens_T: Tensor, domains_T: Tensor, noise: Noise, training: bool) -> RoutingPlan:
+    def construct(
+        self, x_TD: Tensor, tokens_T: Tensor, domains_T: Tensor, noise: Noise, training: bool
+    ) -> RoutingPlan:
         logits_TE = self.logits(x_TD, noise, training)
         masked_TE = logits_TE
         if self.two_level:

@@ -12,14 +12,18 @@ from pangu_locmoe.nn.noise import Noise
 
 
 class LocMoERouter(GatedRouter, name="locmoe"):
-    """G_i = scale * mean of the i-th block of features: a gate without parameters (LocMoE, GrAP)."""
+    """G_i = scale * mean of the i-th block of features: a gate without parameters (LocMoE,
+    GrAP).
+    """
 
     traits = ROUTER_TRAITS["locmoe"]
 
     def __init__(self, config: Config, context: RouterContext) -> None:
         super().__init__(config, context)
-        # A sub-model cut out of a larger one pools over the larger one's blocks and uses its own experts' among them.
-        cut_from, hidden_size = config.moe.cut_from, config.model.hidden_size
+        # A sub-model cut out of a larger one pools over the larger one's blocks and uses its own
+        # experts' among them.
+        cut_from = config.moe.cut_from
+        hidden_size = config.model.hidden_size
         self.first = cut_from.first_expert if cut_from is not None else 0
         gate_experts = cut_from.num_experts if cut_from is not None else config.moe.num_experts
         self.scale = config.moe.gate_scale or (hidden_size / gate_experts) ** 0.5

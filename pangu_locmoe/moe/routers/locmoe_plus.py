@@ -1,4 +1,5 @@
-"""LocMoE+ (Expert-Token Resonance, arXiv 2406.00023): tokens choose experts, then experts choose among the tokens that chose them.
+"""LocMoE+ (Expert-Token Resonance, arXiv 2406.00023): tokens choose experts, then experts choose
+among the tokens that chose them.
 
 Letters: T tokens, D hidden, E experts, K experts a token may propose to, A = T*K assignments.
 """
@@ -19,15 +20,18 @@ from pangu_locmoe.nn.noise import Noise
 
 
 class LocMoEPlusRouter(LocMoERouter, name="locmoe_plus"):
-    """Affinity a_ti = cos(x_t, w_i) with GrAP's w_i; probabilities p_ti = softmax_i(s a_ti), s = gate_scale * sqrt(n).
+    """Affinity a_ti = cos(x_t, w_i) with GrAP's w_i; probabilities p_ti = softmax_i(s a_ti), s =
+    gate_scale * sqrt(n).
 
-    Token choice: token t proposes to its l experts of highest affinity, l being the smallest number whose p_ti add up to
-    `threshold`, at most K = `max_experts`. Expert choice: an expert with C slots keeps the C proposals of highest affinity;
-    that is the dispatch's, as for every router. y_t = sum of p_ti * expert_i(x_t) over the experts that kept t, 0 if none did.
+    Token choice: token t proposes to its l experts of highest affinity, l being the smallest number
+    whose p_ti add up to `threshold`, at most K = `max_experts`. Expert choice: an expert with C
+    slots keeps the C proposals of highest affinity; that is the dispatch's, as for every router.
+    y_t = sum of p_ti * expert_i(x_t) over the experts that kept t, 0 if none did.
 
-    The paper gives neither the threshold nor its schedule from token choice to expert choice: both are configuration
-    (moe.token_choice). A sum of cosines has no fixed end, so that ours adds up their softmax, which has the same order. With
-    the default gate_scale, s = sqrt(d) and p is LocMoE's for an input of norm sqrt(d), which a LayerNormed one nearly has.
+    The paper gives neither the threshold nor its schedule from token choice to expert choice: both
+    are configuration (moe.token_choice). A sum of cosines has no fixed end, so that ours adds up
+    their softmax, which has the same order. With the default gate_scale, s = sqrt(d) and p is
+    LocMoE's for an input of norm sqrt(d), which a LayerNormed one nearly has.
     """
 
     traits = ROUTER_TRAITS["locmoe_plus"]
@@ -45,23 +49,37 @@ class LocMoEPlusRouter(LocMoERouter, name="locmoe_plus"):
         return super().logits(gate.scaled_to_norm(x_TD, self.norm), noise, training)
 
     def choose(self, logits_TE: Tensor, probs_TE: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-        experts, one_hots, weights, affinities = [], [], [], []
-        left_TE, sum_T = probs_TE, ops.zeros_like(probs_TE[:, 0])
+        experts = []
+        one_hots = []
+        weights = []
+        affinities = []
+        left_TE = probs_TE
+        sum_T = ops.zeros_like(probs_TE[:, 0])
         for _ in range(self.choices):
             expert_T, probability_T = ops.ArgMaxWithValue(-1)(left_TE)
             expert_T = ops.cast(expert_T, mstype.int32)
-            one_hot_TE = ops.stop_gradient(ops.cast(ops.equal(ops.expand_dims(expert_T, 1), self.experts_E), probs_TE.dtype))
-            # Experts of other domains have probability 0: rounding must not let them in where a group's sum is below 1.
-            proposed = ops.logical_and(ops.less(sum_T, self.threshold), ops.not_equal(probability_T, 0))
+            one_hot_TE = ops.stop_gradient(
+                ops.cast(ops.equal(ops.expand_dims(expert_T, 1), self.experts_E), probs_TE.dtype)
+            )
+            # Experts of other domains have probability 0: rounding must not let them in where a
+            # group's sum is below 1.
+            proposed = ops.logical_and(
+                ops.less(sum_T, self.threshold), ops.not_equal(probability_T, 0)
+            )
             proposed_T = ops.stop_gradient(ops.cast(proposed, probs_TE.dtype))
             experts.append(expert_T * ops.cast(proposed_T, mstype.int32))
             one_hots.append(one_hot_TE * ops.expand_dims(proposed_T, 1))
             weights.append(probability_T * proposed_T)
-            affinities.append(ops.reduce_sum(logits_TE * one_hot_TE, 1) * (1.0 / (self.scale * self.gate_norm * self.norm)))
+            affinities.append(
+                ops.reduce_sum(logits_TE * one_hot_TE, 1)
+                * (1.0 / (self.scale * self.gate_norm * self.norm))
+            )
             sum_T = sum_T + probability_T
             left_TE = left_TE - 2.0 * one_hot_TE
         one_hot_AE = ops.reshape(ops.stack(one_hots, 1), (-1, self.num_experts))
-        expert_A, weight_A, affinity_A = (ops.reshape(ops.stack(part, 1), (-1,)) for part in (experts, weights, affinities))
+        expert_A, weight_A, affinity_A = (
+            ops.reshape(ops.stack(part, 1), (-1,)) for part in (experts, weights, affinities)
+        )
         return expert_A, one_hot_AE, weight_A, affinity_A
 
     def cosine(self, x_TD: Tensor, logits_TE: Tensor, expert_T: Tensor) -> Tensor:

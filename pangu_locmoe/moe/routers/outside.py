@@ -13,7 +13,8 @@ from pangu_locmoe.moe.routers.base import ROUTERS, Router
 
 
 def register(name: str) -> None:
-    """Import `module:Class`, from the working directory or the Python path, and register the class under that name.
+    """Import `module:Class`, from the working directory or the Python path, and register the class
+    under that name.
 
     Raises:
         ValueError: there is no such module or class, or it is not a router; the message says which.
@@ -31,9 +32,14 @@ def register(name: str) -> None:
             found = getattr(module, class_name, None)
     except BaseException as error:  # whatever the module does when it is run, sys.exit among it
         said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"{module_name or 'a module without a name'} cannot be imported: {said}") from None
+        raise ValueError(
+            f"{module_name or 'a module without a name'} cannot be imported: {said}"
+        ) from None
     sys.stderr.write(printed.getvalue())
     if not (isinstance(found, type) and issubclass(found, Router)):
         file = getattr(module, "__file__", None)
-        raise ValueError(f"{module_name} ({file or 'which has no file'}) has no subclass of Router named {class_name!r}")
+        raise ValueError(
+            f"{module_name} ({file or 'which has no file'}) has no subclass of Router "
+            f"named {class_name!r}"
+        )
     ROUTERS[name], ROUTER_TRAITS[name] = found, found.traits

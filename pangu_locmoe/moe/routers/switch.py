@@ -20,10 +20,13 @@ class SwitchRouter(GatedRouter, name="switch"):
 
     def __init__(self, config: Config, context: RouterContext) -> None:
         super().__init__(config, context)
-        # Each router draws from a generator of its own, so that the trunk's initial weights do not depend on the router.
+        # Each router draws from a generator of its own, so that the trunk's initial weights do not
+        # depend on the router.
         generator = np.random.default_rng([config.train.seed, 1, context.layer])
         shape = (config.moe.num_experts, config.model.hidden_size)
-        self.w_ED = Parameter(Tensor(generator.normal(0.0, config.model.init_std, shape).astype(np.float32)), name="w")
+        self.w_ED = Parameter(
+            Tensor(generator.normal(0.0, config.model.init_std, shape).astype(np.float32)), name="w"
+        )
         self.jitter = config.moe.jitter
         self.site = 1000 + context.layer
 
@@ -32,7 +35,9 @@ class SwitchRouter(GatedRouter, name="switch"):
         return config.moe.num_experts * config.model.hidden_size
 
     @classmethod
-    def cut(cls, config: Config, name: str, array: np.ndarray, domain: int, experts: range) -> np.ndarray:
+    def cut(
+        cls, config: Config, name: str, array: np.ndarray, domain: int, experts: range
+    ) -> np.ndarray:
         return array[experts.start : experts.stop]
 
     def logits(self, x_TD: Tensor, noise: Noise, training: bool) -> Tensor:

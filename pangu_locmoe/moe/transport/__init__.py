@@ -1,4 +1,6 @@
-"""The ways from tokens to experts and back; one for each of where the experts are and how rows travel."""
+"""The ways from tokens to experts and back; one for each of where the experts are and how rows
+travel.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ __all__ = [
 def make_transport(
     config: Config, topology: Topology, exchange: Optional[Exchange] = None
 ) -> Transport:
-    """The transport of a run: within this process without an exchange, else what parallel.sizes says."""
+    """The transport of a run: within this process without an exchange, else what parallel.sizes
+    says.
+    """
     if exchange is None:
         return LocalTransport(config, topology)
     if config.parallel.sizes == "static":

@@ -3,8 +3,8 @@
     pack -> carry (there, experts, back) -> unpack
     share
 
-`pack` is compiled in every job. With slots and in one process so is the rest; with counts the rest runs
-in PyNative, because its sizes follow the routing.
+`pack` is compiled in every job. With slots and in one process so is the rest; with counts the rest
+runs in PyNative, because its sizes follow the routing.
 
 Letters: T tokens of this process, A their assignments (moe/plan.py; most routers: A = T), D hidden,
 E experts, P slots (rows that leave), N nodes of the job, M of them whose tokens this process has.
@@ -26,8 +26,9 @@ from pangu_locmoe.parallel.exchange import Exchange
 from pangu_locmoe.parallel.topology import Topology
 
 Packed = Dict[str, Tensor]
-"""Rows on their way: rows_PD, the one-based maps token_of_slot_P and slot_of_token_A (moe/dispatch.py),
-and what a transport adds for itself."""
+"""Rows on their way: rows_PD, the one-based maps token_of_slot_P and slot_of_token_A
+(moe/dispatch.py), and what a transport adds for itself.
+"""
 
 
 class Transport(nn.Cell):
@@ -41,7 +42,8 @@ class Transport(nn.Cell):
     def __init__(self, config: Config, topology: Topology) -> None:
         super().__init__()
         router = router_class(config)
-        self.topology, self.num_experts = topology, config.moe.num_experts
+        self.topology = topology
+        self.num_experts = config.moe.num_experts
         self.choices = router.max_choices(config)
         # Without a gate all affinities are alike, and a stable sort by them is a waste.
         self.by_affinity = config.moe.capacity.drop_order == "affinity" and router.traits.has_gate
@@ -98,8 +100,8 @@ class Transport(nn.Cell):
             training: a constant of the graph.
 
         Returns:
-            y_PD in the order in which rows left; the assignments to each expert that were dropped, as
-            far as this process knows of them (over all ranks they add up), fp32 [E].
+            y_PD in the order in which rows left; the assignments to each expert that were dropped,
+            as far as this process knows of them (over all ranks they add up), fp32 [E].
         """
         raise NotImplementedError
 
@@ -112,8 +114,9 @@ class Transport(nn.Cell):
 class RankTransport(Transport):
     """What transports between ranks have in common: this rank's part, and who holds what.
 
-    An expert-parallel group has one slot for every expert, dealt to its ranks in contiguous blocks. At
-    first expert e is in slot e; `place` changes that, and with it who computes an expert, never what.
+    An expert-parallel group has one slot for every expert, dealt to its ranks in contiguous blocks.
+    At first expert e is in slot e; `place` changes that, and with it who computes an expert, never
+    what.
 
     Args:
         config, topology: as for `Transport`.
@@ -142,7 +145,7 @@ class RankTransport(Transport):
     def with_own_gradient(self, probs_NE: Any, probs_1E: Tensor) -> Tensor:
         """Everyone's means with the gradient of this rank's.
 
-        A node's mean is one over its places' number times their sum, and gradients are averaged over
-        all places: what is left between the two is the number of nodes.
+        A node's mean is one over its places' number times their sum, and gradients are averaged
+        over all places: what is left between the two is the number of nodes.
         """
         return probs_NE + self.own_N1 * (probs_1E - ops.stop_gradient(probs_1E))

@@ -1,12 +1,12 @@
 """The transport by which exactly the routed tokens travel between ranks.
 
-An expert sees the tokens of all sources in its group and keeps the best of them, so what is dropped does
-not depend on the number of processes. The exchange runs in PyNative, because its sizes follow the routing;
-`pack`, which lies before it, is compiled.
+An expert sees the tokens of all sources in its group and keeps the best of them, so what is dropped
+does not depend on the number of processes. The exchange runs in PyNative, because its sizes follow
+the routing; `pack`, which lies before it, is compiled.
 
-Letters: A assignments of this rank's tokens (moe/plan.py), D hidden, E experts (and as many slots of the
-group, in S), R ranks of the expert-parallel group, M rows received, N nodes, G local experts, C tokens an
-expert keeps, P = G*C slots (places of the world in counts_PE).
+Letters: A assignments of this rank's tokens (moe/plan.py), D hidden, E experts (and as many slots
+of the group, in S), R ranks of the expert-parallel group, M rows received, N nodes, G local
+experts, C tokens an expert keeps, P = G*C slots (places of the world in counts_PE).
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class CountsTransport(RankTransport):
         super().__init__(config, topology, exchange)
         self.fused = used(config)
         if self.fused:
-            self.dispatch, self.combine = fused.PermuteTokens(), fused.UnpermuteTokens()
+            self.dispatch = fused.PermuteTokens()
+            self.combine = fused.UnpermuteTokens()
         self.group = [topology.place_of_rank(rank) for rank in exchange.ranks]
 
     def layout(self, num_tokens: int, capacity: int, training: bool) -> Tuple[Tensor, int]:
@@ -50,7 +51,10 @@ class CountsTransport(RankTransport):
         room: int,
         training: bool,
     ) -> Packed:
-        """Also affinity_A, sorted as the rows are. What was not proposed is last, and has no slot."""
+        """Also affinity_A, sorted as the rows are.
+
+        What was not proposed is last, and has no slot.
+        """
         # The sort is stable: within an expert, tokens keep the order of the batch.
         slot_A = ops.cast(ops.gather(layout, plan["expert_A"], 0), ms.float32)
         proposed_A = ops.ones_like(slot_A)
@@ -91,7 +95,8 @@ class CountsTransport(RankTransport):
     ) -> Tuple[Tensor, Tensor]:
         counts_RS = shared["counts_PE"][self.group][:, self.expert_of_slot_E]
         sent_RR = counts_RS.reshape(len(self.group), len(self.group), -1).sum(axis=2)
-        rows_AD, affinity_A = packed["rows_PD"], packed["affinity_A"]
+        rows_AD = packed["rows_PD"]
+        affinity_A = packed["affinity_A"]
         if self.choices > 1:  # what was not proposed is last, and stays
             proposed = int(sent_RR[self.exchange.place].sum())
             rows_AD, affinity_A = rows_AD[:proposed], affinity_A[:proposed]
@@ -102,7 +107,8 @@ class CountsTransport(RankTransport):
             affinity_M = affinity_M1.asnumpy()[:, 0]
         counts_RG = counts_RS[:, self.held_slots.start : self.held_slots.stop]
         slot_of_row_M, slots, dropped_G = assign_slots(counts_RG, affinity_M, capacity)
-        # A rank to which no token came has no rows to compute; its part in the exchange is the same.
+        # A rank to which no token came has no rows to compute; its part in the exchange is the
+        # same.
         y_MD = self._apply(experts, rows_MD, slot_of_row_M, slots) if slots else rows_MD
         dropped_E = np.zeros(self.num_experts, dtype=np.float32)
         dropped_E[self.held_experts] = dropped_G
@@ -118,10 +124,12 @@ class CountsTransport(RankTransport):
     ) -> Tensor:
         if self.fused:
             return fused.apply_grouped(experts, rows_MD, slot_of_row_M, slots)
-        num_groups, hidden_size = self.topology.experts_per_rank, rows_MD.shape[1]
+        num_groups = self.topology.experts_per_rank
+        hidden_size = rows_MD.shape[1]
         row_of_slot_P = np.zeros(num_groups * slots + 1, dtype=np.int32)
         row_of_slot_P[slot_of_row_M] = np.arange(1, len(slot_of_row_M) + 1)
-        row_of_slot, slot_of_row = Tensor(row_of_slot_P[1:]), Tensor(slot_of_row_M)
+        row_of_slot = Tensor(row_of_slot_P[1:])
+        slot_of_row = Tensor(slot_of_row_M)
         x_PD = self.dispatch(rows_MD, row_of_slot, slot_of_row)
         x_GCD = ops.reshape(x_PD, (num_groups, slots, hidden_size))
         y_PD = ops.reshape(experts(x_GCD, None), (-1, hidden_size))
@@ -133,8 +141,9 @@ def assign_slots(
 ) -> Tuple[np.ndarray, int, np.ndarray]:
     """Which slot each received row takes.
 
-    Rows come sorted by source rank, then by local expert, then by position. An expert keeps the rows of the highest
-    affinity, ties by source and position, which is the order of the whole batch.
+    Rows come sorted by source rank, then by local expert, then by position. An expert keeps the
+    rows of the highest affinity, ties by source and position, which is the order of the whole
+    batch.
 
     Args:
         counts_RG: rows from each source for each local expert.
@@ -142,8 +151,8 @@ def assign_slots(
         capacity: the most rows an expert keeps, or DROPLESS.
 
     Returns:
-        one-based slots int32 [M], 0 for a dropped row; slots of each expert (as many as the fullest needs); the number
-        of rows each local expert drops, int [G].
+        one-based slots int32 [M], 0 for a dropped row; slots of each expert (as many as the fullest
+        needs); the number of rows each local expert drops, int [G].
     """
     num_groups = counts_RG.shape[1]
     expert_M = np.repeat(np.tile(np.arange(num_groups), len(counts_RG)), counts_RG.reshape(-1))

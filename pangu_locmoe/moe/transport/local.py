@@ -1,7 +1,8 @@
-"""Everything in this process, which may stand for several nodes: rows go into their experts' buffers.
+"""Everything in this process, which may stand for several nodes: rows go into their experts'
+buffers.
 
-Letters: T tokens, A assignments (moe/plan.py), D hidden, E experts, G groups of C slots, P = G*C slots,
-N nodes.
+Letters: T tokens, A assignments (moe/plan.py), D hidden, E experts, G groups of C slots, P = G*C
+slots, N nodes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from pangu_locmoe.parallel.topology import Topology
 
 
 class LocalTransport(Transport):
-    """The tokens of all nodes and all experts are here: N equal contiguous runs of tokens, one a node."""
+    """The tokens of all nodes and all experts are here: N equal contiguous runs of tokens, one a
+    node.
+    """
 
     def __init__(self, config: Config, topology: Topology) -> None:
         super().__init__(config, topology)

@@ -1,18 +1,22 @@
 """The transport with sizes that are constants, so that a whole step compiles as one graph.
 
-A source has a fixed number of slots for each expert: more for experts in its own node (`moe.capacity.local_factor`) than
-for remote ones (`remote_factor`). Its tokens of the highest affinity take them, the rest are dropped, and all slots
-travel, filled or not. What crosses the nodes is therefore set by `remote_factor`, and shrinks with it.
+A source has a fixed number of slots for each expert: more for experts in its own node
+(`moe.capacity.local_factor`) than for remote ones (`remote_factor`). Its tokens of the highest
+affinity take them, the rest are dropped, and all slots travel, filled or not. What crosses the
+nodes is therefore set by `remote_factor`, and shrinks with it.
 
     slots -> exchange -> [E_local, slots of all sources, D] -> experts -> exchange back
 
-On HCCL the exchange is one AlltoAllV with constant counts; on CPU processes the same runs in PyNative.
+On HCCL the exchange is one AlltoAllV with constant counts; on CPU processes the same runs in
+PyNative.
 
-With `parallel.overlap_chunks` the slots travel in chunks: all are sent off first, and each is computed and sent back as it
-arrives, so that a device that exchanges and computes at the same time has the exchange of one under the computation of another.
+With `parallel.overlap_chunks` the slots travel in chunks: all are sent off first, and each is
+computed and sent back as it arrives, so that a device that exchanges and computes at the same time
+has the exchange of one under the computation of another.
 
-Letters: A assignments of this rank's tokens (moe/plan.py), D hidden, E experts, R ranks of the expert-parallel group,
-P slots of this rank (places of the world in shared_P2E), N nodes, G local experts, C slots of all sources for one expert.
+Letters: A assignments of this rank's tokens (moe/plan.py), D hidden, E experts, R ranks of the
+expert-parallel group, P slots of this rank (places of the world in shared_P2E), N nodes, G local
+experts, C slots of all sources for one expert.
 """
 
 from __future__ import annotations
@@ -38,7 +42,8 @@ from pangu_locmoe.parallel.topology import Topology
 
 
 class SlotExchange(nn.Cell):
-    """Slots to the experts and back. layout_2E has the slots for each expert and where they begin, in one chunk.
+    """Slots to the experts and back. layout_2E has the slots for each expert and where they begin,
+    in one chunk.
 
     Args:
         exchange: the way to the others.
@@ -51,7 +56,8 @@ class SlotExchange(nn.Cell):
         self, exchange: Exchange, slots_RE: np.ndarray, features: int, chunks: int = 1
     ) -> None:
         super().__init__()
-        size, place = len(exchange.ranks), exchange.place
+        size = len(exchange.ranks)
+        place = exchange.place
         groups = slots_RE.shape[1] // size
         self.chunks = chunks
         starts_E = np.cumsum(slots_RE[place]) - slots_RE[place]
@@ -61,7 +67,8 @@ class SlotExchange(nn.Cell):
         self.there, self.back = (
             _mover(exchange, matrix, features) for matrix in (matrix_RR, matrix_RR.T)
         )
-        # A source sends as much to all experts of one rank: its share of every local expert's buffer is as wide.
+        # A source sends as much to all experts of one rank: its share of every local expert's
+        # buffer is as wide.
         width_R = slots_RE[:, place * groups]
         self.buffers = (groups, int(width_R.sum()), features)
         self.sorted_by_source = groups == 1
@@ -90,8 +97,10 @@ class SlotsTransport(RankTransport):
 
     def __init__(self, config: Config, topology: Topology, exchange: Exchange) -> None:
         super().__init__(config, topology, exchange)
-        self.place_ranks, self.num_places = topology.tensor_parallel, topology.num_places
-        self.num_nodes, self.places_per_node = topology.num_nodes, topology.places_per_node
+        self.place_ranks = topology.tensor_parallel
+        self.num_places = topology.num_places
+        self.num_nodes = topology.num_nodes
+        self.places_per_node = topology.places_per_node
         self.chunks = config.parallel.overlap_chunks
         self.num_tokens = config.micro_batch * config.model.seq_length // topology.num_places
         self.features = config.model.hidden_size
@@ -130,7 +139,8 @@ class SlotsTransport(RankTransport):
         training: bool,
     ) -> Packed:
         """`room` is the number of slots in a chunk."""
-        slots_E, start_E = layout[0], layout[1]
+        slots_E = layout[0]
+        start_E = layout[1]
         chunks = self.chunks if training else 1
         affinity_A = plan["affinity_A"] if self.by_affinity else None
         rank_A = dispatch.rank_within_expert(plan["one_hot_AE"], affinity_A)
@@ -198,7 +208,8 @@ def _check_divisible(numbers_RE: np.ndarray, key: str, divisor: int, what: str) 
     uneven = numbers_RE[numbers_RE % divisor > 0]
     if len(uneven):
         raise ConfigError(
-            f"{key} = {divisor}: cannot divide {int(uneven[0])} {what}; change moe.capacity.local_factor or remote_factor"
+            f"{key} = {divisor}: cannot divide {int(uneven[0])} {what}; change "
+            "moe.capacity.local_factor or remote_factor"
         )
 
 
@@ -215,7 +226,8 @@ class _PyNativeGather(nn.Cell):
 
 def _mover(exchange: Exchange, matrix_RR: np.ndarray, features: int) -> nn.Cell:
     if isinstance(exchange.communicator, HcclOperators):
-        communicator, sharers = exchange.communicator, exchange.sharers
+        communicator = exchange.communicator
+        sharers = exchange.sharers
         group = communicator.group(exchange.ranks)
         if sharers:
             own = sharers.index(communicator.rank)

@@ -1,6 +1,8 @@
-"""The charts of a load report: shares with the transient shaded, the state statistic, tokens that stay in their node.
+"""The charts of a load report: shares with the transient shaded, the state statistic, tokens that
+stay in their node.
 
-They are drawn in the frame of report/plots.py, so that they look like those of a run's report, in light and in dark. Needs matplotlib.
+They are drawn in the frame of report/plots.py, so that they look like those of a run's report, in
+light and in dark. Needs matplotlib.
 Letters: K rows, L layers, N nodes, E experts.
 """
 
@@ -14,7 +16,16 @@ from numpy.typing import NDArray
 from pangu_locmoe.expert_load.state import EXIT, States
 from pangu_locmoe.expert_load.trace import Trace
 from pangu_locmoe.report.figures import STEP, Figure
-from pangu_locmoe.report.plots import COLOURS, INK, RIGHT, Line, canvas, figure_svg, line_chart, set_ticks
+from pangu_locmoe.report.plots import (
+    COLOURS,
+    INK,
+    RIGHT,
+    Line,
+    canvas,
+    figure_svg,
+    line_chart,
+    set_ticks,
+)
 from pangu_locmoe.report.series import bin_rows, moving_mean, pick, thin
 
 Array = NDArray[Any]
@@ -23,11 +34,15 @@ LINES = 64  # of one chart; of more experts those whose share moves most are dra
 LAYERS = 24  # that get a chart of shares
 POINTS = 150  # of a line, at most: each the mean of the rows around it, as one row is mostly noise
 ALL_POINTS = 100_000  # of all charts of shares together; keeps the page below 3 MB
-AVERAGED = 100  # rows at most that a local fraction is averaged over: one row is mostly sampling noise
+AVERAGED = (
+    100  # rows at most that a local fraction is averaged over: one row is mostly sampling noise
+)
 
 
 def share_figures(trace: Trace, states: States) -> list[Figure]:
-    """For each layer every expert's share over the steps, the transient shaded; one layer after the other."""
+    """For each layer every expert's share over the steps, the transient shaded; one layer after
+    the other.
+    """
     layers, experts = trace.load_KLE.shape[1:]
     drawn = min(layers, LAYERS)
     points = min(POINTS, max(24, ALL_POINTS // (drawn * min(experts, LINES))))
@@ -36,19 +51,26 @@ def share_figures(trace: Trace, states: States) -> list[Figure]:
         title = f"MoE layer {layer}: {states.says(begin)}"
         shaded_to = begin if states.known else int(trace.step_K[0])
         svg, left_out = _shares(title, trace, layer, shaded_to, points)
-        caption = f"The {LINES} experts whose share moves most; {left_out} are left out." if left_out else ""
+        caption = (
+            f"The {LINES} experts whose share moves most; {left_out} are left out."
+            if left_out
+            else ""
+        )
         figures.append(Figure(title, svg, caption))
     return figures
 
 
 def statistic_figure(states: States) -> Figure:
-    """How restless each layer is: the largest statistic of the rule over its limit, on a logarithmic scale."""
+    """How restless each layer is: the largest statistic of the rule over its limit, on a
+    logarithmic scale.
+    """
     title = "How restless each layer is"
     known_K = np.isfinite(states.statistic_KL).all(axis=1)
     layers = states.statistic_KL.shape[1]
     if not known_K.any():
         return Figure(title, None)
-    step_K, statistic_KL = np.asarray(states.step_K[known_K], float), states.statistic_KL[known_K]
+    step_K = np.asarray(states.step_K[known_K], float)
+    statistic_KL = states.statistic_KL[known_K]
     if layers > COLOURS:
         names, statistic_KL = ["the most restless layer"], statistic_KL.max(axis=1, keepdims=True)
     else:
@@ -62,12 +84,19 @@ def statistic_figure(states: States) -> Figure:
         axes.plot(*line, color=INK[f"c{index}"], linewidth=1.3, clip_on=False, gid=f"line-{index}")
     _span(axes, step_K)
     _plain_log(axes)
-    caption = f"Quiet is below the line at 1. A stable layer is transient again above the dashed line at {EXIT:g}."
-    return Figure(title, figure_svg(title, figure, names), caption, tuple(zip(names, range(len(names)))))
+    caption = (
+        "Quiet is below the line at 1. A stable layer is transient again above the dashed "
+        f"line at {EXIT:g}."
+    )
+    return Figure(
+        title, figure_svg(title, figure, names), caption, tuple(zip(names, range(len(names))))
+    )
 
 
 def local_figure(trace: Trace) -> Figure:
-    """The part of each layer's tokens whose expert is in the node they come from, experts being where training starts."""
+    """The part of each layer's tokens whose expert is in the node they come from, experts being
+    where training starts.
+    """
     title = "Tokens that stay in their node"
     local_KL = local_fraction(trace)
     if local_KL is None:
@@ -78,27 +107,55 @@ def local_figure(trace: Trace) -> Figure:
     if layers > COLOURS:
         names, local_KL = ["mean of all layers"], local_KL.mean(axis=1, keepdims=True)
     step_K = np.asarray(trace.step_K, float)
-    lines = [Line(name, *pick(step_K, moving_mean(np.asarray(100 * local_KL[:, index], np.float64), window), POINTS), index, "line") for index, name in enumerate(names)]
+    lines = [
+        Line(
+            name,
+            *pick(
+                step_K,
+                moving_mean(np.asarray(100 * local_KL[:, index], np.float64), window),
+                POINTS,
+            ),
+            index,
+            "line",
+        )
+        for index, name in enumerate(names)
+    ]
     nodes = 0 if trace.source_KLNE is None else trace.source_KLNE.shape[2]
-    caption = f"Experts in equal contiguous blocks on {nodes} nodes, as training starts; alike nodes would give {100 / nodes:.3g} %."
+    caption = (
+        f"Experts in equal contiguous blocks on {nodes} nodes, as training starts; alike nodes "
+        f"would give {100 / nodes:.3g} %."
+    )
     mean = f" Moving mean over {window} rows." if window > 1 else ""
-    return Figure(title, line_chart(title, STEP, "% of the layer's tokens", lines), caption + mean, tuple(zip(names, range(len(names)))))
+    return Figure(
+        title,
+        line_chart(title, STEP, "% of the layer's tokens", lines),
+        caption + mean,
+        tuple(zip(names, range(len(names)))),
+    )
 
 
 def local_fraction(trace: Trace) -> Array | None:
-    """float [K, L], NaN where a layer had no tokens. None where the trace cannot tell: no source, one node, or uneven blocks."""
+    """float [K, L], NaN where a layer had no tokens.
+
+    None where the trace cannot tell: no source, one node, or uneven blocks.
+    """
     if trace.source_KLNE is None:
         return None
     nodes, experts = trace.source_KLNE.shape[2:]
     if nodes < 2 or experts % nodes:
         return None
     held = experts // nodes
-    local_KL = sum(trace.source_KLNE[:, :, node, node * held : (node + 1) * held].sum(axis=2) for node in range(nodes))
+    local_KL = sum(
+        trace.source_KLNE[:, :, node, node * held : (node + 1) * held].sum(axis=2)
+        for node in range(nodes)
+    )
     all_KL = trace.load_KLE.sum(axis=2)
     return np.asarray(np.where(all_KL > 0, local_KL / np.maximum(all_KL, 1), np.nan))
 
 
-def _shares(title: str, trace: Trace, layer: int, begin: int | None, points: int) -> tuple[str, int]:
+def _shares(
+    title: str, trace: Trace, layer: int, begin: int | None, points: int
+) -> tuple[str, int]:
     """The SVG, and how many experts are not in it."""
     one_layer = Trace(trace.step_K, trace.load_KLE[:, layer : layer + 1])
     weight_P = bin_rows(np.ones(len(trace.step_K)), points)
@@ -106,17 +163,36 @@ def _shares(title: str, trace: Trace, layer: int, begin: int | None, points: int
     share_PE = 100 * bin_rows(one_layer.share_KLE[:, 0], points) / weight_P[:, None]
     shown = np.sort(np.argsort(-np.ptp(share_PE, axis=0), kind="stable")[:LINES])
     figure, axes = canvas(186, RIGHT, STEP, "% of the layer's tokens")
-    first, last = float(trace.step_K[0]), float(trace.step_K[-1])
-    axes.axvspan(first, last if begin is None else begin, color=INK["rule"], alpha=0.5, linewidth=0, clip_on=False, gid="transient")
+    first = float(trace.step_K[0])
+    last = float(trace.step_K[-1])
+    axes.axvspan(
+        first,
+        last if begin is None else begin,
+        color=INK["rule"],
+        alpha=0.5,
+        linewidth=0,
+        clip_on=False,
+        gid="transient",
+    )
     axes.grid(axis="y", color=INK["grid"], linewidth=1, clip_on=False)
     for index, expert in enumerate(shown):
         style: dict[str, Any] = {"marker": "o", "markersize": 4} if len(step_P) == 1 else {}
-        axes.plot(step_P, share_PE[:, expert], color=INK[f"c{expert % COLOURS}"], linewidth=0.9, clip_on=False, gid=f"line-{index}", **style)
+        axes.plot(
+            step_P,
+            share_PE[:, expert],
+            color=INK[f"c{expert % COLOURS}"],
+            linewidth=0.9,
+            clip_on=False,
+            gid=f"line-{index}",
+            **style,
+        )
     high = float(share_PE.max())
     axes.set_ylim(0, 1.06 * high if high else 1.0)
     _span(axes, np.array([first, last]))
     set_ticks(axes.yaxis, high, False)
-    return figure_svg(title, figure, [f"expert {expert}" for expert in shown]), share_PE.shape[1] - len(shown)
+    return figure_svg(title, figure, [f"expert {expert}" for expert in shown]), share_PE.shape[
+        1
+    ] - len(shown)
 
 
 def _span(axes: Any, step_K: Array) -> None:

@@ -1,4 +1,6 @@
-"""One self-contained HTML page about a load trace: what it is, shares, states, errors of the forecasts, locality. No MindSpore."""
+"""One self-contained HTML page about a load trace: what it is, shares, states, errors of the
+forecasts, locality. No MindSpore.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,12 @@ from pangu_locmoe.errors import DataError
 from pangu_locmoe.expert_load.state import EXIT, TRANSIENT, States, states
 from pangu_locmoe.expert_load.trace import Trace, read_trace
 from pangu_locmoe.files import write_atomic
-from pangu_locmoe.report.expert_load.charts import LAYERS, local_figure, share_figures, statistic_figure
+from pangu_locmoe.report.expert_load.charts import (
+    LAYERS,
+    local_figure,
+    share_figures,
+    statistic_figure,
+)
 from pangu_locmoe.report.expert_load.errors import errors_html, rolling_cases
 from pangu_locmoe.report.figures import Figure
 from pangu_locmoe.report.page import POLICY, UNPRINTABLE
@@ -21,7 +28,8 @@ from pangu_locmoe.report.tables import DASH, table_html
 
 
 def build_load_report(trace_file: Path, output: Path) -> Path:
-    """Write the page about the trace in `trace_file`, a load.npz, to `output` and return it; whole or not at all.
+    """Write the page about the trace in `trace_file`, a load.npz, to `output` and return it; whole
+    or not at all.
 
     Raises DataError in one line if the file is not a trace or the page cannot be written.
     """
@@ -48,8 +56,10 @@ def render(trace: Trace, name: str) -> str:
     body = "\n".join(f"<section><h2>{head}</h2>{content}</section>" for head, content in sections)
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><meta name="viewport" content="width=device-width,initial-scale=1">'
-        f'<link rel="icon" href="data:,"><title>{title}</title><style>{STYLE}</style></head><body>\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><meta '
+        'name="viewport" content="width=device-width,initial-scale=1">'
+        '<link rel="icon" '
+        f'href="data:,"><title>{title}</title><style>{STYLE}</style></head><body>\n'
         f"<header><h1>{title}</h1><p>{html.escape(_subtitle(trace))}</p></header>\n{_notes(trace, found)}\n{_tiles(trace, found)}\n"
         f"<main>{body}</main>\n</body></html>\n"
     )
@@ -62,7 +72,10 @@ def _name(trace_file: Path) -> str:
 
 def _subtitle(trace: Trace) -> str:
     layers, experts = trace.load_KLE.shape[1:]
-    return f"pangu_locmoe, load trace: {_count(len(trace.step_K), 'row')}, {_count(layers, 'sparse layer')}, {_count(experts, 'expert')} each"
+    return (
+        f"pangu_locmoe, load trace: {_count(len(trace.step_K), 'row')}, "
+        f"{_count(layers, 'sparse layer')}, {_count(experts, 'expert')} each"
+    )
 
 
 def _count(number: int, name: str) -> str:
@@ -73,33 +86,72 @@ def _notes(trace: Trace, found: States) -> str:
     """What the page cannot show, and why."""
     lines = []
     if not found.known:
-        lines.append(f"States: {_count(len(trace.step_K), 'row')} cannot tell, the rule needs {found.needed}; nothing is known of the load's stability.")
+        lines.append(
+            f"States: {_count(len(trace.step_K), 'row')} cannot tell, the rule needs "
+            f"{found.needed}; nothing is known of the load's stability."
+        )
     if trace.source_KLNE is None:
         lines.append("Locality: the trace does not say which node tokens come from (no source).")
     if (np.diff(trace.step_K) != trace.stride).any():
-        lines.append(f"Steps: the rows are not evenly spaced; {trace.stride:,} is the median distance.")
+        lines.append(
+            f"Steps: the rows are not evenly spaced; {trace.stride:,} is the median distance."
+        )
     if trace.load_KLE.shape[1] > LAYERS:
         lines.append(f"Shares: the first {LAYERS} of {trace.load_KLE.shape[1]} layers are drawn.")
-    return '<div class="notes">' + "".join(f"<p>{html.escape(line)}</p>" for line in lines) + "</div>" if lines else ""
+    return (
+        '<div class="notes">' + "".join(f"<p>{html.escape(line)}</p>" for line in lines) + "</div>"
+        if lines
+        else ""
+    )
 
 
 def _tiles(trace: Trace, found: States) -> str:
     rows, layers, experts = trace.load_KLE.shape
     tokens_KL = trace.load_KLE.sum(axis=2)
-    low, high = float(tokens_KL.min()), float(tokens_KL.max())
+    low = float(tokens_KL.min())
+    high = float(tokens_KL.max())
     spread = "in every step and layer" if low == high else f"median; {text(low)} to {text(high)}"
-    dropped = float(trace.dropped_KLE.sum() / max(1, tokens_KL.sum())) if trace.dropped_KLE is not None else np.nan
-    nodes = "not recorded" if trace.source_KLNE is None else _count(trace.source_KLNE.shape[2], "node")
+    dropped = (
+        float(trace.dropped_KLE.sum() / max(1, tokens_KL.sum()))
+        if trace.dropped_KLE is not None
+        else np.nan
+    )
+    nodes = (
+        "not recorded" if trace.source_KLNE is None else _count(trace.source_KLNE.shape[2], "node")
+    )
     tiles = (
-        ("Rows", f"{rows:,}", "one each step" if found.stride == 1 else f"one every {found.stride:,} steps"),
-        ("Steps", f"{trace.step_K[0]:,} – {trace.step_K[-1]:,}" if rows > 1 else f"{trace.step_K[0]:,}", "first and last" if rows > 1 else "the only one"),
-        ("Experts", f"{experts:,}", f"in {_count(layers, 'sparse layer')}; a mean share is {percent(1 / experts)}"),
+        (
+            "Rows",
+            f"{rows:,}",
+            "one each step" if found.stride == 1 else f"one every {found.stride:,} steps",
+        ),
+        (
+            "Steps",
+            f"{trace.step_K[0]:,} – {trace.step_K[-1]:,}" if rows > 1 else f"{trace.step_K[0]:,}",
+            "first and last" if rows > 1 else "the only one",
+        ),
+        (
+            "Experts",
+            f"{experts:,}",
+            f"in {_count(layers, 'sparse layer')}; a mean share is {percent(1 / experts)}",
+        ),
         ("Tokens per step", text(float(np.median(tokens_KL))), f"of a layer, {spread}"),
         ("Sources", nodes, "where tokens come from"),
-        ("Dropped tokens", percent(dropped), "of all" if trace.dropped_KLE is not None else "not recorded"),
-        ("Stable from", DASH if found.stable_from is None else f"{found.stable_from:,}", _end(found) if found.stable_from is None else "step, all layers"),
-    )  # fmt: skip
-    cells = (f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}<small>{html.escape(says)}</small></dd></div>" for name, value, says in tiles)
+        (
+            "Dropped tokens",
+            percent(dropped),
+            "of all" if trace.dropped_KLE is not None else "not recorded",
+        ),
+        (
+            "Stable from",
+            DASH if found.stable_from is None else f"{found.stable_from:,}",
+            _end(found) if found.stable_from is None else "step, all layers",
+        ),
+    )
+    cells = (
+        f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}<small>{html.escape(says)}</small></dd></div>"
+        for name, value, says in tiles
+    )
     return f'<dl class="tiles">{"".join(cells)}</dl>'
 
 
@@ -109,14 +161,19 @@ def _end(found: States) -> str:
 
 
 def _shares(trace: Trace, found: States) -> str:
-    intro = "<p>Each expert’s share of its layer’s tokens. The transient, as the rule below dates it, is shaded.</p>"
+    intro = (
+        "<p>Each expert’s share of its layer’s tokens. The transient, as the rule below dates "
+        "it, is shaded.</p>"
+    )
     return intro + _figures(share_figures(trace, found))
 
 
 def _states(trace: Trace, found: States) -> str:
     rule = (
-        f"<p>A layer is stable once {found.hold} windows of {found.window} rows in a row move by no more than their own step-to-step noise explains plus "
-        f"{100 * found.tolerance:g} % of a share, in variance, drift and range, and while neighbouring rows are alike. It is transient again when one of these "
+        f"<p>A layer is stable once {found.hold} windows of {found.window} rows in a row "
+        "move by no more than their own step-to-step noise explains plus "
+        f"{100 * found.tolerance:g} % of a share, in variance, drift and range, and while "
+        "neighbouring rows are alike. It is transient again when one of these "
         f"exceeds {EXIT:g} times its limit or the noise itself changes.</p>"
     )
     last = tail(len(trace.step_K))
@@ -127,24 +184,62 @@ def _states(trace: Trace, found: States) -> str:
         total = max(1, int(load_E.sum()))
         never = int((trace.load_KLE[:, layer].sum(axis=0) == 0).sum())
         since = DASH if begin is None else f"{begin:,}"
-        numbers = [text(load_E.max() / max(load_E.mean(), 1e-9), 3), percent(load_E.max() / total), percent(load_E.min() / total), str(never)]
+        numbers = [
+            text(load_E.max() / max(load_E.mean(), 1e-9), 3),
+            percent(load_E.max() / total),
+            percent(load_E.min() / total),
+            str(never),
+        ]
         lines.append([f"MoE layer {layer}", found.layer_states[layer], since, *numbers])
-    ends = f"<p>The model: {_end(found)}. Loads are those of the last {_count(last, 'row')}.</p>" if last > 1 else f"<p>The model: {_end(found)}. Loads are those of the last row.</p>"
-    header = ["Layer", "State at the end", "Stable from step", "Max / mean", "Largest share", "Smallest share", "Experts never used"]
-    return rule + ends + table_html(header, lines) + _figures([statistic_figure(found)], "no window is full yet")
+    ends = (
+        f"<p>The model: {_end(found)}. Loads are those of the last {_count(last, 'row')}.</p>"
+        if last > 1
+        else f"<p>The model: {_end(found)}. Loads are those of the last row.</p>"
+    )
+    header = [
+        "Layer",
+        "State at the end",
+        "Stable from step",
+        "Max / mean",
+        "Largest share",
+        "Smallest share",
+        "Experts never used",
+    ]
+    return (
+        rule
+        + ends
+        + table_html(header, lines)
+        + _figures([statistic_figure(found)], "no window is full yet")
+    )
 
 
 def _locality(trace: Trace) -> str:
     if trace.source_KLNE is None:
         return "<p>Not recorded: the trace has no <code>source</code>.</p>"
     nodes, experts = trace.source_KLNE.shape[2:]
-    reason = "there is one node" if nodes == 1 else f"{nodes} nodes do not divide {experts} experts, so the trace cannot tell where they are"
-    note = "<p>The trace does not know of experts that moved while training: it counts from where they begin.</p>"
-    return _figures([local_figure(trace)], reason) + (note if nodes > 1 and experts % nodes == 0 else "")
+    reason = (
+        "there is one node"
+        if nodes == 1
+        else (
+            f"{nodes} nodes do not divide {experts} experts, so the trace cannot tell where "
+            "they are"
+        )
+    )
+    note = (
+        "<p>The trace does not know of experts that moved while training: it counts from where "
+        "they begin.</p>"
+    )
+    return _figures([local_figure(trace)], reason) + (
+        note if nodes > 1 and experts % nodes == 0 else ""
+    )
 
 
 def _figures(figures: list[Figure], why_not: str = "") -> str:
     missing = [figure.title.lower() for figure in figures if figure.svg is None]
     drawn = "".join(figure.html() for figure in figures)
-    line = f"<p>Not shown: {html.escape(', '.join(missing))}: {html.escape(why_not)}.</p>" if missing else ""
+    line = (
+        f"<p>Not shown: {html.escape(', '.join(missing))}: {html.escape(why_not)}.</p>"
+        if missing
+        else ""
+    )
     return (f'<div class="figures">{drawn}</div>' if drawn else "") + line

@@ -1,4 +1,7 @@
-"""A picture of a trace and of what the state rule says about it. Needs matplotlib, which is imported when it is drawn."""
+"""A picture of a trace and of what the state rule says about it.
+
+Needs matplotlib, which is imported when it is drawn.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,16 @@ from pangu_locmoe.report.series import bin_rows, pick, thin
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLUMNS, WIDTH, HEIGHT = 2, 4.8, 3.1  # of panels; inches of one
+COLUMNS = 2  # of panels; inches of one
+WIDTH = 4.8
+HEIGHT = 3.1
 POINTS = 300  # of a line; more cannot be seen
 LINES = 200  # beyond, lines are drawn as pixels, or the file would be tens of megabytes
 
 
 def plot_states(trace: Trace, states: States, path: Path) -> None:
-    """Draw an SVG: for each layer all shares over the steps, the transient shaded, and below the statistic over its limit.
+    """Draw an SVG: for each layer all shares over the steps, the transient shaded, and below the
+    statistic over its limit.
 
     Raises OSError if it cannot be written, ImportError without matplotlib.
     """
@@ -48,10 +54,23 @@ def _shares(axes: Axes, trace: Trace, states: States, layer: int) -> None:
     mean_KE = bin_rows(trace.share_KLE[:, layer], POINTS) / weight[:, None]
     pixels = trace.load_KLE[0].size > LINES
     for expert in range(count_KE.shape[1]):
-        axes.plot(middle_K, 100 * mean_KE[:, expert], color=SERIES[expert % len(SERIES)], linewidth=0.6, rasterized=pixels)
+        axes.plot(
+            middle_K,
+            100 * mean_KE[:, expert],
+            color=SERIES[expert % len(SERIES)],
+            linewidth=0.6,
+            rasterized=pixels,
+        )
     begin = states.layers_stable_from[layer]
     if states.known:
-        axes.axvspan(step_K[0], step_K[-1] if begin is None else begin, color=SOFT, alpha=0.13, linewidth=0, gid=f"transient-{layer}")
+        axes.axvspan(
+            step_K[0],
+            step_K[-1] if begin is None else begin,
+            color=SOFT,
+            alpha=0.13,
+            linewidth=0,
+            gid=f"transient-{layer}",
+        )
     axes.set_title(f"MoE layer {layer}: {states.says(begin)}", fontsize=10, loc="left", color=INK)
     axes.set_ylabel("% of tokens")
     axes.set_ylim(bottom=0)
@@ -62,9 +81,14 @@ def _shares(axes: Axes, trace: Trace, states: States, layer: int) -> None:
 def _statistic(axes: Axes, states: States, layer: int) -> None:
     from matplotlib.ticker import FixedLocator, NullFormatter, StrMethodFormatter
 
-    step_K, statistic_K = np.asarray(states.step_K, float), states.statistic_KL[:, layer]
+    step_K = np.asarray(states.step_K, float)
+    statistic_K = states.statistic_KL[:, layer]
     known = np.isfinite(statistic_K)
-    axes.plot(*pick(*thin(step_K[known], statistic_K[known], POINTS), POINTS), color=SERIES[0], linewidth=1)
+    axes.plot(
+        *pick(*thin(step_K[known], statistic_K[known], POINTS), POINTS),
+        color=SERIES[0],
+        linewidth=1,
+    )
     for limit, line in ((1, "-"), (EXIT, "--")):
         axes.axhline(limit, color=SERIES[5], linewidth=0.8, linestyle=line)
     axes.set_yscale("log")

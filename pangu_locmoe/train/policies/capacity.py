@@ -1,10 +1,11 @@
-"""How capacities change while a run trains: from token choice to expert choice, and with LocMoE's and LocMoE+'s bounds.
+"""How capacities change while a run trains: from token choice to expert choice, and with LocMoE's
+and LocMoE+'s bounds.
 
-A change follows from the step, its result and the capacities there are, which checkpoints keep: an interrupted run goes on as it
-would have.
+A change follows from the step, its result and the capacities there are, which checkpoints keep: an
+interrupted run goes on as it would have.
 
-Letters: T tokens that share the experts of a layer in one micro-batch, L MoE layers, N source nodes, E experts, M micro-batches,
-G expert-parallel groups, P = M*G parts of a step.
+Letters: T tokens that share the experts of a layer in one micro-batch, L MoE layers, N source
+nodes, E experts, M micro-batches, G expert-parallel groups, P = M*G parts of a step.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from pangu_locmoe.moe.capacity import (
 from pangu_locmoe.train.metrics import Row
 from pangu_locmoe.train.step import Stepper, StepResult
 
-EVERY, HYSTERESIS = 100, 0.2
+EVERY = 100
+HYSTERESIS = 0.2
 
 
 class Capacity:
@@ -39,7 +41,9 @@ class Capacity:
     """
 
     def __init__(self, config: Config, stepper: Stepper) -> None:
-        self._config, self._capacity, self._stepper = config, config.moe.capacity, stepper
+        self._config = config
+        self._capacity = config.moe.capacity
+        self._stepper = stepper
         self._upper = initial_capacity(
             config.moe.capacity, stepper.num_tokens, config.moe.num_experts
         )
@@ -77,7 +81,8 @@ class Capacity:
         return step >= max(self._capacity.warmup_steps, self._transition)
 
     def _measure(self, step: int, result: StepResult) -> Row:
-        model, capacities = self._config.model, []
+        model = self._config.model
+        capacities = []
         first = model.num_layers - 1 - model.num_moe_layers
         layers: List[Dict[str, Any]] = []
         loads_LPE = self._loads(result)
@@ -97,7 +102,11 @@ class Capacity:
                     "erfc": bounds.erfc,
                     "exponential": bounds.exponential,
                     "floor": floor,
-                    "set_by": "factor" if max(wanted, floor) >= self._upper else "max_drop" if floor > max(wanted, 1.0) else "bound",
+                    "set_by": "factor"
+                    if max(wanted, floor) >= self._upper
+                    else "max_drop"
+                    if floor > max(wanted, 1.0)
+                    else "bound",
                     "capacity": capacities[-1],
                 }
             )
@@ -110,14 +119,20 @@ class Capacity:
         return dynamic_capacity(bounds, self._upper, now, self._hysteresis, floor)
 
     def _loads(self, result: StepResult) -> np.ndarray:
-        """Assignments to each expert in each part of the step, [L, P, E]: only the tokens of a part share slots.
+        """Assignments to each expert in each part of the step, [L, P, E]: only the tokens of a part
+        share slots.
 
-        Groups are runs of nodes; those inside of one node, whose counts come as one, are taken to be alike.
+        Groups are runs of nodes; those inside of one node, whose counts come as one, are taken to
+        be alike.
         """
         loads_MLNE = result.load_LNE[None] if result.loads_MLNE is None else result.loads_MLNE
         micro_batches, layers, nodes, experts = loads_MLNE.shape
-        groups = max(1, self._config.micro_batch * self._config.model.seq_length // self._stepper.num_tokens)
+        groups = max(
+            1, self._config.micro_batch * self._config.model.seq_length // self._stepper.num_tokens
+        )
         runs = groups if nodes % groups == 0 else 1
-        loads_MLGE = loads_MLNE.reshape(micro_batches, layers, runs, nodes // runs, experts).sum(axis=3)
+        loads_MLGE = loads_MLNE.reshape(micro_batches, layers, runs, nodes // runs, experts).sum(
+            axis=3
+        )
         loads_MLGE = np.repeat(loads_MLGE / (groups // runs), groups // runs, axis=2)
         return loads_MLGE.transpose(1, 0, 2, 3).reshape(layers, -1, experts)

@@ -39,7 +39,9 @@ class Placement:
     """
 
     def __init__(self, config: Config, stepper: Stepper, trace: Callable[[], Trace]) -> None:
-        self._config, self._stepper, self._trace = config, stepper, trace
+        self._config = config
+        self._stepper = stepper
+        self._trace = trace
         if config.placement.start is not None:
             stepper.move_experts(starting_slots(config))
 
@@ -73,7 +75,9 @@ class Placement:
 
     def _place_experts(self, step: int) -> Iterator[Row]:
         """Plan from the trace, and move what the plan moves."""
-        started, now_LE, world = time.perf_counter(), self._expert_of_slot_LE, self._stepper.world
+        started = time.perf_counter()
+        now_LE = self._expert_of_slot_LE
+        world = self._stepper.world
         plan = None
         if world.is_first:
             plan = plan_placement(self._config, world.topology, self._trace(), step, now_LE)
@@ -88,7 +92,9 @@ def starting_slots(config: Config) -> np.ndarray:
     Raises:
         DataError: it is a file, but no plan, or one for other layers, experts or ranks.
     """
-    start, model, moe = config.placement.start, config.model, config.moe
+    start = config.placement.start
+    model = config.model
+    moe = config.moe
     if isinstance(start, list):
         return np.asarray(start)
     assert start is not None
@@ -101,27 +107,39 @@ def starting_slots(config: Config) -> np.ndarray:
     if has != needs:
         (layers, slots, ranks), (own_layers, own_slots, own_ranks) = has, needs
         raise DataError(
-            f"placement.start = {start!r}: the plan has {layers} layers of {slots} slots on {ranks} ranks, the run {own_layers} of {own_slots} on {own_ranks}"
+            f"placement.start = {start!r}: the plan has {layers} layers of {slots} slots "
+            f"on {ranks} ranks, the run {own_layers} of {own_slots} on {own_ranks}"
         )
     return plan.slots_LS
 
 
-def plan_placement(config: Config, topology: Topology, trace: Trace, step: int, now_LE: np.ndarray) -> Plan:
+def plan_placement(
+    config: Config, topology: Topology, trace: Trace, step: int, now_LE: np.ndarray
+) -> Plan:
     """The plan after `step` for the steps up to the next one, from the trace so far.
 
-    A layer keeps its placement while its load is transient, as it counts at the beginning of a run, while there are too few rows to tell (unless placement.while_transient), and where less than placement.min_gain would be saved.
+    A layer keeps its placement while its load is transient, as it counts at the beginning of a run,
+    while there are too few rows to tell (unless placement.while_transient), and where less than
+    placement.min_gain would be saved.
 
     Args:
         config: the run; its placement section has the cluster's speeds.
-        topology: expert-parallel groups are alike: all have the same plan, made for the mean of their loads.
+        topology: expert-parallel groups are alike: all have the same plan, made for the mean of
+            their loads.
         trace: rows up to `step`, with their sources.
         step: the last one made.
         now_LE: an expert for each slot now.
     """
-    wishes, model = config.placement, config.model
+    wishes = config.placement
+    model = config.model
     nodes = max(1, topology.expert_parallel // topology.places_per_node)
     costs = Costs.of_model(
-        model.hidden_size, model.ffn_size, wishes.flops_per_second, wishes.link_bytes_per_second, wishes.every, VALUE_BYTES[config.train.precision]
+        model.hidden_size,
+        model.ffn_size,
+        wishes.flops_per_second,
+        wishes.link_bytes_per_second,
+        wishes.every,
+        VALUE_BYTES[config.train.precision],
     )
     return place_trace(
         _of_a_group(trace, topology, nodes),
@@ -133,24 +151,35 @@ def plan_placement(config: Config, topology: Topology, trace: Trace, step: int, 
         origin=step + 1,
         horizon=wishes.every,
         current=now_LE,
-        stable_from=None if wishes.while_transient else lambda past: states(past).layers_stable_from,
+        stable_from=None
+        if wishes.while_transient
+        else lambda past: states(past).layers_stable_from,
         min_gain=wishes.min_gain,
     )
 
 
 def _of_a_group(trace: Trace, topology: Topology, nodes: int) -> Trace:
-    """Tokens by node of an expert-parallel group, all groups together: node n of the job is node n mod M of its group."""
+    """Tokens by node of an expert-parallel group, all groups together: node n of the job is node
+    n mod M of its group.
+    """
     assert trace.source_KLNE is not None
     rows, layers, job_nodes, experts = trace.source_KLNE.shape
     groups = topology.num_places // topology.expert_parallel
-    source_KLME = trace.source_KLNE.reshape(rows, layers, job_nodes // nodes, nodes, experts).sum(axis=2) // groups
+    source_KLME = (
+        trace.source_KLNE.reshape(rows, layers, job_nodes // nodes, nodes, experts).sum(axis=2)
+        // groups
+    )
     return replace(trace, load_KLE=source_KLME.sum(axis=2), source_KLNE=source_KLME)
 
 
 def agree(plan: Optional[Plan], now_LE: np.ndarray, communicator: Communicator) -> np.ndarray:
-    """The placement of rank 0's plan, on all ranks; the others have no plan, because the trace is rank 0's."""
+    """The placement of rank 0's plan, on all ranks; the others have no plan, because the trace
+    is rank 0's.
+    """
     own = now_LE if plan is None else plan.slots_LS
-    shared = communicator.all_gather(Tensor(own.reshape(-1).astype(np.int32), mstype.int32)).asnumpy()
+    shared = communicator.all_gather(
+        Tensor(own.reshape(-1).astype(np.int32), mstype.int32)
+    ).asnumpy()
     first: np.ndarray = shared.reshape(communicator.size, *now_LE.shape)[0].astype(np.int64)
     return first
 

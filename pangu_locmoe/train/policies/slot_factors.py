@@ -22,7 +22,8 @@ class SlotFactors:
     """
 
     def __init__(self, config: Config, stepper: Stepper) -> None:
-        self._capacity, self._stepper = config.moe.capacity, stepper
+        self._capacity = config.moe.capacity
+        self._stepper = stepper
         self._tokens = config.train.batch_size * config.model.seq_length
 
     @staticmethod
@@ -33,7 +34,8 @@ class SlotFactors:
     def __call__(self, step: int, result: StepResult) -> Iterator[Row]:
         if step % EVERY:
             return
-        now, topology = self._stepper.factors, self._stepper.world.topology
+        now = self._stepper.factors
+        topology = self._stepper.world.topology
         after = next_factors(self._capacity, now, result.load_LNE, topology, self._tokens)
         if after == now:
             return

@@ -36,7 +36,8 @@ class StepParts:
         reduce: nn.Cell,
         gathers: Sequence[nn.Cell] = (),
     ) -> None:
-        self.optimizer, self.reduce = optimizer, reduce
+        self.optimizer = optimizer
+        self.reduce = reduce
         self.update = Update(optimizer, gathers)
         self.buffers: Optional[ParameterTuple] = None
         if train.has_buffers:
@@ -67,7 +68,8 @@ class WholeStep(nn.Cell):
     ) -> None:
         super().__init__(auto_prefix=False)
         self.gradient = ms.value_and_grad(objective, None, optimizer.parameters, has_aux=True)
-        self.reduce, self.update = reduce, update
+        self.reduce = reduce
+        self.update = update
 
     def construct(
         self, learning_rate: Tensor, step: Tensor, *inputs: Tensor
@@ -117,9 +119,12 @@ class Update(nn.Cell):
 
     def __init__(self, optimizer: AdamW, gathers: Sequence[nn.Cell] = ()) -> None:
         super().__init__(auto_prefix=False)
-        self.optimizer, self.gathers = optimizer, list(gathers)
-        self.divided, self.count = optimizer.divided, len(optimizer.parameters)
-        self.parameters, self.updated = optimizer.parameters, optimizer.updated
+        self.optimizer = optimizer
+        self.gathers = list(gathers)
+        self.divided = optimizer.divided
+        self.count = len(optimizer.parameters)
+        self.parameters = optimizer.parameters
+        self.updated = optimizer.updated
 
     def construct(
         self, gradients: Tuple[Tensor, ...], learning_rate: Tensor, step: Tensor, norm: Tensor
@@ -140,7 +145,8 @@ class Accumulate(nn.Cell):
     ) -> None:
         super().__init__(auto_prefix=False)
         self.gradient = ms.value_and_grad(objective, None, parameters, has_aux=True)
-        self.buffers, self.count = buffers, len(buffers)
+        self.buffers = buffers
+        self.count = len(buffers)
 
     def construct(self, *inputs: Tensor) -> Tuple[Tensor, Dict[str, Tensor]]:
         """`inputs` as for the objective. Returns the losses and the statistics."""
@@ -155,7 +161,9 @@ class ReduceBuffers(nn.Cell):
 
     def __init__(self, reduce: nn.Cell, buffers: ParameterTuple, reduced: ParameterTuple) -> None:
         super().__init__(auto_prefix=False)
-        self.reduce, self.buffers, self.reduced = reduce, buffers, reduced
+        self.reduce = reduce
+        self.buffers = buffers
+        self.reduced = reduced
         self.count = len(buffers)
 
     def construct(self, factor: Tensor) -> Tensor:
@@ -173,7 +181,10 @@ class UpdateFromBuffers(nn.Cell):
         self, update: nn.Cell, buffers: ParameterTuple, reduced: ParameterTuple, apply: bool
     ) -> None:
         super().__init__(auto_prefix=False)
-        self.update, self.buffers, self.reduced, self.apply_update = update, buffers, reduced, apply
+        self.update = update
+        self.buffers = buffers
+        self.reduced = reduced
+        self.apply_update = apply
 
     def construct(self, learning_rate: Tensor, step: Tensor, norm: Tensor) -> Tensor:
         if self.apply_update:

@@ -50,7 +50,8 @@ class CountsStepper(Stepper):
     ) -> None:
         super().__init__(model, config, world, capacities)
         assert world.exchange is not None
-        self._exchange, self._communicator = world.exchange, world.communicator
+        self._exchange = world.exchange
+        self._communicator = world.communicator
         self._kinds = kinds(self.parameters, self.optimizer.pieces)
         self._gradients: List[Tensor] = []  # of the step that is being made
         if config.train.mode == "graph":
@@ -60,7 +61,8 @@ class CountsStepper(Stepper):
     def __call__(self, batch: Batch, step: int, learning_rate: float) -> StepResult:
         if step != self.config.trace.timeline:
             return super().__call__(batch, step, learning_rate)
-        timeline, started = Timeline(), time.time()
+        timeline = Timeline()
+        started = time.time()
         self._exchange.timeline = timeline
         with timeline.watch([layer.experts for layer in self.model.moe_layers.values()]):
             result = super().__call__(batch, step, learning_rate)
@@ -87,8 +89,10 @@ class CountsStepper(Stepper):
         return losses, stats
 
     def _reduce(self, factor: float) -> Tensor:
-        topology, optimizer = self.world.topology, self.optimizer
-        began, started = time.time(), time.perf_counter()
+        topology = self.world.topology
+        optimizer = self.optimizer
+        began = time.time()
+        started = time.perf_counter()
         reduced = reduce_gradients(
             self._gradients, self.parameters, optimizer.pieces, topology, self._communicator
         )
@@ -111,7 +115,8 @@ class CountsStepper(Stepper):
         optimizer = self.optimizer
         optimizer.update(tuple(gradients), rate, number, norm)
         if any(optimizer.divided):
-            began, started = time.time(), time.perf_counter()
+            began = time.time()
+            started = time.perf_counter()
             gather_pieces(
                 optimizer.updated,
                 self.parameters,

@@ -28,8 +28,11 @@ class Objective(nn.Cell):
     def __init__(self, model: PanguSigma, config: Config, capacities: Tuple[int, ...]) -> None:
         super().__init__(auto_prefix=False)
         moe = config.moe
-        self.model, self.capacities = model, capacities
-        self.balance, self.locality, self.z = moe.balance_loss, config.locality_weight, moe.z_loss
+        self.model = model
+        self.capacities = capacities
+        self.balance = moe.balance_loss
+        self.locality = config.locality_weight
+        self.z = moe.z_loss
 
     def construct(
         self,
@@ -71,11 +74,11 @@ def micro_batches(
         config: the run.
         world: this process's place.
     """
-    train, topology = config.train, world.topology
-    rows_T, columns_D = draw_keys(
-        train.seed, step, batch.tokens_BS.size, config.model.hidden_size
-    )
-    keys_BS, columns = rows_T.reshape(batch.tokens_BS.shape), Tensor(columns_D)
+    train = config.train
+    topology = world.topology
+    rows_T, columns_D = draw_keys(train.seed, step, batch.tokens_BS.size, config.model.hidden_size)
+    keys_BS = rows_T.reshape(batch.tokens_BS.shape)
+    columns = Tensor(columns_D)
     runs = np.arange(len(batch.domains_B))
     runs = runs.reshape(topology.num_nodes, train.accumulation_steps, topology.places_per_node, -1)
     if world.exchange is None:

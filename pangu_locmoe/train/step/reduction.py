@@ -1,6 +1,8 @@
-"""What comes after the backward pass in the compiled step of a job: gradients reduced over ranks, their norm, pieces gathered.
+"""What comes after the backward pass in the compiled step of a job: gradients reduced over ranks,
+their norm, pieces gathered.
 
-As parallel/gradients.py, with operators that a graph can hold. All groups are made here, in the same order on all ranks.
+As parallel/gradients.py, with operators that a graph can hold. All groups are made here, in the
+same order on all ranks.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from pangu_locmoe.train.optimizer import AdamW
 
 
 class Reduce(nn.Cell):
-    """Gradients of this rank's loss -> those of the job's, for this rank's parameters or its pieces of them.
+    """Gradients of this rank's loss -> those of the job's, for this rank's parameters or its pieces
+    of them.
 
     Args:
         optimizer: of this rank's parameters.
@@ -27,21 +30,29 @@ class Reduce(nn.Cell):
 
     def __init__(self, optimizer: AdamW, topology: Topology, communicator: HcclOperators) -> None:
         super().__init__(auto_prefix=False)
-        rank, parameters = communicator.rank, list(optimizer.parameters)
-        self.optimizer, self.count = optimizer, len(parameters)
+        rank = communicator.rank
+        parameters = list(optimizer.parameters)
+        self.optimizer = optimizer
+        self.count = len(parameters)
         self.kinds = kinds(parameters, optimizer.pieces)
         self.shares = [share(parameter, topology) for parameter in parameters]
         holding = [holders(parameter, topology, rank) for parameter in parameters]
-        self.sums = [_Sum(communicator, ranks, piece) for ranks, piece in zip(holding, optimizer.pieces)]
+        self.sums = [
+            _Sum(communicator, ranks, piece) for ranks, piece in zip(holding, optimizer.pieces)
+        ]
         self.over_experts = _Sum(communicator, topology.expert_group(rank))
         self.over_tensor = _Sum(communicator, topology.tensor_group(rank))
         self.any_pieces = any(optimizer.divided)
-        self.over_world = _Sum(communicator, tuple(range(topology.num_ranks)) if self.any_pieces else (rank,))
+        self.over_world = _Sum(
+            communicator, tuple(range(topology.num_ranks)) if self.any_pieces else (rank,)
+        )
 
     def construct(
         self, gradients: Tuple[Tensor, ...], factor: Optional[Tensor]
     ) -> Tuple[Tuple[Tensor, ...], Tensor]:
-        """Returns the reduced gradients times `factor` (None, a constant of the graph: as they are), and the norm of the whole gradient."""
+        """Returns the reduced gradients times `factor` (None, a constant of the graph: as they
+        are), and the norm of the whole gradient.
+        """
         reduced = []
         whole = []
         slices = []
@@ -60,15 +71,27 @@ class Reduce(nn.Cell):
                 whole.append(gradient)
             reduced.append(gradient)
         # As `gradients.squared_norm`: a rank has its own experts, slices and pieces only.
-        of_experts = self.over_experts(ops.reshape(self.optimizer.squared_norm(tuple(experts)), (1,)))
-        total = self.optimizer.squared_norm(tuple(whole)) + self.over_tensor(ops.reshape(self.optimizer.squared_norm(tuple(slices)), (1,)) + of_experts)[0]
+        of_experts = self.over_experts(
+            ops.reshape(self.optimizer.squared_norm(tuple(experts)), (1,))
+        )
+        total = (
+            self.optimizer.squared_norm(tuple(whole))
+            + self.over_tensor(
+                ops.reshape(self.optimizer.squared_norm(tuple(slices)), (1,)) + of_experts
+            )[0]
+        )
         if self.any_pieces:
-            total = total + self.over_world(ops.reshape(self.optimizer.squared_norm(tuple(pieces)), (1,)))[0]
+            total = (
+                total
+                + self.over_world(ops.reshape(self.optimizer.squared_norm(tuple(pieces)), (1,)))[0]
+            )
         return tuple(reduced), ops.sqrt(total)
 
 
 def gathers(optimizer: AdamW, topology: Topology, communicator: HcclOperators) -> List[nn.Cell]:
-    """What makes each parameter of the pieces that the ranks have updated; nothing where it is updated whole."""
+    """What makes each parameter of the pieces that the ranks have updated; nothing where it is
+    updated whole.
+    """
     cells: List[nn.Cell] = []
     for parameter, piece in zip(optimizer.parameters, optimizer.pieces):
         if piece is None:
@@ -82,11 +105,15 @@ def gathers(optimizer: AdamW, topology: Topology, communicator: HcclOperators) -
 class _Sum(nn.Cell):
     """The sum over some ranks; with a piece, each gets its block of an axis."""
 
-    def __init__(self, communicator: HcclOperators, ranks: Tuple[int, ...], piece: Optional[Piece] = None) -> None:
+    def __init__(
+        self, communicator: HcclOperators, ranks: Tuple[int, ...], piece: Optional[Piece] = None
+    ) -> None:
         super().__init__()
-        self.axis, self.sum = 0, nn.Identity()
+        self.axis = 0
+        self.sum = nn.Identity()
         if piece is not None:
-            self.axis, self.sum = piece.cut.axis, communicator.scattering(ranks)
+            self.axis = piece.cut.axis
+            self.sum = communicator.scattering(ranks)
         elif len(ranks) > 1:
             self.sum = communicator.summing(ranks)
 
@@ -99,7 +126,8 @@ class _GatherPieces(nn.Cell):
 
     def __init__(self, communicator: HcclOperators, ranks: Tuple[int, ...], axis: int) -> None:
         super().__init__()
-        self.axis, self.gather = axis, communicator.gathering(ranks)
+        self.axis = axis
+        self.gather = communicator.gathering(ranks)
 
     def construct(self, piece: Tensor) -> Tensor:
         return with_axis_first(self.gather(with_axis_first(piece, self.axis)), self.axis)

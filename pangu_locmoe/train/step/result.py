@@ -119,9 +119,7 @@ def _gather(own: Dict[str, np.ndarray], communicator: Communicator) -> Dict[str,
         gathered = communicator.all_gather(Tensor(flat)).asnumpy()
     ends = np.cumsum([np.size(part) for part in own.values()])
     columns = np.split(gathered, ends[:-1], axis=1)
-    return {
-        name: part.reshape(-1, *np.shape(own[name])) for name, part in zip(own, columns)
-    }
+    return {name: part.reshape(-1, *np.shape(own[name])) for name, part in zip(own, columns)}
 
 
 def gather_ledgers(own: Ledger, communicator: Communicator) -> Ledger:

@@ -77,8 +77,11 @@ class Stepper(ABC):
         world: Optional[World] = None,
         capacities: Optional[Tuple[int, ...]] = None,
     ) -> None:
-        self.model, self.config, self.world = model, config, world or World.of(config)
-        train, topology = config.train, self.world.topology
+        self.model = model
+        self.config = config
+        self.world = world or World.of(config)
+        train = config.train
+        topology = self.world.topology
         self.parameters = list(model.trainable_params())
         own = None
         if config.parallel.shard_optimizer:
@@ -127,7 +130,8 @@ class Stepper(ABC):
         `step` counts from 1, and is what randomness depends on; Adam counts `updates`.
         """
         inputs = micro_batches(batch, step, self.config, self.world)
-        rate, number = Tensor(learning_rate, ms.float32), Tensor(self.updates + 1, ms.int32)
+        rate = Tensor(learning_rate, ms.float32)
+        number = Tensor(self.updates + 1, ms.int32)
         reports, norm, skipped = self._advance(inputs, rate, number)
         self.updates += not skipped
         rows_divided = self.config.parallel.sequence_parallel

@@ -1,4 +1,6 @@
-"""What the exchanges of a step with constant sizes send: from the topology and the configuration alone."""
+"""What the exchanges of a step with constant sizes send: from the topology and the configuration
+alone.
+"""
 
 from __future__ import annotations
 
@@ -13,28 +15,59 @@ from pangu_locmoe.parallel.topology import Topology
 
 
 def exchanges(config: Config, topology: Topology, rank: int) -> Iterator[Operation]:
-    """Rows to the experts and back; the gradient takes the same ways in the other direction. Groupwise, a place gathers its shares."""
+    """Rows to the experts and back; the gradient takes the same ways in the other direction.
+
+    Groupwise, a place gathers its shares.
+    """
     tokens = config.micro_batch * config.model.seq_length // topology.num_places
-    group, features = topology.expert_group(rank), config.model.hidden_size
-    size, place = len(group), group.index(rank)
+    group = topology.expert_group(rank)
+    features = config.model.hidden_size
+    size = len(group)
+    place = group.index(rank)
     chunks = config.parallel.overlap_chunks
-    rows_RR = (group_slots(config.moe.capacity, topology, rank, tokens) // chunks).reshape(size, size, -1).sum(axis=2)
+    rows_RR = (
+        (group_slots(config.moe.capacity, topology, rank, tokens) // chunks)
+        .reshape(size, size, -1)
+        .sum(axis=2)
+    )
     sharers = topology.tensor_group(rank) if config.parallel.exchange == "groupwise" else (rank,)
-    dtype, name, gathering = IR_NAMES[config.train.precision], group_name(group, topology.num_ranks), group_name(sharers, topology.num_ranks)
+    dtype = IR_NAMES[config.train.precision]
+    name = group_name(group, topology.num_ranks)
+    gathering = group_name(sharers, topology.num_ranks)
     for direction in ("forward", "backward"):
         for matrix_RR in (rows_RR, rows_RR.T):
             share_RR = matrix_RR // len(sharers)  # a place divides its slots evenly
-            sent, arrived = share_RR[place], int(share_RR[:, place].sum())
-            move = Operation("AlltoAllV", name, direction, dtype, (int(sent.sum()) * features,), (arrived * features,), tuple(sent.tolist()))
+            sent = share_RR[place]
+            arrived = int(share_RR[:, place].sum())
+            move = Operation(
+                "AlltoAllV",
+                name,
+                direction,
+                dtype,
+                (int(sent.sum()) * features,),
+                (arrived * features,),
+                tuple(sent.tolist()),
+            )
             yield from [move] * config.model.num_moe_layers * chunks
             if len(sharers) > 1:
-                gather = Operation("AllGather", gathering, direction, dtype, (arrived, features), (arrived * len(sharers), features))
+                gather = Operation(
+                    "AllGather",
+                    gathering,
+                    direction,
+                    dtype,
+                    (arrived, features),
+                    (arrived * len(sharers), features),
+                )
                 yield from [gather] * config.model.num_moe_layers * chunks
 
 
 def planned_traffic(config: Config, topology: Topology) -> Ledger:
-    """What all ranks send in the exchanges of one step. Constant sizes: known without looking. Seconds are not."""
-    ledger, passes = Ledger(), config.train.accumulation_steps
+    """What all ranks send in the exchanges of one step.
+
+    Constant sizes: known without looking. Seconds are not.
+    """
+    ledger = Ledger()
+    passes = config.train.accumulation_steps
     for rank in range(topology.num_ranks):
         groups = topology_groups(topology, rank)
         for operation in exchanges(config, topology, rank):
@@ -42,7 +75,9 @@ def planned_traffic(config: Config, topology: Topology) -> Ledger:
             inside, between = node_bytes(operation, group, topology, rank)
             ledger.intra_node_bytes += passes * inside
             ledger.inter_node_bytes += passes * between
-            crossing = sum(topology.node_of_rank(other) != topology.node_of_rank(rank) for other in group)
+            crossing = sum(
+                topology.node_of_rank(other) != topology.node_of_rank(rank) for other in group
+            )
             ledger.inter_node_messages += passes * crossing
             ledger.intra_node_messages += passes * (len(group) - 1 - crossing)
     return ledger

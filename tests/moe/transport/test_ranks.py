@@ -1,7 +1,9 @@
-"""A layer on several ranks is the layer of one process, for every router and transport: outputs, losses, gradients.
+"""A layer on several ranks is the layer of one process, for every router and transport: outputs,
+losses, gradients.
 
-All ranks are in this process. Each holds all experts, so that only what they share travels; rows that do are in
-tests/distributed. The locality loss still has experts of other nodes: its target is the router's.
+All ranks are in this process. Each holds all experts, so that only what they share travels; rows
+that do are in tests/distributed. The locality loss still has experts of other nodes: its target is
+the router's.
 """
 
 from __future__ import annotations
@@ -26,37 +28,55 @@ from pangu_locmoe.parallel.exchange import Exchange
 from pangu_locmoe.parallel.tensor import TensorGroup
 from pangu_locmoe.parallel.topology import Topology
 
-PLACES, NODES, TOKENS, HIDDEN, EXPERTS = 4, 2, 8, 16, 4  # tokens of a place
+PLACES = 4  # tokens of a place
+NODES = 2
+TOKENS = 8
+HIDDEN = 16
+EXPERTS = 4
 WEIGHTS = {"balance_loss": 1.0, "locality_loss": 0.7, "z_loss": 0.3}
 RANDOM = np.random.default_rng(41)
 X_TD, SENS_TD = RANDOM.standard_normal((2, PLACES * TOKENS, HIDDEN))
 X_TD[: PLACES * TOKENS // NODES, 4:8] += 1.0  # nodes prefer different experts
-TOKENS_T, DOMAINS_T = RANDOM.integers(0, 300, PLACES * TOKENS), np.repeat([0, 1], PLACES * TOKENS // 2)
+TOKENS_T = RANDOM.integers(0, 300, PLACES * TOKENS)
+DOMAINS_T = np.repeat([0, 1], PLACES * TOKENS // 2)
 OWN = ["OwnLosses", "Unbalanced", "OneOwnLoss", "Spread", "Bare"]
 
 
 class Rank(SingleProcess):
-    """One of several; `everyones` is what all ranks say when they gather, None while they are asked for it."""
+    """One of several; `everyones` is what all ranks say when they gather, None while they are
+    asked for it.
+    """
 
     def __init__(self, rank: int, size: int) -> None:
-        self.rank, self.size, self.said, self.everyones = rank, size, None, None
+        self.rank = rank
+        self.size = size
+        self.said = None
+        self.everyones = None
 
     def all_gather(self, x: Tensor) -> Tensor:
         self.said = x.asnumpy()
-        return Tensor(np.stack([self.said] * self.size if self.everyones is None else self.everyones))
+        return Tensor(
+            np.stack([self.said] * self.size if self.everyones is None else self.everyones)
+        )
 
 
 def config_of(router: str):
     name = router if router in ROUTERS else f"own_routers:{router}"
     return small_config(
-        moe={"router": name, "z_loss": 0.1, "capacity": {"local_factor": 4.0, "remote_factor": 4.0}},
+        moe={
+            "router": name,
+            "z_loss": 0.1,
+            "capacity": {"local_factor": 4.0, "remote_factor": 4.0},
+        },
         parallel={"expert_parallel": 2, "sizes": "static"},
         train={"batch_size": 4},
-    )  # fmt: skip
+    )
 
 
 def layer_of(config, transport, communicator=None):
-    """The layer with a transport; its router's experts are spread over the nodes, whoever computes them."""
+    """The layer with a transport; its router's experts are spread over the nodes, whoever
+    computes them.
+    """
     allowed_KE = allowed_experts(config)
     topology = Topology(PLACES, PLACES // NODES, PLACES, EXPERTS)
     if transport is LocalTransport:
@@ -73,7 +93,9 @@ def layer_of(config, transport, communicator=None):
 
 
 def outcome(layer, part=slice(None), jit=False):
-    """y_TD, stats, the gradient by x_TD and by each weight, of the output and all losses; the job's is a mean over places."""
+    """y_TD, stats, the gradient by x_TD and by each weight, of the output and all losses; the
+    job's is a mean over places.
+    """
     tokens = TOKENS_T[part].size
     weights = ms.ParameterTuple(layer.trainable_params())
     scale = PLACES * TOKENS / tokens
@@ -82,15 +104,24 @@ def outcome(layer, part=slice(None), jit=False):
 
     def objective(x_TD):
         keys = no_noise(tokens, HIDDEN)
-        y_TD, stats = layer(x_TD, integers(TOKENS_T[part]), integers(DOMAINS_T[part]), keys, DROPLESS, True)
+        y_TD, stats = layer(
+            x_TD, integers(TOKENS_T[part]), integers(DOMAINS_T[part]), keys, DROPLESS, True
+        )
         total = ops.reduce_sum(y_TD * tensor(SENS_TD[part])) * scale
         for name, weight in WEIGHTS.items():
             total = total + weight * stats[name]
         return total, y_TD, stats
 
-    (_, y_TD, stats), (dx_TD, dweights) = ms.value_and_grad(objective, 0, weights, has_aux=True)(tensor(X_TD[part]))
+    (_, y_TD, stats), (dx_TD, dweights) = ms.value_and_grad(objective, 0, weights, has_aux=True)(
+        tensor(X_TD[part])
+    )
     named = {weight.name: d.asnumpy() for weight, d in zip(weights, dweights)}
-    return y_TD.asnumpy(), {name: value.asnumpy() for name, value in stats.items()}, dx_TD.asnumpy(), named
+    return (
+        y_TD.asnumpy(),
+        {name: value.asnumpy() for name, value in stats.items()},
+        dx_TD.asnumpy(),
+        named,
+    )
 
 
 @pytest.fixture
@@ -106,7 +137,11 @@ def assert_ranks_are_one_process(router, transport, replicas=1):
     wanted_TD, wanted, wanted_dx_TD, wanted_weights = outcome(layer_of(config, LocalTransport))
     ranks = [Rank(rank, PLACES * replicas) for rank in range(PLACES * replicas)]
     layers = [layer_of(config, transport, rank) for rank in ranks]
-    parts = [slice(place * TOKENS, (place + 1) * TOKENS) for place in range(PLACES) for _ in range(replicas)]
+    parts = [
+        slice(place * TOKENS, (place + 1) * TOKENS)
+        for place in range(PLACES)
+        for _ in range(replicas)
+    ]
     for layer, part in zip(layers, parts):
         outcome(layer, part)
     for rank in ranks:
@@ -129,9 +164,16 @@ def test_ranks_are_one_process(router, transport, registered):
     wanted, found = assert_ranks_are_one_process(router, transport)
     own = {"OwnLosses": LOSSES, "OneOwnLoss": ("locality_loss",), "hash": LOSSES}.get(router, ())
     assert (wanted["balance_loss"] == 0) == (router in ("hash", "Unbalanced"))
-    assert (wanted["locality_loss"] > 0) == (router in ("locmoe", "locmoe_plus", "OwnLosses", "OneOwnLoss", "Spread"))
-    for name in ("balance_loss", "locality_loss"):  # what follows from what all share is the same on all
-        assert (len({float(stats[name]) for _, stats, _, _ in found}) == 1) == (name not in own or router == "hash")
+    assert (wanted["locality_loss"] > 0) == (
+        router in ("locmoe", "locmoe_plus", "OwnLosses", "OneOwnLoss", "Spread")
+    )
+    for name in (
+        "balance_loss",
+        "locality_loss",
+    ):  # what follows from what all share is the same on all
+        assert (len({float(stats[name]) for _, stats, _, _ in found}) == 1) == (
+            name not in own or router == "hash"
+        )
 
 
 @pytest.mark.parametrize("transport", [CountsTransport, SlotsTransport])
@@ -139,11 +181,15 @@ def test_ranks_of_a_place_count_once(transport, registered):
     assert_ranks_are_one_process("locmoe", transport, replicas=2)
 
 
-@pytest.mark.parametrize("router, transport", [("OwnLosses", CountsTransport), ("locmoe_plus", SlotsTransport)])
+@pytest.mark.parametrize(
+    "router, transport", [("OwnLosses", CountsTransport), ("locmoe_plus", SlotsTransport)]
+)
 def test_with_the_part_before_the_exchange_compiled(router, transport, registered):
     """One rank of those above."""
-    layer, part = layer_of(config_of(router), transport, Rank(0, PLACES)), slice(TOKENS)
-    plain, compiled = outcome(layer, part), outcome(layer, part, jit=True)
+    layer = layer_of(config_of(router), transport, Rank(0, PLACES))
+    part = slice(TOKENS)
+    plain = outcome(layer, part)
+    compiled = outcome(layer, part, jit=True)
     for mine, wanted in zip((*compiled[:1], compiled[2]), (*plain[:1], plain[2])):
         close(mine, wanted, 2e-6)
     for mine, wanted in zip((compiled[1], compiled[3]), (plain[1], plain[3])):
@@ -152,12 +198,22 @@ def test_with_the_part_before_the_exchange_compiled(router, transport, registere
             close(mine[name], wanted[name], 2e-6)
 
 
-@pytest.mark.parametrize("name, wanted", [("OwnLosses", True), ("Unbalanced", False), ("Spread", True), ("Bare", False)])
+@pytest.mark.parametrize(
+    "name, wanted", [("OwnLosses", True), ("Unbalanced", False), ("Spread", True), ("Bare", False)]
+)
 def test_a_routers_losses_in_one_compiled_process(name, wanted, registered):
     """Compiled as a whole, and what a router gives is what counts."""
     layer = layer_of(config_of(name), LocalTransport)
-    inputs = (tensor(X_TD), integers(TOKENS_T), integers(DOMAINS_T), no_noise(len(X_TD), HIDDEN), 8, True)
-    plain, compiled = layer(*inputs)[1], Whole(layer)(*inputs[:3])
+    inputs = (
+        tensor(X_TD),
+        integers(TOKENS_T),
+        integers(DOMAINS_T),
+        no_noise(len(X_TD), HIDDEN),
+        8,
+        True,
+    )
+    plain = layer(*inputs)[1]
+    compiled = Whole(layer)(*inputs[:3])
     for loss in LOSSES:
         close(compiled[loss], plain[loss].asnumpy(), 2e-6)
     plan = layer.router(*inputs[:4], True)
@@ -170,7 +226,8 @@ def test_a_routers_losses_in_one_compiled_process(name, wanted, registered):
 class Whole(ms.nn.Cell):
     def __init__(self, layer):
         super().__init__(auto_prefix=False)
-        self.layer, self.keys = layer, no_noise(len(X_TD), HIDDEN)
+        self.layer = layer
+        self.keys = no_noise(len(X_TD), HIDDEN)
 
     @ms.jit
     def construct(self, x_TD, tokens_T, domains_T):

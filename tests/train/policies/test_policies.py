@@ -1,4 +1,6 @@
-"""What all policies have in common: their shape, and the keys of the checkpoint, which must stay."""
+"""What all policies have in common: their shape, and the keys of the checkpoint, which must
+stay.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +27,16 @@ class OnPaper:
     """What policies see of a stepper: the rank of a job where it has an exchange."""
 
     def __init__(self, config, exchange=None):
-        self.world, self.num_tokens = World(SingleProcess(), TOPOLOGY, exchange), 32
-        self.capacities, self.factors = (10,), starting_factors(config.moe.capacity)
+        self.world = World(SingleProcess(), TOPOLOGY, exchange)
+        self.num_tokens = 32
+        self.capacities = (10,)
+        self.factors = starting_factors(config.moe.capacity)
         self.expert_of_slot_LE = np.arange(4)[None]
-        self.model = SimpleNamespace(moe_layers={"blocks.1.moe": SimpleNamespace(transport=SimpleNamespace(place=self.place))})
+        self.model = SimpleNamespace(
+            moe_layers={
+                "blocks.1.moe": SimpleNamespace(transport=SimpleNamespace(place=self.place))
+            }
+        )
 
     def place(self, expert_of_slot_E):
         self.expert_of_slot_LE = expert_of_slot_E[None]
@@ -52,7 +60,8 @@ def static(**capacity):
 
 
 def test_a_run_has_the_policies_that_it_asks_for():
-    auto, placed = static(local_factor="auto", remote_factor=0.5), small_config(parallel=PARALLEL, placement={"policy": "eplb"})
+    auto = static(local_factor="auto", remote_factor=0.5)
+    placed = small_config(parallel=PARALLEL, placement={"policy": "eplb"})
     exchange = SimpleNamespace()
     for config, wanted in (
         (small_config(), [Capacity]),
@@ -61,7 +70,9 @@ def test_a_run_has_the_policies_that_it_asks_for():
         (auto, [Capacity, SlotFactors]),
         (placed, [Capacity, Placement]),
     ):
-        assert [type(one) for one in make_policies(config, OnPaper(config, exchange), no_trace)] == wanted
+        assert [
+            type(one) for one in make_policies(config, OnPaper(config, exchange), no_trace)
+        ] == wanted
     # A single process has no slots for others, and nowhere to move experts to.
     assert [type(one) for one in make_policies(auto, OnPaper(auto), no_trace)] == [Capacity]
 
@@ -69,13 +80,19 @@ def test_a_run_has_the_policies_that_it_asks_for():
 def test_slot_factors_follow_the_counts_of_every_twentieth_step():
     config = static(local_factor="auto", remote_factor=0.5)
     stepper = OnPaper(config, SimpleNamespace())
-    policy, before = SlotFactors(config, stepper), stepper.factors
+    policy = SlotFactors(config, stepper)
+    before = stepper.factors
     load_LNE = np.array([[[16, 16, 0, 0], [0, 0, 16, 16]]])
     result = SimpleNamespace(load_LNE=load_LNE)
     assert list(policy(EVERY - 1, result)) == [] and stepper.factors is before
     wanted = next_factors(config.moe.capacity, before, load_LNE, TOPOLOGY, 32)
     (row,) = policy(EVERY, result)
-    assert row == {"step": EVERY, "event": "slots", "local_factor": wanted.local_factor, "remote_factor": 0.5}
+    assert row == {
+        "step": EVERY,
+        "event": "slots",
+        "local_factor": wanted.local_factor,
+        "remote_factor": 0.5,
+    }
     assert stepper.factors == wanted != before
     assert list(policy(2 * EVERY, result)) == []  # they fit
 
@@ -94,13 +111,18 @@ def test_experts_begin_where_they_are_put(start):
 STATES = {
     "capacities": ([7], small_config()),
     "slot_factors": ([1.953125, 0.5], static(local_factor="auto", remote_factor=0.5)),
-    "slot_to_expert": ([[1, 0, 3, 2]], small_config(parallel=PARALLEL, placement={"policy": "eplb"})),
+    "slot_to_expert": (
+        [[1, 0, 3, 2]],
+        small_config(parallel=PARALLEL, placement={"policy": "eplb"}),
+    ),
 }
 
 
 @pytest.mark.parametrize("key", STATES)
 def test_the_state_of_a_checkpoint_is_what_it_was(key):
-    """The key and its value, there and back; a checkpoint of a run without the policy changes nothing."""
+    """The key and its value, there and back; a checkpoint of a run without the policy changes
+    nothing.
+    """
     value, config = STATES[key]
     stepper = OnPaper(config, SimpleNamespace())
     policies = make_policies(config, stepper, no_trace)

@@ -1,4 +1,6 @@
-"""The compiled step of an Ascend job, run by CPU processes with stand-ins for HCCL's operators, is the ordinary step."""
+"""The compiled step of an Ascend job, run by CPU processes with stand-ins for HCCL's operators,
+is the ordinary step.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,22 @@ SLOW = [(2, "sharded, half precision"), *[(4, name) for name in graph_job.CASES]
 
 def run(folder: Path, ranks: int, name: str) -> list[dict[str, Any]]:
     """What every rank found."""
-    # Ranks that compile on few cores are silent for longer than the seconds after which other tests want a rank to be dead.
-    done = jobs.msrun(ranks, folder, Path(graph_job.__file__), folder, name, timeout=300, env=jobs.environment(MS_NODE_TIMEOUT="120"))
+    # Ranks that compile on few cores are silent for longer than the seconds after which other tests
+    # want a rank to be dead.
+    done = jobs.msrun(
+        ranks,
+        folder,
+        Path(graph_job.__file__),
+        folder,
+        name,
+        timeout=300,
+        env=jobs.environment(MS_NODE_TIMEOUT="120"),
+    )
     assert done.returncode == 0, jobs.logs(folder)
-    return [json.loads((folder / f"rank-{rank}.json").read_text(encoding="utf-8")) for rank in range(ranks)]
+    return [
+        json.loads((folder / f"rank-{rank}.json").read_text(encoding="utf-8"))
+        for rank in range(ranks)
+    ]
 
 
 def assert_the_same(name: str, found: list[dict[str, Any]]) -> None:
@@ -30,9 +44,18 @@ def assert_the_same(name: str, found: list[dict[str, Any]]) -> None:
         assert rank["compiled"] == found[0]["compiled"], "the ranks report different things"
         assert len(rank["compiled"]) == graph_job.STEPS
         for compiled, ordinary in zip(rank["compiled"], rank["ordinary"]):
-            np.testing.assert_allclose(compiled["losses"], ordinary["losses"], rtol=0, atol=5e-3 if half else 1e-5)
-            for key in ("skipped", "loss_scale", "traffic", *(() if half else ("load", "dropped", "norm"))):
-                assert compiled[key] == (pytest.approx(ordinary[key], rel=1e-4) if key == "norm" else ordinary[key]), key
+            np.testing.assert_allclose(
+                compiled["losses"], ordinary["losses"], rtol=0, atol=5e-3 if half else 1e-5
+            )
+            for key in (
+                "skipped",
+                "loss_scale",
+                "traffic",
+                *(() if half else ("load", "dropped", "norm")),
+            ):
+                assert compiled[key] == (
+                    pytest.approx(ordinary[key], rel=1e-4) if key == "norm" else ordinary[key]
+                ), key
     rows = found[0]["compiled"]
     # The loss scale begins so high, or doubles so soon, that fp16 overflows on the way.
     assert any(row["skipped"] for row in rows) == half and not rows[-1]["skipped"]

@@ -1,4 +1,6 @@
-"""The stepper around the compiled step: what it hands to the graph and makes of its results; the graph is a stand-in."""
+"""The stepper around the compiled step: what it hands to the graph and makes of its results; the
+graph is a stand-in.
+"""
 
 from __future__ import annotations
 
@@ -44,28 +46,49 @@ def test_a_step_takes_this_ranks_sequences(monkeypatch):
 
     def step(*inputs):
         given.extend(inputs)
-        stats = {"layer_sums": (3,), "load_LNE": (1, 2, 4), "dropped_LE": (1, 4), "cosine_LT": (1, 16)}
-        return Tensor(np.full(5, 2.0, np.float32)), {name: Tensor(np.ones(shape, np.float32)) for name, shape in stats.items()}, Tensor(0.5, ms.float32)
+        stats = {
+            "layer_sums": (3,),
+            "load_LNE": (1, 2, 4),
+            "dropped_LE": (1, 4),
+            "cosine_LT": (1, 16),
+        }
+        return (
+            Tensor(np.full(5, 2.0, np.float32)),
+            {name: Tensor(np.ones(shape, np.float32)) for name, shape in stats.items()},
+            Tensor(0.5, ms.float32),
+        )
 
-    monkeypatch.setattr("pangu_locmoe.train.step.graph.ms.jit", lambda cell: step if isinstance(cell, WholeStep) else cell)
+    monkeypatch.setattr(
+        "pangu_locmoe.train.step.graph.ms.jit",
+        lambda cell: step if isinstance(cell, WholeStep) else cell,
+    )
     stepper = make(OnPaper(1, 2, lambda name, ranks: None))
     rows = np.arange(4 * 8, dtype=np.int32).reshape(4, 8)
     stepper.updates = 2
-    result = stepper(Batch(rows, rows + 1, rows + 2, rows + 3, np.arange(4, dtype=np.int32), np.ones(4, bool)), step=9, learning_rate=0.25)
+    result = stepper(
+        Batch(rows, rows + 1, rows + 2, rows + 3, np.arange(4, dtype=np.int32), np.ones(4, bool)),
+        step=9,
+        learning_rate=0.25,
+    )
     assert stepper.updates == 3
     assert [float(tensor.asnumpy()) for tensor in (*given[:2], given[-1])] == [0.25, 3.0, 1.0]
     for offset, tensor in enumerate(given[2:6]):
         np.testing.assert_array_equal(tensor.asnumpy(), rows[2:] + offset)
     assert given[6].asnumpy().tolist() == [2, 3]
     assert (result.grad_norm, result.losses["loss"], result.skipped) == (0.5, 2.0, False)
-    # 16 tokens on each rank, 4 experts: 8 slots for each; 2 experts are the other rank's; 4 exchanges of fp32 rows of 16.
-    assert (result.traffic.inter_node_bytes, result.traffic.intra_node_bytes) == (2 * 4 * 16 * 64, 0)
+    # 16 tokens on each rank, 4 experts: 8 slots for each; 2 experts are the other rank's; 4
+    # exchanges of fp32 rows of 16.
+    assert (result.traffic.inter_node_bytes, result.traffic.intra_node_bytes) == (
+        2 * 4 * 16 * 64,
+        0,
+    )
     assert result.dropped_LE.tolist() == [[2, 2, 2, 2]] and result.cosine_LT.shape == (1, 32)
 
 
 def test_the_graphs_of_factors_are_used_again_and_only_the_latest_kept():
     stepper = make(OnPaper(1, 2, lambda name, ranks: None))
-    start, used = stepper.factors, []
+    start = stepper.factors
+    used = []
 
     def use(local):
         stepper.set_factors(start.model_copy(update={"local_factor": local}))

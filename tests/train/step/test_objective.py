@@ -1,4 +1,6 @@
-"""Which sequences a process gets: the ranks of a job have together what a single process has, in every micro-batch."""
+"""Which sequences a process gets: the ranks of a job have together what a single process has, in
+every micro-batch.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,17 @@ LENGTH = 8
 def batch(sequences: int) -> Batch:
     """Each token is the number of its sequence."""
     rows_BS = np.repeat(np.arange(sequences, dtype=np.int32)[:, None], LENGTH, axis=1)
-    return Batch(rows_BS, rows_BS + 1, rows_BS + 2, rows_BS + 3, rows_BS[:, 0], np.ones(sequences, bool))
+    return Batch(
+        rows_BS, rows_BS + 1, rows_BS + 2, rows_BS + 3, rows_BS[:, 0], np.ones(sequences, bool)
+    )
 
 
 def sequences_of(config, world) -> list[list[int]]:
     """Of each micro-batch."""
     found = []
-    for tokens, targets, positions, segments, domains, keys, _ in micro_batches(batch(config.train.batch_size), 1, config, world):
+    for tokens, targets, positions, segments, domains, keys, _ in micro_batches(
+        batch(config.train.batch_size), 1, config, world
+    ):
         for offset, tensor in enumerate((tokens, targets, positions, segments)):
             np.testing.assert_array_equal(tensor.asnumpy()[:, 0] - offset, domains.asnumpy())
         assert keys.shape == (tokens.size,)
@@ -46,7 +52,11 @@ def test_the_places_of_a_job_divide_what_a_single_process_has(ranks, per_node, t
     topology = Topology(ranks, per_node, ranks // tensor, 8, tensor)
     config = small_config(train=train)
     ranks_have = [
-        sequences_of(config, World(SimpleNamespace(rank=rank, size=ranks), topology, exchange=SimpleNamespace())) for rank in range(ranks)
+        sequences_of(
+            config,
+            World(SimpleNamespace(rank=rank, size=ranks), topology, exchange=SimpleNamespace()),
+        )
+        for rank in range(ranks)
     ]
     for rank, own in enumerate(ranks_have):
         assert own == ranks_have[rank - rank % tensor], "the ranks of a place have the same"
