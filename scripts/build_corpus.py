@@ -250,11 +250,10 @@ def add_django(builder: Builder, domains: Iterable[str]) -> None:
             if not member.isfile():
                 continue
             if "en" in domains and re.match(r"docs/.*\.txt$", name):
-                builder.write(
-                    "en",
-                    f"django/{name[len('docs/') :]}",
-                    archive.extractfile(member).read().decode("utf-8"),
-                )  # type: ignore[union-attr]
+                page = archive.extractfile(member)
+                assert page is not None  # it is a file
+                place = f"django/{name[len('docs/') :]}"
+                builder.write("en", place, page.read().decode("utf-8"))
             if "zh" in domains and re.search(r"locale/zh_Hans/.*\.po$", name):
                 text = messages(archive.extractfile(member).read().decode("utf-8"))  # type: ignore[union-attr]
                 builder.write(

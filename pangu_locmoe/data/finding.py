@@ -116,7 +116,7 @@ def _names(
     try:
         names = [
             name
-            for name in fnmatch.filter(sorted(os.listdir(folder)), pattern)
+            for name in fnmatch.filter(sorted(os.listdir(folder)), pattern)  # noqa: PTH208
             if wanted(folder / name)
         ]
     except OSError:

@@ -78,7 +78,7 @@ def capacity_bounds(hidden_size: int, num_experts: int, cosine: float) -> Capaci
         )
 
 
-def factor_capacity(factor: float, num_tokens: int, num_experts: int) -> int:
+def factor_capacity(factor: float, num_tokens: float, num_experts: int) -> int:
     """ceil(factor * tokens / experts), at least 1."""
     # 1.1 * 200 / 20 is 11.000000000000002 in floating point, and 12 slots would be one too many.
     return max(1, math.ceil(factor * num_tokens / num_experts - 1e-9))

@@ -59,7 +59,7 @@ def rows_of(
             np.inf
             if config.moe.capacity.policy == "dropless"
             else factor_capacity(config.moe.capacity.factor, group_tokens, layout.experts)
-        )  # type: ignore[arg-type]
+        )
         dropped = float(np.maximum(load_XGE - limit, 0).sum() / max(load_XGE.sum(), 1e-300))
         load_XGPE = _by_place(layout, load_XGE)
         computed_XGP = np.minimum(load_XGPE.max(axis=3), limit) * load_XGPE.shape[3]
@@ -91,7 +91,7 @@ def _slots(config: Config, layout: Layout, load_XNE: Floats) -> Tuple[Floats, fl
     local, remote = (
         min(tokens, factor_capacity(float(factor or 0), tokens, layout.experts))
         for factor in (capacity.local_factor, capacity.remote_factor)
-    )  # type: ignore[arg-type]
+    )
     slots_NE = np.where(layout.local_NE, local, remote) * layout.places_per_node
     dropped = np.maximum(load_XNE - slots_NE, 0).sum() / max(load_XNE.sum(), 1e-300)
     return np.tile(slots_NE, (len(load_XNE), 1, 1)).astype(np.float64), float(dropped)
