@@ -7,8 +7,9 @@ has.
 
 from __future__ import annotations
 
-from typing import Dict, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
+import mindspore as ms
 from mindspore import Tensor, nn, ops
 from mindspore.common import dtype as mstype
 
@@ -24,6 +25,7 @@ from pangu_locmoe.parallel.exchange import Exchange
 from pangu_locmoe.parallel.tensor import TensorGroup
 
 MoEStats = Dict[str, Tensor]
+ROUTED = ("weight_A", "cosine_T", "load_ME", "probs_ME")
 
 
 class MoELayer(nn.Cell):
@@ -129,7 +131,7 @@ class MoELayer(nn.Cell):
         room: int,
         training: bool,
     ) -> Tuple[Packed, Dict[str, Tensor], Dict[str, Tensor]]:
-        """All that comes before ranks meet, and so can be compiled in any job.
+        """All that comes before ranks meet, and so can be compiled in any job (`compile_route`).
 
         Keys come one by one: a compiled part would take a tuple of tensors for a constant. Results
         are dicts that are made at once: MindSpore has no gradient for one that is added to.
@@ -152,6 +154,29 @@ class MoELayer(nn.Cell):
             "probs_ME": _sum_by_node(plan["probs_TE"], nodes) * (nodes / x_TD.shape[0]),
         }
         return packed, routed, {name: plan[name] for name in LOSSES if name in plan}
+
+    def compile_route(self) -> None:
+        """Compile `route` alone, in a model that is not compiled as a whole."""
+        compiled, names = ms.jit(self._route_in_tuples), self.transport.packed_names
+
+        def route(*arguments: Any) -> Tuple[Packed, Dict[str, Tensor], Dict[str, Tensor]]:
+            packed, routed, own = compiled(*arguments)
+            own_losses = {name: loss[0] for name, loss in zip(LOSSES, own) if loss}
+            return dict(zip(names, packed)), dict(zip(ROUTED, routed)), own_losses
+
+        self.route = route
+
+    def _route_in_tuples(self, *arguments: Any) -> Tuple[Tuple[Any, ...], ...]:
+        """What `route` returns without the names; for each of LOSSES a tuple of it, or an empty one.
+
+        A compiled part that follows another one has no gradient in MindSpore if it returns dicts.
+        """
+        packed, routed, own = MoELayer.route(self, *arguments)
+        return (
+            tuple([packed[name] for name in self.transport.packed_names]),
+            tuple([routed[name] for name in ROUTED]),
+            tuple([(own[name],) if name in own else () for name in LOSSES]),
+        )
 
     def _unit(self, weight_A: Tensor) -> Tensor:
         """Weights that are 1 for each token's experts together."""

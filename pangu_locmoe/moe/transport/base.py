@@ -12,7 +12,7 @@ E experts, P slots (rows that leave), N nodes of the job, M of them whose tokens
 
 from __future__ import annotations
 
-from typing import Any, Dict, Tuple
+from typing import Any, ClassVar, Dict, Tuple
 
 import numpy as np
 from mindspore import Tensor, nn, ops
@@ -34,10 +34,14 @@ Packed = Dict[str, Tensor]
 class Transport(nn.Cell):
     """Moves rows between tokens and experts. It has no weights.
 
+    packed_names: what `pack` returns, where it may be compiled alone.
+
     Args:
         config: the run.
         topology: which node holds which expert.
     """
+
+    packed_names: ClassVar[Tuple[str, ...]] = ("rows_PD", "token_of_slot_P", "slot_of_token_A")
 
     def __init__(self, config: Config, topology: Topology) -> None:
         super().__init__()

@@ -31,6 +31,8 @@ from pangu_locmoe.parallel.topology import Topology
 class CountsTransport(RankTransport):
     """Rows leave sorted by their expert's slot, and as many travel as there are."""
 
+    packed_names = (*RankTransport.packed_names, "affinity_A")
+
     def __init__(self, config: Config, topology: Topology, exchange: Exchange) -> None:
         super().__init__(config, topology, exchange)
         self.fused = used(config)

@@ -95,6 +95,8 @@ class SlotExchange(nn.Cell):
 class SlotsTransport(RankTransport):
     """All slots of a rank travel, and as many in every step."""
 
+    packed_names = (*RankTransport.packed_names, "dropped_E")
+
     def __init__(self, config: Config, topology: Topology, exchange: Exchange) -> None:
         super().__init__(config, topology, exchange)
         self.place_ranks = topology.tensor_parallel
