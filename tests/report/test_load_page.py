@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from report.test_report_page import Page
+from support.page import Page
 
 from pangu_locmoe.errors import DataError
 from pangu_locmoe.expert_load.trace import Trace, read_trace, write_trace

@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.small import small_config
 
-from pangu_locmoe.check.plan import exchanges, node_bytes
 from pangu_locmoe.errors import ConfigError, DataError, TopologyError
 from pangu_locmoe.expert_load.trace import Trace
 from pangu_locmoe.model.size import num_params
+from pangu_locmoe.parallel.operation import node_bytes
 from pangu_locmoe.parallel.topology import Topology
 from pangu_locmoe.simulate.cost import Work, step_time
 from pangu_locmoe.simulate.devices import Device, load_devices
@@ -27,6 +27,7 @@ from pangu_locmoe.simulate.layout import Layout, traffic
 from pangu_locmoe.simulate.model import Assumptions, simulate, work_of
 from pangu_locmoe.simulate.routing import Routing, assumed_shares, trace_shares
 from pangu_locmoe.simulate.rows import rows_of
+from pangu_locmoe.train.step.traffic import exchanges
 
 DEVICE = Device("test", 2, 1e12, 0.5, 1e9, 1e8, intra_latency=1e-5, inter_latency=1e-4)
 ROUTERS = ["hash", "switch", "locmoe"]
