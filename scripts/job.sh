@@ -1,45 +1,31 @@
-# Sourced by the scripts that train, in the repository: what they have in common. Sets config, run_dir, resume, sets, rest and
-# progress from the flags that go through to `train`. `here` is the folder in which the script was called.
+# shellcheck shell=bash
+# shellcheck disable=SC2034 # what is set here is used by the scripts
+# Sourced by the scripts that train: the flags that go through to `train`, and how a job is planned, prepared, watched and ended.
+. "$(dirname "${BASH_SOURCE[0]}")/flags.sh"
 
 config=configs/cpu_cluster.yaml run_dir='' resume=never
-sets=() rest=() progress=()
+sets=() rest=()
 
-fail() {
-    echo "$(basename "$0"): $1" >&2
-    exit 2
+# train_flags DEFAULT: sets run_dir, resume, sets (pairs of --set and KEY=VALUE) and rest; DEFAULT says which run directory it is.
+train_flags() {
+    handed sets --set KEY=VALUE 'change one value, for example moe.router=switch; repeatable'
+    flag --run-dir DIR '' "where the run is kept ($1)"
+    flag --resume 'auto|never' never 'auto: continue from the newest checkpoint if there is one'
+    handed rest --init-from CHECKPOINT 'start from these weights'
+    handed rest --no-progress '' 'no progress bar'
 }
 
-# from_here PATH: a path relative to where the script was called, as one from the repository.
-from_here() {
-    case $1 in
-        /*) printf '%s\n' "$1" ;;
-        *) [ "$here" -ef . ] && printf '%s\n' "$1" || printf '%s\n' "$here/$1" ;;
-    esac
+check_rate() {
+    [[ $rate =~ ^([0-9]+(\.[0-9]+)?[kmg]?bit|unlimited)$ ]] || fail "--rate must be a rate such as 50mbit or 1gbit, or unlimited, not $rate"
 }
 
-# config_from_here PATH: the same, but configs/cpu_smoke.yaml is also ours from anywhere.
-config_from_here() {
-    [ ! -e "$(from_here "$1")" ] && [ -e "$1" ] && printf '%s\n' "$1" || from_here "$1"
-}
-
-# Takes one flag of `train` from the front of the arguments; `taken` is how many arguments it and its value are.
-take_train_flag() {
-    taken=1
-    case $1 in
-        --no-progress) progress=(--no-progress) ;;
-        --run-dir | --resume | --set | --init-from)
-            [ $# -ge 2 ] || fail "$1 needs a value"
-            taken=2
-            case $1 in
-                --run-dir) run_dir=$(from_here "$2") ;;
-                --resume) resume=$2 ;;
-                --set) sets+=("$1" "$2") ;;
-                *) rest+=("$1" "$(from_here "$2")") ;;
-            esac
-            ;;
-        -*) fail "unknown flag $1; --help lists the flags" ;;
-        *) config=$(config_from_here "$1") ;;
-    esac
+# needs_namespaces: for a cluster that this machine plays.
+needs_namespaces() {
+    local tool
+    [ "$(id -u)" = 0 ] || fail "only root may make network namespaces; scripts/train_cpu_cluster.sh needs no rights, but has no slow links"
+    for tool in ip tc; do
+        command -v $tool >/dev/null || fail "needs $tool of iproute2: apt-get install iproute2"
+    done
 }
 
 # find_python: the configuration's file, and Python to read it.
@@ -59,13 +45,7 @@ prepare_corpus() {
 
 # uses_corpus: whether the configuration reads data/corpus. Not if it cannot be read itself: `train` says why.
 uses_corpus() {
-    python - "$config" "${sets[@]}" 2>/dev/null <<'PYTHON'
-import sys
-from pangu_locmoe.config import load_config
-
-sources = load_config(sys.argv[1], sys.argv[3::2]).data.sources
-sys.exit(not any(f"{source.path}/".startswith("data/corpus/") for source in sources))
-PYTHON
+    python scripts/uses_corpus.py "$config" "${sets[@]}"
 }
 
 # choose_run_dir STEM: a new directory, STEM or STEM-2 and so on, made here, so that no other job takes it; to resume, the newest.
@@ -115,7 +95,9 @@ in_use() { # in_use LOCK
     fail "--run-dir $run_dir: $(cat "$1") is training there; wait for it or stop it, or give another directory"
 }
 
-# prepare_job SUFFIX, after plan_job: the text, the run directory (its default name ends in SUFFIX) and the environment.
+# prepare_job SUFFIX, after plan_job: the text, the run directory (its default name ends in SUFFIX), the environment, and the
+# parts of the command: setsid msrun "${msrun[@]}" FLAGS "${training[@]}". A session of its own, because Ctrl-C would make msrun
+# kill the ranks before they have saved anything.
 prepare_job() {
     prepare_corpus
     # Here and not in the job, whose ranks wait for each other for two minutes and no longer.
@@ -129,25 +111,62 @@ prepare_job() {
     # late one has MS_CPU_COMM_OP_TIMEOUT seconds to arrive.
     export MS_RETRY_INTERVAL_LOWER=1 MS_RETRY_INTERVAL_UPPER=1
     export MS_NODE_TIMEOUT=${MS_NODE_TIMEOUT:-5} MS_CPU_COMM_OP_TIMEOUT=${MS_CPU_COMM_OP_TIMEOUT:-120}
-    launch=$(python -c 'import pangu_locmoe.cli.launch as m; print(m.__file__)')
+    set_training
+    msrun=(--worker_num "$ranks" --master_port "$port" --join=True --log_dir "$run_dir/logs")
 }
 
-# show_job PID: what rank 0 prints, until PID ends.
+# set_training: what msrun starts in every rank.
+set_training() {
+    training=("$PWD/pangu_locmoe/cli/launch.py" train "$config" "${sets[@]}" --run-dir "$run_dir" --resume "$resume" "${rest[@]}")
+}
+
+# show_job PID LOG: what a rank prints, until PID ends.
 show_job() {
-    tail --pid="$1" --retry -n +1 -qf "$run_dir/logs/worker_0.log" 2>/dev/null | grep --line-buffered -v -e '^\[WARNING\]' -e '^\[INFO\]' -e '^$' &
+    tail --pid="$1" --retry -n +1 -qf "$2" 2>/dev/null |
+        grep --line-buffered -v -e '^\[WARNING\]' -e '^\[INFO\]' -e '^$' &
 }
 
-signal_role() { # signal_role SIGNAL ROLE: to msrun's children of that role
+# stop_on_signals: the ranks save their state and end by themselves; the next signal ends everything at once.
+stop_on_signals() {
+    stopped=0
+    trap 'stop INT 130' INT
+    trap 'stop TERM 143' TERM
+    trap 'stop HUP 129' HUP
+}
+
+stop() { # stop SIGNAL CODE
+    stopped=$2
+    trap 'signal_role KILL MS_WORKER; signal_role KILL MS_SCHED; exit $stopped' INT TERM HUP
+    signal_role "$1" MS_WORKER
+    echo "$script: stopping after this step" >&2 || true # the terminal may be gone
+}
+
+signal_role() { # signal_role SIGNAL ROLE: to the job's processes of that role
     local process
-    for process in $(pgrep -P $job); do
+    for process in $(job_processes); do
         ! grep -qsz "^MS_ROLE=$2\$" "/proc/$process/environ" || kill "-$1" "$process" 2>/dev/null || true
     done
 }
-# stopped_code [LOGS]: 128 + the signal that a rank got and all stopped after, their state saved; else 0.
+
+job_processes() { # of msrun; where there are several, the script has its own
+    pgrep -P "$job"
+}
+
+# stopped_code LOGS: 128 + the signal that a rank got and all stopped after, their state saved; else 0.
 stopped_code() {
     local found
-    found=$(grep -ohE 'Error code: (129|130|143)\.' "${1:-$run_dir/logs}"/msrun*.log 2>/dev/null | grep -oE '[0-9]+' | head -n 1) || true
+    found=$(grep -ohE 'Error code: (129|130|143)\.' "$1"/msrun*.log 2>/dev/null | grep -oE '[0-9]+' | head -n 1) || true
     echo "${found:-0}"
+}
+
+# end_job CODE: ends the script as the job did, and says why if it failed.
+end_job() {
+    local code=$1
+    [ "$stopped" != 0 ] || stopped=$(stopped_code "$run_dir/logs")
+    [ "$stopped" = 0 ] || code=$stopped
+    sleep 0.2
+    [ "$stopped" != 0 ] || explain_job "$code"
+    exit "$code"
 }
 
 # explain_job CODE: why a job has failed: which rank died, or the first error, unless rank 0 had it: that was shown.
@@ -155,7 +174,7 @@ explain_job() {
     if [ "$1" -ne 0 ]; then
         local reason
         reason=$(python scripts/explain_job.py "$run_dir/logs")
-        [ -z "$reason" ] || grep -qsxF "pangu-locmoe: $reason" "$run_dir/logs/worker_0.log" || echo "$(basename "$0"): $reason" >&2
-        echo "$(basename "$0"): the job failed (exit code $1); logs are in $run_dir/logs" >&2
+        [ -z "$reason" ] || grep -qsxF "pangu-locmoe: $reason" "$run_dir/logs/worker_0.log" || echo "$script: $reason" >&2
+        echo "$script: the job failed (exit code $1); logs are in $run_dir/logs" >&2
     fi
 }

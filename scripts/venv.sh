@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: `use_venv EXTRA` makes .venv if there is none, installs the project with an extra
 # ("" for none) when setup.py has changed since, and puts .venv first on the PATH.
 

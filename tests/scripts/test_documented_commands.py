@@ -89,6 +89,14 @@ def test_every_script_can_be_imported(name):
     assert importlib.import_module(name).__doc__
 
 
+def test_the_experiments_of_reproduce_are_the_studys():
+    from study.reproduce import ALL
+
+    text = (ROOT / "scripts" / "reproduce.sh").read_text(encoding="utf-8")
+    names = re.search(r"experiments='(.*)'", text)
+    assert names is not None and names.group(1).split("|") == [one.name for one in ALL]
+
+
 @pytest.mark.parametrize("command, error", VERBS)
 def test_a_verb_has_these_flags_and_this_configuration(command, error, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)

@@ -10,13 +10,40 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("*.sh"))
-CALLED = [name for name in SCRIPTS if name not in ("venv.sh", "job.sh")]  # those are sourced
+SOURCED = ("flags.sh", "job.sh", "venv.sh")
+CALLED = [name for name in SCRIPTS if name not in SOURCED]
+DECLARED = re.compile(r"^ *(?:flag|switch|handed \w+) (--[a-z-]+)", re.MULTILINE)
+# A script with a flag of every kind.
+EVERY_KIND = f"""
+. {ROOT}/scripts/flags.sh
+script=kinds.sh
+describe <<<'Every kind.'
+takes CONFIG configs/cpu_smoke.yaml 'what to train'
+flag --more-seeds N 3 'seeds'
+flag --rank N '' 'which one' 0 7
+flag --when 'auto|always|never' auto 'sometimes'
+flag --output DIR runs 'where it goes'
+flag --python PROGRAM '' 'an interpreter'
+flag --text TEXT '' 'any text'
+switch --quick 'less'
+handed more --set KEY=VALUE 'repeatable'
+handed more --core '' 'less again'
+parse_flags "$@"
+[ -z "$quick" ] || unless_given --more-seeds 1
+echo "$config" "$more_seeds" "$rank" "$when" "$output" "$python" "$text" "$quick" "${{more[@]}}"
+"""
 
 
-def bash(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["bash", *arguments], cwd=ROOT, text=True, capture_output=True, timeout=60
-    )
+def bash(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["bash", *arguments], cwd=cwd, text=True, capture_output=True, timeout=60)
+
+
+def source(name: str) -> str:
+    return (ROOT / "scripts" / name).read_text(encoding="utf-8")
+
+
+def every_kind(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return bash("-euo", "pipefail", "-c", EVERY_KIND, "kinds", *arguments, cwd=cwd)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -26,28 +53,138 @@ def test_syntax(name):
 
 
 @pytest.mark.parametrize("name", CALLED)
+def test_flags_are_read_in_one_way(name):
+    text = source(name)
+    assert len(re.findall(r'^parse_flags "\$@"$', text, re.MULTILINE)) == 1
+    assert len(re.findall(r"^describe <<'TEXT'$", text, re.MULTILINE)) == 1
+    assert re.search(r'^\. "\S.*/(flags|job)\.sh"$', text, re.MULTILINE)
+    after = text[text.index('parse_flags "$@"') :]
+    assert not re.search(r"\$#|\bgetopts?\b|^ *(--[a-z-]+ *\| *)*--[a-z-]+\)", text, re.MULTILINE)
+    assert not DECLARED.search(after)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_python_is_in_files_of_its_own(name):
+    """Which are imported, typed and linted; `python -c` is for a call."""
+    text = source(name)
+    assert not re.search(r"python\S* +-( |$).*<<|<<-? *['\"]?(PY|PYTHON)\b", text, re.MULTILINE)
+    calls = re.findall(r"""python\S* +-c +('[^']*'|"[^"]*")""", text)
+    assert all("\n" not in call and len(call) < 80 for call in calls)
+
+
+@pytest.mark.parametrize("name", CALLED)
 def test_help_names_every_flag(name):
     done = bash(f"scripts/{name}", "--help")
     assert (done.returncode, done.stderr) == (0, "")
+    assert bash(f"scripts/{name}", "-h").stdout == done.stdout
     assert done.stdout.startswith(f"usage: bash scripts/{name}")
-    source = (ROOT / "scripts" / name).read_text(encoding="utf-8")
-    patterns = re.findall(r"^ *((?:--[a-z-]+|-h)(?: \| (?:--[a-z-]+|-h))*)\)", source, re.MULTILINE)
-    for flag in {flag for pattern in patterns for flag in re.findall(r"--[a-z-]+", pattern)}:
-        assert re.search(rf"(^|[ \[]){flag}\b", done.stdout, re.MULTILINE), f"{flag} is not named"
+    declared = DECLARED.findall(source(name))
+    if re.search(r"^train_flags ", source(name), re.MULTILINE):
+        declared += DECLARED.findall(source("job.sh"))
+    assert declared
+    for flag in ["--help", *declared]:
+        assert re.search(rf"^  {flag}\b", done.stdout, re.MULTILINE), f"{flag} is not named"
 
 
-@pytest.mark.parametrize("name", [name for name in CALLED if name != "train.sh"])
+@pytest.mark.parametrize("name", CALLED)
 def test_an_unknown_flag_is_one_line_and_exit_code_2(name):
     done = bash(f"scripts/{name}", "--nonsense")
     assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(rf"{name}: .*--nonsense.*\n", done.stderr)
+    assert done.stderr == f"{name}: unknown flag --nonsense; --help lists the flags\n"
+
+
+@pytest.mark.parametrize(
+    "name, flag",
+    [
+        (name, flag)
+        for name in CALLED
+        for flag, value in re.findall(
+            r"^(?:flag|handed \w+) (--[a-z-]+) (\S+)", source(name), re.MULTILINE
+        )
+        if value != "''"
+    ],
+)
+def test_a_flag_without_its_value_is_one_line_and_exit_code_2(name, flag):
+    done = bash(f"scripts/{name}", flag)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"{name}: {flag} needs a value\n"
+
+
+@pytest.mark.parametrize(
+    "arguments, printed",
+    [
+        ([], "configs/cpu_smoke.yaml 3  auto runs   "),
+        (["--quick"], "configs/cpu_smoke.yaml 1  auto runs   yes"),
+        (["--quick", "--more-seeds", "2"], "configs/cpu_smoke.yaml 2  auto runs   yes"),
+        (["--more-seeds", "2", "--quick"], "configs/cpu_smoke.yaml 2  auto runs   yes"),
+        (
+            ["--rank", "07", "a.yaml", "--when", "never", "--text", "two words"],
+            "a.yaml 3 7 never runs  two words ",
+        ),
+        (
+            ["--set", "a=1", "--core", "--set", "b=- *"],
+            "configs/cpu_smoke.yaml 3  auto runs    --set a=1 --core --set b=- *",
+        ),
+    ],
+)
+def test_flags_become_variables(arguments, printed):
+    done = every_kind(*arguments)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{printed}\n", "")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--more-seeds", "0"], "--more-seeds must be a whole number of at least 1, not 0"),
+        (["--more-seeds", "-1"], "--more-seeds must be a whole number of at least 1, not -1"),
+        (["--more-seeds", "1e3"], "--more-seeds must be a whole number of at least 1, not 1e3"),
+        (["--rank", "8"], "--rank must be a whole number from 0 to 7, not 8"),
+        (["--when", "auto|always"], "--when must be auto, always or never, not auto|always"),
+        (["--python", "/absent/python"], "--python: /absent/python is not a program"),
+        (["--text", "--quick"], "--text needs a value"),
+        (["--text", ""], "--text needs a value"),
+        (["--text"], "--text needs a value"),
+        (["--set"], "--set needs a value"),
+        (["--more"], "unknown flag --more; --help lists the flags"),
+        (["--quick=yes"], "unknown flag --quick=yes; --help lists the flags"),
+        (["-q"], "unknown flag -q; --help lists the flags"),
+        (["one.yaml", "two.yaml"], "unexpected argument 'two.yaml'; --help says what it takes"),
+        ([""], "unexpected argument ''; --help says what it takes"),
+    ],
+)
+def test_what_is_wrong_with_a_flag_is_one_line(arguments, message):
+    done = every_kind(*arguments)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"kinds.sh: {message}\n")
+
+
+def test_help_is_made_from_the_declarations():
+    assert (
+        every_kind("--quick", "--help").stdout
+        == """\
+usage: bash scripts/kinds.sh [CONFIG] [FLAGS]
+
+Every kind.
+
+  CONFIG                    what to train (configs/cpu_smoke.yaml)
+  --more-seeds N            seeds (3)
+  --rank N                  which one
+  --when auto|always|never  sometimes (auto)
+  --output DIR              where it goes (runs)
+  --python PROGRAM          an interpreter
+  --text TEXT               any text
+  --quick                   less
+  --set KEY=VALUE           repeatable
+  --core                    less again
+  --help                    this text
+"""
+    )
 
 
 def test_train_explains_every_flag_of_the_verb():
     """train.sh hands its flags on."""
-    source = (ROOT / "pangu_locmoe" / "cli" / "main.py").read_text(encoding="utf-8")
-    verb = source[source.index('_add(verbs, "train"') : source.index('_add(verbs, "evaluate"')]
-    flags = {"--set", *re.findall(r'add_argument\("(--[a-z-]+)"', verb)}
+    text = (ROOT / "pangu_locmoe" / "cli" / "main.py").read_text(encoding="utf-8")
+    verb = text[text.index('_add(verbs, "train"') : text.index('_add(verbs, "evaluate"')]
+    flags = {"--set", *re.findall(r'add_argument\(\s*"(--[a-z-]+)"', verb)}
     assert len(flags) > 3
     text = bash("scripts/train.sh", "--help").stdout
     assert [flag for flag in flags if not re.search(rf"^  {flag}\b", text, re.MULTILINE)] == []
@@ -76,31 +213,41 @@ def test_a_job_begins_in_a_new_directory_and_goes_on_in_the_newest(tmp_path, res
 def test_paths_are_the_callers(tmp_path):
     """But a configuration of ours may be named from anywhere."""
     (tmp_path / "own.yaml").touch()
-    text = f"here={tmp_path}; cd {ROOT}; . scripts/job.sh; "
-    text += "".join(
-        f"take_train_flag {flag}; " for flag in ("own.yaml", "--run-dir r", "--init-from w")
-    )
-    text += (
-        "echo $config $run_dir ${rest[@]}; take_train_flag configs/cpu_smoke.yaml; "
-        "take_train_flag --run-dir /r; echo $config $run_dir; here=$PWD; from_here r"
-    )
-    assert bash("-c", text).stdout == (
-        f"{tmp_path}/own.yaml {tmp_path}/r --init-from {tmp_path}/w\nconfigs/cpu_smoke.yaml /r\nr\n"
-    )
+    (tmp_path / "python").write_text("#!/bin/sh\n")
+    (tmp_path / "python").chmod(0o755)
+    said = every_kind("own.yaml", "--output", "r", "--python", "./python", cwd=tmp_path)
+    assert said.stdout.split() == [
+        f"{tmp_path}/own.yaml",
+        "3",
+        "auto",
+        f"{tmp_path}/r",
+        f"{tmp_path}/python",
+    ]
+    assert every_kind("configs/cpu_smoke.yaml", "--output", "/r", cwd=tmp_path).stdout.split() == [
+        "configs/cpu_smoke.yaml",
+        "3",
+        "auto",
+        "/r",
+    ]
 
 
-def test_every_script_that_goes_to_the_repository_knows_where_it_was_called():
-    for name in CALLED:
-        source = (ROOT / "scripts" / name).read_text(encoding="utf-8")
-        flags = set(
-            re.findall(
-                r"^ *(?:[a-z-]+ \| )*(?:--)?(run-dir|output|config|results|runs|init-from|hostfile|only)\)",
-                source,
-                re.MULTILINE,
-            )
-        )
-        if "\ncd " in source and flags:
-            assert "here=$PWD\ncd " in source or '$(cd "$(dirname "$2")"' in source, name
+def test_what_goes_through_to_the_verb(tmp_path):
+    text = f"""
+. {ROOT}/scripts/job.sh
+takes CONFIG configs/cpu_smoke.yaml 'what to train'
+train_flags runs/x
+parse_flags "$@"
+echo "$config" "$run_dir" "$resume" "${{sets[@]}}" "${{rest[@]}}"
+"""
+    flags = ["--run-dir", "r", "--init-from", "w", "--no-progress", "--resume", "auto"]
+    sets = ["--set", "a=1", "--set", "b=2"]
+    assert bash("-euc", text, "x", *flags, *sets, cwd=tmp_path).stdout == (
+        f"configs/cpu_smoke.yaml {tmp_path}/r auto --set a=1 --set b=2 "
+        f"--init-from {tmp_path}/w --no-progress\n"
+    )
+    assert bash("-euc", text, "x", "--resume", "yes").stderr.endswith(
+        ": --resume must be auto or never, not yes\n"
+    )
 
 
 def test_a_live_run_is_refused_before_its_logs_are_touched(tmp_path):
@@ -219,4 +366,4 @@ def test_fetch_corpus_leaves_a_corpus_alone(tmp_path):
 
 def test_test_refuses_a_path_that_is_missing():
     done = bash("scripts/test.sh", "--only")
-    assert (done.returncode, done.stderr) == (2, "test.sh: --only needs a path\n")
+    assert (done.returncode, done.stderr) == (2, "test.sh: --only needs a value\n")

@@ -41,9 +41,9 @@ def command(text: str) -> list[str]:
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--nodes", "0"], "--nodes 0: must be a number from 1 to 4096"),
-        (["--nodes", "two"], "--nodes two: must be a number"),
-        (["--ranks-per-node", "0"], "--ranks-per-node 0: must be a number"),
+        (["--nodes", "0"], "--nodes must be a whole number from 1 to 4096, not 0"),
+        (["--nodes", "two"], "--nodes must be a whole number from 1 to 4096, not two"),
+        (["--ranks-per-node", "0"], "--ranks-per-node must be a whole number from 1 to 64, not 0"),
         (["--nodes", "2"], "--nodes 2: say which of them this is with --node-rank"),
         (
             ["--nodes", "2", "--node-rank", "0"],
@@ -51,16 +51,22 @@ def command(text: str) -> list[str]:
         ),
         (
             ["--nodes", "2", "--node-rank", "2", "--master-addr", "a"],
-            "--node-rank 2: must be a number from 0 to 1",
+            "--node-rank must be a whole number from 0 to 1, not 2",
         ),
         (
             ["--nodes", "2", "--node-rank", "1", "--master-addr", "127.0.0.1"],
             "--master-addr 127.0.0.1: the other servers cannot reach it",
         ),
-        (["--node-rank", "1"], "--node-rank 1: must be a number from 0 to 0"),
-        (["--connect-timeout", "60"], "--connect-timeout 60: must be a number from 120 to 7200"),
-        (["--master-port", "80"], "--master-port 80: must be a number from 1024 to 65535"),
-        (["--resume", "yes"], "--resume yes: must be auto or never"),
+        (["--node-rank", "1"], "--node-rank must be a whole number from 0 to 0, not 1"),
+        (
+            ["--connect-timeout", "60"],
+            "--connect-timeout must be a whole number from 120 to 7200, not 60",
+        ),
+        (
+            ["--master-port", "80"],
+            "--master-port must be a whole number from 1024 to 65535, not 80",
+        ),
+        (["--resume", "yes"], "--resume must be auto or never, not yes"),
         (["--run-dir"], "--run-dir needs a value"),
         (["configs/absent.yaml"], "configs/absent.yaml: no such configuration"),
         (["--hostfile", "absent"], "no such file"),
@@ -122,7 +128,7 @@ def test_one_server_is_the_default():
     ):
         assert f" {pair} " in " ".join(words)
     assert {"--join=True", "--bind_core=True"} <= set(words)
-    program = words.index(str(ROOT / "pangu_locmoe" / "launch.py"))
+    program = words.index(str(ROOT / "pangu_locmoe" / "cli" / "launch.py"))
     assert words[program + 1 :] == [
         "train",
         SMALL,
