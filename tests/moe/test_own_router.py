@@ -117,7 +117,7 @@ def test_a_compiled_step_trains_on_what_a_router_of_ones_own_says(name):
     """The whole step: gradients of a plan that is made of another one, and of a loss of
     everybody's means.
     """
-    router = f"own_routers:{name}"
+    router = f"support.own_routers:{name}"
     rows = []
     try:
         for mode in ("graph", "pynative"):

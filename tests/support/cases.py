@@ -119,8 +119,8 @@ DROPLESS = {"policy": "dropless"}
 TIGHT = {"factor": 1.0}
 PLUS = {"router": "locmoe_plus", "token_choice": {"threshold": 0.4, "max_experts": 3}}
 # Losses that a router of the user's own brings, weighed so that a difference would be seen.
-OWN = {"router": "own_routers:OwnLosses", "balance_loss": 0.5, "z_loss": 0.1}
-UNBALANCED = {"router": "own_routers:Unbalanced", "balance_loss": 0.5}
+OWN = {"router": "support.own_routers:OwnLosses", "balance_loss": 0.5, "z_loss": 0.1}
+UNBALANCED = {"router": "support.own_routers:Unbalanced", "balance_loss": 0.5}
 CASES = {
     "hash": Case({"router": "hash", "capacity": TIGHT}),
     "hash by position": Case(
