@@ -94,7 +94,9 @@ def test_a_class_says_what_is_otherwise_with_it_than_with_the_one_it_is_made_fro
 
 
 def test_the_table_of_traits_is_that_of_the_classes():
-    assert {name: router.traits for name, router in ROUTERS.items()} == ROUTER_TRAITS
+    names = ["hash", "locmoe", "locmoe_plus", "switch"]
+    assert sorted(name for name in ROUTERS if ":" not in name) == names
+    assert all(ROUTERS[name].traits is ROUTER_TRAITS[name] for name in names)
 
 
 def test_the_documented_router_routes(documented_router):
@@ -146,5 +148,6 @@ def test_a_compiled_step_trains_on_what_a_router_of_ones_own_says(name):
             )
     finally:
         ROUTERS.pop(router, None)
+        ROUTER_TRAITS.pop(router, None)
     close(np.array(rows[0]), np.array(rows[1]), 1e-5)
     assert all(loss > 0 for loss in rows[0][0])

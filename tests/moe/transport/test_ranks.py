@@ -15,13 +15,14 @@ from mindspore import Tensor, ops
 from support.numeric import close, integers, no_noise, tensor
 from support.small import small_config
 
+from pangu_locmoe.config.routers import ROUTER_TRAITS
 from pangu_locmoe.model.sigma import PanguSigma
 from pangu_locmoe.moe.capacity import DROPLESS
 from pangu_locmoe.moe.domains import allowed_experts
 from pangu_locmoe.moe.experts import Experts, expert_weights
 from pangu_locmoe.moe.layer import MoELayer
 from pangu_locmoe.moe.plan import LOSSES
-from pangu_locmoe.moe.routers import ROUTERS
+from pangu_locmoe.moe.routers import ROUTERS, router_class
 from pangu_locmoe.moe.routers.base import RouterContext
 from pangu_locmoe.moe.transport import CountsTransport, LocalTransport, SlotsTransport
 from pangu_locmoe.parallel.communicator import SingleProcess
@@ -85,7 +86,7 @@ def layer_of(config, transport, communicator=None):
         topology = Topology.emulated(NODES, EXPERTS)
     context = RouterContext(0, allowed_KE, topology, np.ones((len(allowed_KE), 300), np.int64))
     experts = Experts(*expert_weights(config, 0, range(EXPERTS)), TensorGroup.alone())
-    router = ROUTERS[config.moe.router](config, context)
+    router = router_class(config)(config, context)
     if communicator is None:
         return MoELayer(router, transport(config, Topology(NODES, 1, 1, EXPERTS)), experts)
     replicas = communicator.size // PLACES
@@ -131,7 +132,7 @@ def registered():
     before = dict(ROUTERS)
     yield
     for name in set(ROUTERS) - set(before):
-        del ROUTERS[name]
+        del ROUTERS[name], ROUTER_TRAITS[name]
 
 
 def assert_ranks_are_one_process(router, transport, replicas=1):
