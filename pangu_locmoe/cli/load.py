@@ -185,9 +185,9 @@ def _import(options: argparse.Namespace) -> int:
         write_trace(options.output, trace)
     except OSError as error:
         raise DataError(f"{options.output}: cannot be written: {error.strerror or error}") from None
-    rows, layers, experts = trace.load_KLE.shape
+    rows, layers, experts = trace.load_WLE.shape
     print(
-        f"{options.output}: {rows} rows, steps {trace.step_K[0]} to {trace.step_K[-1]}, "
+        f"{options.output}: {rows} rows, steps {trace.step_W[0]} to {trace.step_W[-1]}, "
         f"{layers} layers, {experts} experts"
     )
     return 0
@@ -218,7 +218,7 @@ def _forecast(options: argparse.Namespace) -> int:
 
     trace = read(options.trace)
     chosen = _method_options(options)
-    origin = int(trace.step_K[-1]) + 1 if options.origin is None else options.origin
+    origin = int(trace.step_W[-1]) + 1 if options.origin is None else options.origin
     made = forecast(trace, origin, options.horizon, options.method, **chosen)
     if options.output is not None:
         save_forecast(options.output, made)
@@ -299,7 +299,7 @@ def _place(options: argparse.Namespace) -> int:
         options.replicas,
         options.origin,
         options.horizon,
-        None if options.current is None else load_plan(options.current).slots_LS,
+        None if options.current is None else load_plan(options.current).expert_of_slot_LP,
         None if options.while_transient else lambda past: states(past).told,
     )
     save_plan(plan, options.output)

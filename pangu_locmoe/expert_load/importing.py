@@ -55,7 +55,7 @@ def import_trace(path: Path, num_experts: int | None = None, ranks_per_node: int
         num_experts: None: the largest index + 1.
         ranks_per_node: rank r is on node r // ranks_per_node; a column `node` is taken as it is.
 
-    Returns a Trace with source_KLNE if the file names ranks or nodes, without dropped_KLE. Raises
+    Returns a Trace with source_WLNE if the file names ranks or nodes, without dropped_WLE. Raises
     DataError in one line that names the line of the file, or the step and the layer that are
     missing.
     """
@@ -170,16 +170,16 @@ class _Counts:
         if missing:
             raise DataError(f"step {missing[0]} has no layer {missing[1]}, other steps have it")
         largest = max(int(table_NE.sum(axis=0).max()) for table_NE in self._table_NE.values())
-        source_KLNE = np.zeros(
+        source_WLNE = np.zeros(
             (len(steps), len(layers), *self._shape), np.int32 if largest < 2**31 else np.int64
         )
         for row, step in enumerate(steps):
             for place, layer in enumerate(layers):
                 table_NE = self._table_NE[step, layer]
-                source_KLNE[row, place, : len(table_NE), : table_NE.shape[1]] = table_NE
-        load_KLE = source_KLNE.sum(axis=2, dtype=source_KLNE.dtype)
+                source_WLNE[row, place, : len(table_NE), : table_NE.shape[1]] = table_NE
+        load_WLE = source_WLNE.sum(axis=2, dtype=source_WLNE.dtype)
         return Trace(
-            np.array(steps, np.int64), load_KLE, source_KLNE=source_KLNE if self._sourced else None
+            np.array(steps, np.int64), load_WLE, source_WLNE=source_WLNE if self._sourced else None
         )
 
 

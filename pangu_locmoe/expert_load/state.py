@@ -102,13 +102,13 @@ class StateRule:
         self.extend(np.array([step]), np.asarray(load_LE)[None])
         return self.verdict()
 
-    def extend(self, step_K: Array, load_KLE: Array) -> tuple[Array, Array]:
-        """Take several rows; returns statistic_KL and stable_KL as in `States`.
+    def extend(self, step_W: Array, load_WLE: Array) -> tuple[Array, Array]:
+        """Take several rows; returns statistic_WL and stable_WL as in `States`.
 
         Raises ValueError as `update` does.
         """
-        rows, *shape = load_KLE.shape
-        if (np.diff(step_K, prepend=self._steps[-1:]) <= 0).any():
+        rows, *shape = load_WLE.shape
+        if (np.diff(step_W, prepend=self._steps[-1:]) <= 0).any():
             raise ValueError("steps must rise")
         if self._shape not in (None, tuple(shape)):
             raise ValueError(f"load has shape {tuple(shape)}, the rows before have {self._shape}")
@@ -119,13 +119,13 @@ class StateRule:
             )  # quiet windows in a row, and after `hold` all that were not above the exit limit
             self._from_L = np.zeros(shape[0], np.int64)  # step at which that run began
             self._noise_L = np.zeros(shape[0])  # its mean noise
-        statistic_KL = np.full((rows, shape[0]), np.nan)
-        stable_KL = np.zeros((rows, shape[0]), bool)
+        statistic_WL = np.full((rows, shape[0]), np.nan)
+        stable_WL = np.zeros((rows, shape[0]), bool)
         size = max(1, CELLS // max(1, shape[0] * shape[1]))
         for start in range(0, rows, size):
             part = slice(start, start + size)
-            statistic_KL[part], stable_KL[part] = self._block(step_K[part], load_KLE[part])
-        return statistic_KL, stable_KL
+            statistic_WL[part], stable_WL[part] = self._block(step_W[part], load_WLE[part])
+        return statistic_WL, stable_WL
 
     def verdict(self) -> Verdict:
         """What the rule says after the last row. Raises ValueError before the first."""
@@ -139,28 +139,30 @@ class StateRule:
             ),
         )
 
-    def _block(self, step_R: Array, load_RLE: Array) -> tuple[Array, Array]:
-        block = self._windows.push(load_RLE)
+    def _block(self, step_W: Array, load_WLE: Array) -> tuple[Array, Array]:
+        block = self._windows.push(load_WLE)
         before = len(self._steps)
-        self._steps += step_R.tolist()
-        stable_RL = np.zeros(block.statistic_RL.shape, bool)
-        for row in range(max(0, self.window - 1 - before), len(step_R)):
+        self._steps += step_W.tolist()
+        stable_WL = np.zeros(block.statistic_WL.shape, bool)
+        for row in range(max(0, self.window - 1 - before), len(step_W)):
             end = before + row + 1
             self._advance(
-                block.statistic_RL[row],
-                block.noise_RL[row],
-                block.freedom_RL[row],
+                block.statistic_WL[row],
+                block.noise_WL[row],
+                block.freedom_WL[row],
                 self._steps[end - self.window],
             )
-            stable_RL[row] = self._run_L >= self.hold
+            stable_WL[row] = self._run_L >= self.hold
             for layer in np.flatnonzero(self._run_L == self.hold):
                 begin = end - self.window - self.hold + 1
                 self._from_L[layer] = self._steps[
                     begin
-                    + self._onset(block.share_QLE[begin:end, layer], block.freedom_RL[row, layer])
+                    + self._onset(
+                        block.all_share_WLE[begin:end, layer], block.freedom_WL[row, layer]
+                    )
                 ]
         self._steps = self._steps[-self._keep :]
-        return block.statistic_RL, stable_RL
+        return block.statistic_WL, stable_WL
 
     def _advance(
         self, statistic_L: Array, noise_L: Array, freedom_L: Array, first_step: int
@@ -180,25 +182,25 @@ class StateRule:
         )
         self._noise_L = np.where(begins_L, noise_L, mean_L)
 
-    def _onset(self, share_RE: Array, freedom: float) -> int:
+    def _onset(self, share_WE: Array, freedom: float) -> int:
         """Which row of a layer's run begins the spell: a window may be quiet although its first
         rows are of the transient.
 
-        `share_RE`: window + hold - 1 rows. Those of the first window that differ from the mean of
+        `share_WE`: window + hold - 1 rows. Those of the first window that differ from the mean of
         the last are not of the spell. Where shares drift as fast as is tolerated this begins the
         spell up to half a window late; more slack would begin others too early.
         """
-        recent_RE = share_RE[-self.window :]
-        mean_E = recent_RE.mean(axis=0)
-        noise = (np.diff(recent_RE, axis=0) ** 2).sum() / (2 * (self.window - 1))
+        recent_WE = share_WE[-self.window :]
+        mean_E = recent_WE.mean(axis=0)
+        noise = (np.diff(recent_WE, axis=0) ** 2).sum() / (2 * (self.window - 1))
         slack = self.tolerance**2 * (np.maximum(mean_E, 1 / len(mean_E)) ** 2).sum()
-        sums_RE = np.cumsum(
-            np.concatenate([np.zeros((1, len(mean_E))), share_RE[: self.window] - mean_E]), axis=0
+        sums_WE = np.cumsum(
+            np.concatenate([np.zeros((1, len(mean_E))), share_WE[: self.window] - mean_E]), axis=0
         )
         onset = 0
         for rows in (1, BLOCK):
-            distance_R = (((sums_RE[rows:] - sums_RE[:-rows]) / rows) ** 2).sum(axis=1)
-            unlike = np.flatnonzero(distance_R > EXIT * tail(freedom) * noise / rows + slack)
+            distance_W = (((sums_WE[rows:] - sums_WE[:-rows]) / rows) ** 2).sum(axis=1)
+            unlike = np.flatnonzero(distance_W > EXIT * tail(freedom) * noise / rows + slack)
             onset = max(onset, int(unlike[-1]) + 1 if len(unlike) else 0)
         return onset
 
@@ -214,10 +216,10 @@ class States:
             `layer_states` says.
         window, hold, tolerance: as of `StateRule`: rows, windows, fraction of a share.
         stride: steps from row to row.
-        step_K: int64, the rows' steps.
-        stable_KL: bool, what was known at each row: a spell is known from its row window + hold - 1
+        step_W: int64, the rows' steps.
+        stable_WL: bool, what was known at each row: a spell is known from its row window + hold - 1
             on.
-        statistic_KL: float, the largest statistic over its limit; up to 1 is quiet. NaN before the
+        statistic_WL: float, the largest statistic over its limit; up to 1 is quiet. NaN before the
             first full window.
     """
 
@@ -227,9 +229,9 @@ class States:
     hold: int
     tolerance: float
     stride: int
-    step_K: Array
-    stable_KL: Array
-    statistic_KL: Array
+    step_W: Array
+    stable_WL: Array
+    statistic_WL: Array
 
     @property
     def needed(self) -> int:
@@ -239,7 +241,7 @@ class States:
     @property
     def known(self) -> bool:
         """Whether there are rows enough to tell."""
-        return len(self.step_K) >= self.needed
+        return len(self.step_W) >= self.needed
 
     @property
     def told(self) -> tuple[int | None, ...] | None:
@@ -271,7 +273,7 @@ class States:
 
     def to_dict(self) -> dict[str, Any]:
         """The verdicts and the rule's parameters, for JSON."""
-        rows = len(self.step_K)
+        rows = len(self.step_W)
         return {
             "state": self.state,
             "layer_states": list(self.layer_states),
@@ -287,8 +289,8 @@ class States:
                 "change": CHANGE,
             },
             "steps": {
-                "first": int(self.step_K[0]) if rows else None,
-                "last": int(self.step_K[-1]) if rows else None,
+                "first": int(self.step_W[0]) if rows else None,
+                "last": int(self.step_W[-1]) if rows else None,
                 "rows": rows,
                 "stride": self.stride,
             },
@@ -297,12 +299,12 @@ class States:
     def format(self) -> str:
         """The verdicts as a few lines."""
         if not self.known:
-            rows = len(self.step_K)
+            rows = len(self.step_W)
             return (
                 f"too short to tell: {rows} row{'' if rows == 1 else 's'}, the rule needs "
                 f"{self.needed}"
             )
-        last = self.step_K[-1]
+        last = self.step_W[-1]
         head = (
             f"transient at the last step, {last}"
             if self.stable_from is None
@@ -328,8 +330,8 @@ def states(
     Of fewer than window + hold - 1 rows nothing is known. Raises ValueError as StateRule does.
     """
     rule = StateRule(window, tolerance, hold)
-    statistic_KL, stable_KL = rule.extend(trace.step_K, trace.load_KLE)
-    last = rule.verdict() if len(trace.step_K) else Verdict(0, (None,) * trace.load_KLE.shape[1])
+    statistic_WL, stable_WL = rule.extend(trace.step_W, trace.load_WLE)
+    last = rule.verdict() if len(trace.step_W) else Verdict(0, (None,) * trace.load_WLE.shape[1])
     return States(
         last.stable_from,
         last.layers_stable_from,
@@ -337,7 +339,7 @@ def states(
         rule.hold,
         tolerance,
         trace.stride,
-        trace.step_K,
-        stable_KL,
-        statistic_KL,
+        trace.step_W,
+        stable_WL,
+        statistic_WL,
     )

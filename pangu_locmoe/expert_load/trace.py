@@ -23,7 +23,7 @@ FLUSH_SECONDS = 30.0  # what a run that is killed may lose
 FLUSH_FRACTION = 0.05  # of the time, at most, goes into writing between checkpoints
 LARGEST = 2**48  # tokens or steps; sums over any layer then fit in int64
 
-_FIELDS = {"step": "step_K", "load": "load_KLE", "dropped": "dropped_KLE", "source": "source_KLNE"}
+_FIELDS = {"step": "step_W", "load": "load_WLE", "dropped": "dropped_WLE", "source": "source_WLNE"}
 
 
 @dataclass(frozen=True)
@@ -31,33 +31,33 @@ class Trace:
     """Tokens of every expert over a run. K rows, L sparse layers, N nodes, E experts.
 
     Attributes:
-        step_K: int64, rising; the steps the rows are of. Steps between two rows were not recorded.
-        load_KLE: int, tokens routed to each expert in that step, before drops.
-        dropped_KLE: int or None, tokens dropped.
-        source_KLNE: int or None, the same tokens by the node they came from.
+        step_W: int64, rising; the steps the rows are of. Steps between two rows were not recorded.
+        load_WLE: int, tokens routed to each expert in that step, before drops.
+        dropped_WLE: int or None, tokens dropped.
+        source_WLNE: int or None, the same tokens by the node they came from.
     """
 
-    step_K: NDArray[Any]
-    load_KLE: NDArray[Any]
-    dropped_KLE: NDArray[Any] | None = None
-    source_KLNE: NDArray[Any] | None = None
+    step_W: NDArray[Any]
+    load_WLE: NDArray[Any]
+    dropped_WLE: NDArray[Any] | None = None
+    source_WLNE: NDArray[Any] | None = None
 
     @property
-    def share_KLE(self) -> NDArray[np.float64]:
+    def share_WLE(self) -> NDArray[np.float64]:
         """Each expert's share of its layer's tokens; 1/E where a layer had none."""
-        return share(self.load_KLE)
+        return share(self.load_WLE)
 
     @property
     def stride(self) -> int:
         """Steps from one row to the next: the median, 1 for fewer than two rows."""
-        return max(1, round(float(np.median(np.diff(self.step_K))))) if len(self.step_K) > 1 else 1
+        return max(1, round(float(np.median(np.diff(self.step_W))))) if len(self.step_W) > 1 else 1
 
     def between(self, first: int, end: int) -> Trace:
         """The rows of steps first <= step < end."""
-        low, high = np.searchsorted(self.step_K, (first, end))
+        low, high = np.searchsorted(self.step_W, (first, end))
         parts = (
             None if array is None else array[low:high]
-            for array in (self.step_K, self.load_KLE, self.dropped_KLE, self.source_KLNE)
+            for array in (self.step_W, self.load_WLE, self.dropped_WLE, self.source_WLNE)
         )
         return Trace(*parts)  # type: ignore[arg-type]
 
@@ -108,13 +108,13 @@ class TraceWriter:
         self._due = clock() + FLUSH_SECONDS
         if last_step > 0 and path.exists():
             trace = read_trace(path).between(0, last_step + 1)
-            if trace.source_KLNE is None or trace.dropped_KLE is None:
+            if trace.source_WLNE is None or trace.dropped_WLE is None:
                 raise DataError(f"{path}: not the trace of a run: it has no source or no dropped")
-            self._rows = len(trace.step_K)
+            self._rows = len(trace.step_W)
             self._arrays = [
-                trace.step_K,
-                trace.source_KLNE.astype(np.int32),
-                trace.dropped_KLE.astype(np.int32),
+                trace.step_W,
+                trace.source_WLNE.astype(np.int32),
+                trace.dropped_WLE.astype(np.int32),
             ]
 
     def add(self, step: int, load_LNE: NDArray[Any], dropped_LE: NDArray[Any]) -> None:
@@ -139,8 +139,8 @@ class TraceWriter:
     @property
     def trace(self) -> Trace:
         """What there is."""
-        step_K, source_KLNE, dropped_KLE = (array[: self._rows] for array in self._arrays)
-        return Trace(step_K, source_KLNE.sum(axis=2, dtype=np.int32), dropped_KLE, source_KLNE)
+        step_W, source_WLNE, dropped_WLE = (array[: self._rows] for array in self._arrays)
+        return Trace(step_W, source_WLNE.sum(axis=2, dtype=np.int32), dropped_WLE, source_WLNE)
 
     def flush(self) -> None:
         """Write what there is. Raises OSError."""

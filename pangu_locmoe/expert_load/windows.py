@@ -34,17 +34,17 @@ class Block:
     for one.
 
     Attributes:
-        statistic_RL: the largest of the four over its limit.
-        noise_RL: step-to-step variance plus the tolerated one, all experts together, as a multiple
+        statistic_WL: the largest of the four over its limit.
+        noise_WL: step-to-step variance plus the tolerated one, all experts together, as a multiple
             of multinomial sampling.
-        freedom_RL: independent directions of that noise, 1 to E - 1.
-        share_QLE: shares of the rows kept from before, then of the block's.
+        freedom_WL: independent directions of that noise, 1 to E - 1.
+        all_share_WLE: shares of the rows kept from before, then of the block's.
     """
 
-    statistic_RL: Array
-    noise_RL: Array
-    freedom_RL: Array
-    share_QLE: Array
+    statistic_WL: Array
+    noise_WL: Array
+    freedom_WL: Array
+    all_share_WLE: Array
 
 
 class Windows:
@@ -62,91 +62,94 @@ class Windows:
         self._window = window
         self._tolerance = tolerance
         self._keep = keep
-        self._share_QLE: Array | None = None
-        self._sums_QLC: Array | None = None
+        self._all_share_WLE: Array | None = None
+        self._sums_WLX: Array | None = None
 
-    def push(self, load_RLE: Array) -> Block:
+    def push(self, load_WLE: Array) -> Block:
         """Take the next rows, at least one."""
-        share_RLE = share(load_RLE)
-        rows, layers, experts = share_RLE.shape
-        if self._share_QLE is None or self._sums_QLC is None:
-            self._share_QLE = share_RLE[:0]
-            self._sums_QLC = np.zeros((1, layers, 2 * experts + 2))
-        before_1LE = self._share_QLE[-1:] if len(self._share_QLE) else share_RLE[:1]
-        square_RLE = np.diff(share_RLE, axis=0, prepend=before_1LE) ** 2
-        centred_RLE = share_RLE - 1 / experts  # its squares sum up with less rounding
-        inverse_RL1 = 1 / np.maximum(load_RLE.sum(axis=2, keepdims=True), 1)
-        column_RLC = np.concatenate(
-            [centred_RLE, square_RLE, (centred_RLE**2).sum(axis=2, keepdims=True), inverse_RL1],
+        share_WLE = share(load_WLE)
+        rows, layers, experts = share_WLE.shape
+        if self._all_share_WLE is None or self._sums_WLX is None:
+            self._all_share_WLE = share_WLE[:0]
+            self._sums_WLX = np.zeros((1, layers, 2 * experts + 2))
+        before_1LE = self._all_share_WLE[-1:] if len(self._all_share_WLE) else share_WLE[:1]
+        square_WLE = np.diff(share_WLE, axis=0, prepend=before_1LE) ** 2
+        centred_WLE = share_WLE - 1 / experts  # its squares sum up with less rounding
+        inverse_WL1 = 1 / np.maximum(load_WLE.sum(axis=2, keepdims=True), 1)
+        column_WLX = np.concatenate(
+            [centred_WLE, square_WLE, (centred_WLE**2).sum(axis=2, keepdims=True), inverse_WL1],
             axis=2,
         )
-        grown_RLC = np.cumsum(np.concatenate([self._sums_QLC[-1:], column_RLC]), axis=0)[1:]
-        sums_QLC = np.concatenate([self._sums_QLC, grown_RLC])
-        share_QLE = np.concatenate([self._share_QLE, share_RLE])
+        grown_WLX = np.cumsum(np.concatenate([self._sums_WLX[-1:], column_WLX]), axis=0)[1:]
+        sums_WLX = np.concatenate([self._sums_WLX, grown_WLX])
+        all_share_WLE = np.concatenate([self._all_share_WLE, share_WLE])
         found = np.full((3, rows, layers), np.nan)
-        full = min(rows, len(share_QLE) - self._window + 1)  # windows that end in this block
+        full = min(rows, len(all_share_WLE) - self._window + 1)  # windows that end in this block
         if full > 0:
             found[:, -full:] = self._statistics(
-                sums_QLC[-self._window - full :], share_QLE[-self._window - full + 1 :]
+                sums_WLX[-self._window - full :], all_share_WLE[-self._window - full + 1 :]
             )
-        self._share_QLE = share_QLE[-self._keep :]
-        self._sums_QLC = sums_QLC[-self._window - 1 :]
-        return Block(found[0], found[1], found[2], share_QLE)
+        self._all_share_WLE = all_share_WLE[-self._keep :]
+        self._sums_WLX = sums_WLX[-self._window - 1 :]
+        return Block(found[0], found[1], found[2], all_share_WLE)
 
-    def _statistics(self, sums_QLC: Array, share_QLE: Array) -> tuple[Array, Array, Array]:
+    def _statistics(self, sums_WLX: Array, all_share_WLE: Array) -> tuple[Array, Array, Array]:
         window = self._window
         half = self._window // 2
-        experts = share_QLE.shape[2]
-        end_RLC = sums_QLC[window:]
-        begin_RLC = sums_QLC[:-window]
-        sum_RLC = end_RLC - begin_RLC
-        mean_RLE = sum_RLC[..., :experts] / window
-        variance_RL = (sum_RLC[..., -2] - window * (mean_RLE**2).sum(2)) / (window - 1)
-        halves_RLE = (
-            end_RLC - sums_QLC[window - half : -half] - sums_QLC[half : half - window] + begin_RLC
+        experts = all_share_WLE.shape[2]
+        end_WLX = sums_WLX[window:]
+        begin_WLX = sums_WLX[:-window]
+        sum_WLX = end_WLX - begin_WLX
+        mean_WLE = sum_WLX[..., :experts] / window
+        variance_WL = (sum_WLX[..., -2] - window * (mean_WLE**2).sum(2)) / (window - 1)
+        halves_WLE = (
+            end_WLX - sums_WLX[window - half : -half] - sums_WLX[half : half - window] + begin_WLX
         )[..., :experts] / half
-        step_RLE = (end_RLC - sums_QLC[1 : 1 - window])[..., experts : 2 * experts] / (
+        step_WLE = (end_WLX - sums_WLX[1 : 1 - window])[..., experts : 2 * experts] / (
             2 * (window - 1)
         )
-        inverse_RL = sum_RLC[..., -1] / window
+        inverse_WL = sum_WLX[..., -1] / window
 
         # Multinomial sampling has the covariance (diag(p) - p p') / N: its trace, and the
         # directions it spreads over.
-        p_RLE = mean_RLE + 1 / experts
-        square_RL = (p_RLE**2).sum(2)
-        cube_RL = (p_RLE**3).sum(2)
-        trace_RL = np.maximum(1 - square_RL, 1e-9)
-        freedom_RL = trace_RL**2 / np.maximum(square_RL - 2 * cube_RL + square_RL**2, 1e-12)
-        sampling_RL = trace_RL * inverse_RL
+        p_WLE = mean_WLE + 1 / experts
+        square_WL = (p_WLE**2).sum(2)
+        cube_WL = (p_WLE**3).sum(2)
+        trace_WL = np.maximum(1 - square_WL, 1e-9)
+        freedom_WL = trace_WL**2 / np.maximum(square_WL - 2 * cube_WL + square_WL**2, 1e-12)
+        sampling_WL = trace_WL * inverse_WL
         # Tokens of one document go the same way, so real noise is larger: as large as neighbours
         # differ. Wander hardly enters that
         # difference. The part beyond sampling may move all experts together, along one direction.
-        over_RL = np.maximum(step_RLE.sum(2) / sampling_RL, 1)
-        noise_RL = over_RL * sampling_RL
-        freedom_RL = np.maximum(
-            1 / (1 / (over_RL**2 * np.maximum(freedom_RL, 1)) + (1 - 1 / over_RL) ** 2), 1
+        over_WL = np.maximum(step_WLE.sum(2) / sampling_WL, 1)
+        noise_WL = over_WL * sampling_WL
+        freedom_WL = np.maximum(
+            1 / (1 / (over_WL**2 * np.maximum(freedom_WL, 1)) + (1 - 1 / over_WL) ** 2), 1
         )
 
-        scale_RLE = np.maximum(
-            p_RLE, 1 / experts
+        scale_WLE = np.maximum(
+            p_WLE, 1 / experts
         )  # a movement of a small expert counts by the uniform share
-        scale_RL = (scale_RLE**2).sum(2)
-        slack_RL = self._tolerance**2 * scale_RL
-        jump_RL = np.sqrt((noise_RL - sampling_RL) / scale_RL) / UNLIKE
-        spread_RL = variance_RL / (noise_RL * tail((window - 1) * freedom_RL) + slack_RL)
-        drift_RL = (halves_RLE**2).sum(2) / ((2 / half) * noise_RL * tail(freedom_RL) + slack_RL)
+        scale_WL = (scale_WLE**2).sum(2)
+        slack_WL = self._tolerance**2 * scale_WL
+        jump_WL = np.sqrt((noise_WL - sampling_WL) / scale_WL) / UNLIKE
+        spread_WL = variance_WL / (noise_WL * tail((window - 1) * freedom_WL) + slack_WL)
+        drift_WL = (halves_WLE**2).sum(2) / ((2 / half) * noise_WL * tail(freedom_WL) + slack_WL)
         # Of all pairs of rows and experts none differs by more (union bound over Bernstein's
         # inequality, whose second term is for rare experts).
-        sampling_RLE = (over_RL * inverse_RL)[..., None] * p_RLE * (1 - p_RLE)
-        own_RLE = np.maximum(step_RLE, sampling_RLE) + self._tolerance**2 * scale_RLE**2
+        sampling_WLE = (over_WL * inverse_WL)[..., None] * p_WLE * (1 - p_WLE)
+        own_WLE = np.maximum(step_WLE, sampling_WLE) + self._tolerance**2 * scale_WLE**2
         bound = np.log(window**2 * experts) + SIGMAS**2 / 2
-        limit_RLE = 2 * np.sqrt(bound * own_RLE) + (bound / 3 * over_RL * inverse_RL)[..., None]
-        range_RL = (
-            (_sliding(np.maximum, share_QLE, window) - _sliding(np.minimum, share_QLE, window))
-            / limit_RLE
+        limit_WLE = 2 * np.sqrt(bound * own_WLE) + (bound / 3 * over_WL * inverse_WL)[..., None]
+        range_WL = (
+            (
+                _sliding(np.maximum, all_share_WLE, window)
+                - _sliding(np.minimum, all_share_WLE, window)
+            )
+            / limit_WLE
         ).max(2)
-        statistic_RL = np.max([jump_RL, spread_RL, drift_RL, range_RL], axis=0)
-        return statistic_RL, (noise_RL + slack_RL) / sampling_RL, freedom_RL
+        statistic_WL = np.max([jump_WL, spread_WL, drift_WL, range_WL], axis=0)
+        return statistic_WL, (noise_WL + slack_WL) / sampling_WL, freedom_WL
 
 
 def tail(freedom: Any) -> Any:
@@ -154,12 +157,12 @@ def tail(freedom: Any) -> Any:
     return (1 - 2 / (9 * freedom) + SIGMAS * np.sqrt(2 / (9 * freedom))) ** 3
 
 
-def _sliding(extreme: np.ufunc, values_Q: Array, window: int) -> Array:
+def _sliding(extreme: np.ufunc, values_W: Array, window: int) -> Array:
     """Maximum or minimum of each window, in log2(window) passes."""
     span = 1
     while 2 * span <= window:
-        values_Q = extreme(values_Q[:-span], values_Q[span:])
+        values_W = extreme(values_W[:-span], values_W[span:])
         span *= 2
     return np.asarray(
-        extreme(values_Q[: len(values_Q) - (window - span)], values_Q[window - span :])
+        extreme(values_W[: len(values_W) - (window - span)], values_W[window - span :])
     )

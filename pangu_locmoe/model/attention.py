@@ -77,9 +77,9 @@ class Attention(nn.Cell):
             self.num_heads * self.head_size,
             1,
         )
-        query_BHSK = ops.transpose(ops.reshape(query_TD, heads), (0, 2, 1, 3))
-        key_BHSK = ops.transpose(ops.reshape(key_TD, heads), (0, 2, 1, 3))
-        value_BHSK = ops.transpose(ops.reshape(value_TD, heads), (0, 2, 1, 3))
-        mixed_BHSK = self.attend(query_BHSK, key_BHSK, value_BHSK, mask_BHSS)
-        mixed_TD = ops.reshape(ops.transpose(mixed_BHSK, (0, 2, 1, 3)), (batch * length, -1))
+        query_BHSD = ops.transpose(ops.reshape(query_TD, heads), (0, 2, 1, 3))
+        key_BHSD = ops.transpose(ops.reshape(key_TD, heads), (0, 2, 1, 3))
+        value_BHSD = ops.transpose(ops.reshape(value_TD, heads), (0, 2, 1, 3))
+        mixed_BHSD = self.attend(query_BHSD, key_BHSD, value_BHSD, mask_BHSS)
+        mixed_TD = ops.reshape(ops.transpose(mixed_BHSD, (0, 2, 1, 3)), (batch * length, -1))
         return self.leave(self.matmul(mixed_TD, ops.cast(self.w_out, x_TD.dtype)))

@@ -92,7 +92,7 @@ class DecoderBlock(nn.Cell):
 
     def construct(
         self,
-        x_XD: Tensor,
+        x_MD: Tensor,
         mask_BHSS: Tensor,
         tokens_T: Tensor,
         domains_T: Tensor,
@@ -100,29 +100,29 @@ class DecoderBlock(nn.Cell):
         capacity: int,
         training: bool,
     ) -> Tuple[Tensor, MoEStats]:
-        """Returns x_XD and the MoE layer's statistics, an empty dict from a dense block."""
-        x_XD, normed_TD = self.attend(x_XD, mask_BHSS, noise[0], noise[1], training)
+        """Returns x_MD and the MoE layer's statistics, an empty dict from a dense block."""
+        x_MD, normed_TD = self.attend(x_MD, mask_BHSS, noise[0], noise[1], training)
         stats = {}
         if self.sparse:
             y_TD, stats = self.moe(normed_TD, tokens_T, domains_T, noise, capacity, training)
-            y_XD = self.own_rows(y_TD)
+            y_MD = self.own_rows(y_TD)
         else:
-            y_XD = self.ffn(normed_TD)
-        return x_XD + self.dropout(y_XD, noise[0], noise[1], self.site + 1, training), stats
+            y_MD = self.ffn(normed_TD)
+        return x_MD + self.dropout(y_MD, noise[0], noise[1], self.site + 1, training), stats
 
     def attend(
         self,
-        x_XD: Tensor,
+        x_MD: Tensor,
         mask_BHSS: Tensor,
         row_keys_T: Tensor,
         column_keys_D: Tensor,
         training: bool,
     ) -> Tuple[Tensor, Tensor]:
-        """The block's first half: x + Attn(LN1(x)) as x_XD, and its LN2 as normed_TD."""
-        normed_TD = self.enter(self.norm1(x_XD))
-        attended_XD = self.attention(normed_TD, normed_TD, mask_BHSS)
-        x_XD = x_XD + self.dropout(attended_XD, row_keys_T, column_keys_D, self.site, training)
-        return x_XD, self.enter2(self.norm2(x_XD))
+        """The block's first half: x + Attn(LN1(x)) as x_MD, and its LN2 as normed_TD."""
+        normed_TD = self.enter(self.norm1(x_MD))
+        attended_MD = self.attention(normed_TD, normed_TD, mask_BHSS)
+        x_MD = x_MD + self.dropout(attended_MD, row_keys_T, column_keys_D, self.site, training)
+        return x_MD, self.enter2(self.norm2(x_MD))
 
 
 class QueryLayer(nn.Cell):
@@ -152,15 +152,15 @@ class QueryLayer(nn.Cell):
         self.ffn = FeedForward(model, seed, tensor)
 
     def construct(
-        self, x_XD: Tensor, mask_BHSS: Tensor, positions_T: Tensor, noise: Noise, training: bool
+        self, x_MD: Tensor, mask_BHSS: Tensor, positions_T: Tensor, noise: Noise, training: bool
     ) -> Tensor:
-        query_TD = ops.cast(ops.gather(self.query_table, positions_T, 0), x_XD.dtype)
-        attended_XD = self.attention(
-            self.enter(query_TD), self.enter_keys(self.norm1(x_XD)), mask_BHSS
+        query_TD = ops.cast(ops.gather(self.query_table, positions_T, 0), x_MD.dtype)
+        attended_MD = self.attention(
+            self.enter(query_TD), self.enter_keys(self.norm1(x_MD)), mask_BHSS
         )
-        x_XD = x_XD + self.dropout(attended_XD, noise[0], noise[1], self.site, training)
-        y_XD = self.ffn(self.enter2(self.norm2(x_XD)))
-        return x_XD + self.dropout(y_XD, noise[0], noise[1], self.site + 1, training)
+        x_MD = x_MD + self.dropout(attended_MD, noise[0], noise[1], self.site, training)
+        y_MD = self.ffn(self.enter2(self.norm2(x_MD)))
+        return x_MD + self.dropout(y_MD, noise[0], noise[1], self.site + 1, training)
 
 
 class RowDropout(nn.Cell):
@@ -172,8 +172,8 @@ class RowDropout(nn.Cell):
         self.share = tensor.share
 
     def construct(
-        self, x_XD: Tensor, row_keys_T: Tensor, column_keys_D: Tensor, site: int, training: bool
+        self, x_MD: Tensor, row_keys_T: Tensor, column_keys_D: Tensor, site: int, training: bool
     ) -> Tensor:
         if not training or self.rate == 0:
-            return x_XD
-        return dropout(x_XD, self.rate, (self.share(row_keys_T), column_keys_D), site)
+            return x_MD
+        return dropout(x_MD, self.rate, (self.share(row_keys_T), column_keys_D), site)

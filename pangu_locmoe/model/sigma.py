@@ -39,7 +39,7 @@ class PanguSigma(nn.Cell):
 
     Args:
         config: every size comes from here.
-        token_counts_KV: occurrences of each token in each domain's training text, int64 [K, V],
+        token_counts_JV: occurrences of each token in each domain's training text, int64 [K, V],
             which balance the hash router's table; None: all alike.
         topology: where the experts are; None: in this process.
         exchange: the way to experts in other processes; None: there are none. With it the model
@@ -50,17 +50,17 @@ class PanguSigma(nn.Cell):
     def __init__(
         self,
         config: Config,
-        token_counts_KV: Optional[np.ndarray] = None,
+        token_counts_JV: Optional[np.ndarray] = None,
         topology: Optional[Topology] = None,
         exchange: Optional[Exchange] = None,
         tensor: Optional[TensorGroup] = None,
     ) -> None:
         super().__init__()
         model = config.model
-        allowed_KE = allowed_experts(config)
-        num_domains = len(allowed_KE)
-        if token_counts_KV is None:
-            token_counts_KV = np.ones((num_domains, model.vocab_size), dtype=np.int64)
+        allowed_JE = allowed_experts(config)
+        num_domains = len(allowed_JE)
+        if token_counts_JV is None:
+            token_counts_JV = np.ones((num_domains, model.vocab_size), dtype=np.int64)
         self.tensor = tensor = tensor or TensorGroup.alone()
         self.hidden_size = model.hidden_size
         self.num_heads = model.num_heads // tensor.size
@@ -82,7 +82,7 @@ class PanguSigma(nn.Cell):
         blocks = []
         for index in range(model.num_layers - 1):
             context = (
-                RouterContext(index - num_dense, allowed_KE, topology, token_counts_KV)
+                RouterContext(index - num_dense, allowed_JE, topology, token_counts_JV)
                 if index >= num_dense
                 else None
             )
@@ -138,19 +138,19 @@ class PanguSigma(nn.Cell):
         """
         # Keys come one by one here and below: a compiled part would take a tuple of tensors for a
         # constant.
-        x_XD, mask_BHSS, tokens_T, domains_T = self.embed(
+        x_MD, mask_BHSS, tokens_T, domains_T = self.embed(
             tokens_BS, positions_BS, segments_BS, domains_B, noise[0], noise[1], training
         )
         layer_stats = []
         layer_sums = []
         for index, block in enumerate(self.blocks):
             capacity = capacities[index - self.num_dense] if index >= self.num_dense else 0
-            x_XD, stats = block(x_XD, mask_BHSS, tokens_T, domains_T, noise, capacity, training)
-            layer_sums.append(_checksum(x_XD))
+            x_MD, stats = block(x_MD, mask_BHSS, tokens_T, domains_T, noise, capacity, training)
+            layer_sums.append(_checksum(x_MD))
             if index >= self.num_dense:
                 layer_stats.append(stats)
         logits_TV, last_sum = self.predict(
-            x_XD, mask_BHSS, positions_BS, domains_B, noise[0], noise[1], training
+            x_MD, mask_BHSS, positions_BS, domains_B, noise[0], noise[1], training
         )
         layer_sums.append(last_sum)
         return logits_TV, _gather_stats(layer_stats, ops.stack(layer_sums))
@@ -165,29 +165,29 @@ class PanguSigma(nn.Cell):
         column_keys_D: Tensor,
         training: bool,
     ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What the blocks start from: x_XD, mask_BHSS, tokens_T, domains_T."""
+        """What the blocks start from: x_MD, mask_BHSS, tokens_T, domains_T."""
         batch, length = tokens_BS.shape
         tokens_T = ops.reshape(tokens_BS, (batch * length,))
         domains_T = ops.reshape(
             ops.broadcast_to(ops.expand_dims(domains_B, 1), (batch, length)), (batch * length,)
         )
         slot_T = domains_T if self.per_domain else ops.zeros_like(domains_T)
-        positions_X = self.share(ops.reshape(positions_BS, (batch * length,)))
-        x_XD = self.vocabulary.embed(self.word_table, tokens_T, slot_T) + ops.gather(
-            self.position_table, positions_X, 0
+        positions_M = self.share(ops.reshape(positions_BS, (batch * length,)))
+        x_MD = self.vocabulary.embed(self.word_table, tokens_T, slot_T) + ops.gather(
+            self.position_table, positions_M, 0
         )
-        x_XD = self.dropout(ops.cast(x_XD, self.dtype), row_keys_T, column_keys_D, 0, training)
+        x_MD = self.dropout(ops.cast(x_MD, self.dtype), row_keys_T, column_keys_D, 0, training)
         causal_SS = self.causal_SS[:length, :length]
         mask = (
             fused.discard_mask(segments_BS, causal_SS)
             if self.fused
             else attention_mask(segments_BS, causal_SS, self.num_heads)
         )
-        return x_XD, mask, tokens_T, domains_T
+        return x_MD, mask, tokens_T, domains_T
 
     def predict(
         self,
-        x_XD: Tensor,
+        x_MD: Tensor,
         mask_BHSS: Tensor,
         positions_BS: Tensor,
         domains_B: Tensor,
@@ -198,16 +198,16 @@ class PanguSigma(nn.Cell):
         """The final norm, the query layer and the head: logits_TV in fp32, and the layer's sum."""
         batch, length = positions_BS.shape
         if self.has_final_norm:
-            x_XD = self.final_norm(x_XD)
-        x_XD = self.query_layer(
-            x_XD,
+            x_MD = self.final_norm(x_MD)
+        x_MD = self.query_layer(
+            x_MD,
             mask_BHSS,
             ops.reshape(positions_BS, (batch * length,)),
             (row_keys_T, column_keys_D),
             training,
         )
-        table = ops.cast(self.word_table, x_XD.dtype)
-        entered_TD = self.enter(x_XD)
+        table = ops.cast(self.word_table, x_MD.dtype)
+        entered_TD = self.enter(x_MD)
         width = self.vocabulary.width
         if self.per_domain:
             table_BVD = ops.gather(ops.reshape(table, (-1, width, self.hidden_size)), domains_B, 0)
@@ -217,7 +217,7 @@ class PanguSigma(nn.Cell):
             logits = ops.reshape(logits, (batch * length, width))
         else:
             logits = self.head(entered_TD, table)
-        return ops.cast(logits, ms.float32), _checksum(x_XD)
+        return ops.cast(logits, ms.float32), _checksum(x_MD)
 
     @property
     def moe_layers(self) -> Dict[str, Any]:
@@ -240,8 +240,8 @@ class PanguSigma(nn.Cell):
                 block.ffn.construct = ms.jit(block.ffn.construct)
 
 
-def _checksum(x_XD: Tensor) -> Tensor:
-    return ops.stop_gradient(ops.reduce_sum(ops.cast(x_XD, ms.float32)))
+def _checksum(x_MD: Tensor) -> Tensor:
+    return ops.stop_gradient(ops.reduce_sum(ops.cast(x_MD, ms.float32)))
 
 
 def _gather_stats(layer_stats: list, layer_sums: Tensor) -> Dict[str, Tensor]:

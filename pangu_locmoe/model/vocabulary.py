@@ -39,7 +39,7 @@ class Vocabulary(nn.Cell):
                 (np.arange(tensor.size) == tensor.place).astype(np.float32).reshape(1, -1, 1)
             )
 
-    def embed(self, table_XD: Tensor, tokens_T: Tensor, domains_T: Tensor) -> Tensor:
+    def embed(self, table_VD: Tensor, tokens_T: Tensor, domains_T: Tensor) -> Tensor:
         """Embeddings [T, D] from this rank's part of the table, whose domains have W rows each;
         int32 ids.
 
@@ -47,34 +47,34 @@ class Vocabulary(nn.Cell):
         tokens.
         """
         if not self.divided:
-            return ops.gather(table_XD, domains_T * self.width + tokens_T, 0)
+            return ops.gather(table_VD, domains_T * self.width + tokens_T, 0)
         local_T = tokens_T - self.first
         inside_T = ops.cast(
             ops.logical_and(ops.greater_equal(local_T, 0), ops.less(local_T, self.width)), ms.int32
         )
-        rows_TD = ops.gather(table_XD, domains_T * self.width + local_T * inside_T, 0)
+        rows_TD = ops.gather(table_VD, domains_T * self.width + local_T * inside_T, 0)
         return self.leave(rows_TD * ops.expand_dims(ops.cast(inside_T, rows_TD.dtype), 1))
 
-    def cross_entropy(self, logits_TW: Tensor, targets_T: Tensor) -> Tensor:
+    def cross_entropy(self, logits_TV: Tensor, targets_T: Tensor) -> Tensor:
         """Mean next-token loss, an fp32 scalar, the same on all ranks of the place. fp32 logits,
         int32 targets.
         """
         if not self.divided:
-            return functional.cross_entropy(logits_TW, targets_T)
-        return ops.reduce_sum(self.losses(logits_TW, targets_T)) * (1.0 / targets_T.shape[0])
+            return functional.cross_entropy(logits_TV, targets_T)
+        return ops.reduce_sum(self.losses(logits_TV, targets_T)) * (1.0 / targets_T.shape[0])
 
-    def token_losses(self, logits_TW: Tensor, targets_T: Tensor) -> Tensor:
+    def token_losses(self, logits_TV: Tensor, targets_T: Tensor) -> Tensor:
         """Each token's loss, fp32 [T]."""
         if not self.divided:
-            return functional.token_losses(logits_TW, targets_T)
-        return self.losses(logits_TW, targets_T)
+            return functional.token_losses(logits_TV, targets_T)
+        return self.losses(logits_TV, targets_T)
 
-    def whole(self, logits_BW: Tensor) -> Tensor:
+    def whole(self, logits_BV: Tensor) -> Tensor:
         """All logits, fp32 [B, V], on every rank. No gradient."""
         if not self.divided:
-            return logits_BW
+            return logits_BV
         return ops.reshape(
-            self.sum(ops.expand_dims(logits_BW, 1) * self.mine_1R1), (logits_BW.shape[0], -1)
+            self.sum(ops.expand_dims(logits_BV, 1) * self.mine_1R1), (logits_BV.shape[0], -1)
         )
 
 
@@ -87,8 +87,8 @@ class _DividedLosses(nn.Cell):
         super().__init__()
         self.core = _DividedLossesCore(width, tensor)
 
-    def construct(self, logits_TW: Tensor, targets_T: Tensor) -> Tensor:
-        return self.core(logits_TW, targets_T)[0]
+    def construct(self, logits_TV: Tensor, targets_T: Tensor) -> Tensor:
+        return self.core(logits_TV, targets_T)[0]
 
 
 class _DividedLossesCore(nn.Cell):
@@ -101,7 +101,7 @@ class _DividedLossesCore(nn.Cell):
         self.width = width
         self.sum = tensor.sum
         self.first = width * tensor.place
-        self.rows_W = Tensor(np.arange(width, dtype=np.int32))
+        self.rows_V = Tensor(np.arange(width, dtype=np.int32))
         self.mine_R1 = Tensor(
             (np.arange(tensor.size) == tensor.place).astype(np.float32).reshape(-1, 1)
         )
@@ -110,23 +110,23 @@ class _DividedLossesCore(nn.Cell):
         self.tile = ops.Tile()
         self.expand = ops.ExpandDims()
 
-    def construct(self, logits_TW: Tensor, targets_T: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
-        hot_TW = ops.cast(
-            ops.equal(self.expand(targets_T - self.first, 1), self.rows_W), ms.float32
+    def construct(self, logits_TV: Tensor, targets_T: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+        hot_TV = ops.cast(
+            ops.equal(self.expand(targets_T - self.first, 1), self.rows_V), ms.float32
         )
         # MCCL only adds up, so that the largest logit of all ranks is found by gathering theirs.
-        peak_T = self.max(self.sum(self.mine_R1 * self.expand(self.max(logits_TW, 1), 0)), 0)
-        shifted_TW = logits_TW - self._over_width(peak_T)
-        powers_TW = ops.exp(shifted_TW)
-        sums_2T = self.sum(ops.stack((self.add(powers_TW, 1), self.add(shifted_TW * hot_TW, 1))))
+        peak_T = self.max(self.sum(self.mine_R1 * self.expand(self.max(logits_TV, 1), 0)), 0)
+        shifted_TV = logits_TV - self._over_width(peak_T)
+        powers_TV = ops.exp(shifted_TV)
+        sums_2T = self.sum(ops.stack((self.add(powers_TV, 1), self.add(shifted_TV * hot_TV, 1))))
         return (
             ops.log(sums_2T[0]) - sums_2T[1],
-            powers_TW * self._over_width(1.0 / sums_2T[0]),
-            hot_TW,
+            powers_TV * self._over_width(1.0 / sums_2T[0]),
+            hot_TV,
         )
 
     def bprop(
-        self, logits_TW: Tensor, targets_T: Tensor, out: Any, grads: Any
+        self, logits_TV: Tensor, targets_T: Tensor, out: Any, grads: Any
     ) -> Tuple[Tensor, Tensor]:
         return (out[1] - out[2]) * self._over_width(grads[0]), ops.zeros_like(targets_T)
 

@@ -9,7 +9,7 @@ group for each expert, and tokens ranked C or later are dropped. Dropless, C is 
 slot, so both directions are gathers, and so are both gradients.
 
 Two index maps say all of it. Both are one-based with 0 for "none", so that row 0 can be the zero
-row: `token_of_slot_P` int32 [P = G*C] and `slot_of_token_T` int32 [T].
+row: `row_of_slot_Q` int32 [P = G*C] and `slot_of_row_A` int32 [T].
 
 Letters: T tokens, D hidden, E experts, G groups, C slots in a group, P = G*C slots.
 """
@@ -23,30 +23,32 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 
-def rank_within_expert(one_hot_TE: Tensor, affinity_T: Optional[Tensor]) -> Tensor:
+def rank_within_expert(one_hot_AE: Tensor, affinity_A: Optional[Tensor]) -> Tensor:
     """How many tokens of the same expert come before each token, int32 [T].
 
     Args:
-        one_hot_TE: the expert of each token as fp32 ones and zeros.
-        affinity_T: highest first, ties by position (the sort is stable); None: by position.
+        one_hot_AE: the expert of each token as fp32 ones and zeros.
+        affinity_A: highest first, ties by position (the sort is stable); None: by position.
     """
-    if affinity_T is None:
-        return _position_within_expert(one_hot_TE)
-    order_T = ops.cast(ops.sort(-affinity_T)[1], ms.int32)
-    rank_T = _position_within_expert(ops.gather(one_hot_TE, order_T, 0))
-    return ops.scatter_nd(ops.expand_dims(order_T, 1), rank_T, order_T.shape)
+    if affinity_A is None:
+        return _position_within_expert(one_hot_AE)
+    order_A = ops.cast(ops.sort(-affinity_A)[1], ms.int32)
+    position_A = _position_within_expert(ops.gather(one_hot_AE, order_A, 0))
+    return ops.scatter_nd(ops.expand_dims(order_A, 1), position_A, order_A.shape)
 
 
-def _position_within_expert(one_hot_TE: Tensor) -> Tensor:
+def _position_within_expert(one_hot_AE: Tensor) -> Tensor:
     # Counts are exact in fp32 up to 2^24 tokens.
-    return ops.cast(ops.reduce_sum(ops.cumsum(one_hot_TE, 0) * one_hot_TE, 1), ms.int32) - 1
+    return ops.cast(ops.reduce_sum(ops.cumsum(one_hot_AE, 0) * one_hot_AE, 1), ms.int32) - 1
 
 
-def capacity_slots(expert_T: Tensor, rank_T: Tensor, capacity: int) -> Tensor:
-    """`slot_of_token_T` with a fixed capacity: the first `capacity` tokens of each expert get
+def capacity_slots(expert_A: Tensor, position_A: Tensor, capacity: int) -> Tensor:
+    """`slot_of_row_A` with a fixed capacity: the first `capacity` tokens of each expert get
     one.
     """
-    return (expert_T * capacity + rank_T + 1) * ops.cast(ops.less(rank_T, capacity), ms.int32)
+    return (expert_A * capacity + position_A + 1) * ops.cast(
+        ops.less(position_A, capacity), ms.int32
+    )
 
 
 def block_size(num_tokens: int, num_experts: int) -> int:
@@ -61,17 +63,17 @@ def num_blocks(num_tokens: int, num_experts: int) -> int:
     return num_experts + num_tokens // block_size(num_tokens, num_experts)
 
 
-def block_slots(expert_T: Tensor, rank_T: Tensor, load_E: Tensor) -> Tuple[Tensor, Tensor]:
-    """`slot_of_token_T` with room for every token, and the expert of each block, int32 [G]
+def block_slots(expert_A: Tensor, position_A: Tensor, load_E: Tensor) -> Tuple[Tensor, Tensor]:
+    """`slot_of_row_A` with room for every token, and the expert of each block, int32 [G]
     (spare ones: the last).
     """
-    num_tokens = expert_T.shape[0]
+    num_tokens = expert_A.shape[0]
     num_experts = load_E.shape[0]
     block = block_size(num_tokens, num_experts)
     blocks_E = ops.floor((load_E + float(block - 1)) / float(block))
     end_E = ops.cumsum(blocks_E, 0)
     start_E = ops.cast(end_E - blocks_E, ms.int32)
-    slot_of_token_T = ops.gather(start_E, expert_T, 0) * block + rank_T + 1
+    slot_of_row_A = ops.gather(start_E, expert_A, 0) * block + position_A + 1
     groups_G = Tensor(np.arange(num_blocks(num_tokens, num_experts), dtype=np.float32))
     ended_GE = ops.cast(
         ops.less_equal(ops.expand_dims(end_E, 0), ops.expand_dims(groups_G, 1)), ms.float32
@@ -79,15 +81,15 @@ def block_slots(expert_T: Tensor, rank_T: Tensor, load_E: Tensor) -> Tuple[Tenso
     expert_of_group_G = ops.minimum(
         ops.cast(ops.reduce_sum(ended_GE, 1), ms.int32), num_experts - 1
     )
-    return slot_of_token_T, expert_of_group_G
+    return slot_of_row_A, expert_of_group_G
 
 
-def token_of_slot(slot_of_token_T: Tensor, num_slots: int) -> Tensor:
-    """`token_of_slot_P`, the inverse of `slot_of_token_T`."""
-    one_based_T = Tensor(np.arange(1, slot_of_token_T.shape[0] + 1, dtype=np.int32))
+def token_of_slot(slot_of_row_A: Tensor, num_slots: int) -> Tensor:
+    """`row_of_slot_Q`, the inverse of `slot_of_row_A`."""
+    one_based_A = Tensor(np.arange(1, slot_of_row_A.shape[0] + 1, dtype=np.int32))
     # ScatterNd adds: all dropped tokens land in place 0, which is cut off. Half of
     # TensorScatterUpdate's time.
-    return ops.scatter_nd(ops.expand_dims(slot_of_token_T, 1), one_based_T, (num_slots + 1,))[1:]
+    return ops.scatter_nd(ops.expand_dims(slot_of_row_A, 1), one_based_A, (num_slots + 1,))[1:]
 
 
 def repeat_rows(x_TD: Tensor, choices: int) -> Tensor:
@@ -111,37 +113,37 @@ def unrouted_share(y_TD: Tensor) -> Tensor:
 
 
 class Dispatch(nn.Cell):
-    """x_TD -> slots_PD, zero in empty slots; a dropped token gets a zero gradient."""
+    """x_TD -> slots_QD, zero in empty slots; a dropped token gets a zero gradient."""
 
-    def construct(self, x_TD: Tensor, token_of_slot_P: Tensor, slot_of_token_T: Tensor) -> Tensor:
-        return _rows(x_TD, token_of_slot_P)
+    def construct(self, x_TD: Tensor, row_of_slot_Q: Tensor, slot_of_row_A: Tensor) -> Tensor:
+        return _rows(x_TD, row_of_slot_Q)
 
     def bprop(
         self,
         x_TD: Tensor,
-        token_of_slot_P: Tensor,
-        slot_of_token_T: Tensor,
+        row_of_slot_Q: Tensor,
+        slot_of_row_A: Tensor,
         out: Tensor,
-        grad_PD: Tensor,
+        grad_QD: Tensor,
     ) -> Tuple[Tensor, Tensor, Tensor]:
         return (
-            _rows(grad_PD, slot_of_token_T),
-            ops.zeros_like(token_of_slot_P),
-            ops.zeros_like(slot_of_token_T),
+            _rows(grad_QD, slot_of_row_A),
+            ops.zeros_like(row_of_slot_Q),
+            ops.zeros_like(slot_of_row_A),
         )
 
 
 class Combine(nn.Cell):
-    """slots_PD -> y_TD = weight_T * slots[slot_of_token_T], zero for dropped tokens."""
+    """slots_QD -> y_TD = weight_A * slots[slot_of_row_A], zero for dropped tokens."""
 
     def __init__(self) -> None:
         super().__init__()
         self.core = _CombineCore()
 
     def construct(
-        self, slots_PD: Tensor, weight_T: Tensor, token_of_slot_P: Tensor, slot_of_token_T: Tensor
+        self, slots_QD: Tensor, weight_A: Tensor, row_of_slot_Q: Tensor, slot_of_row_A: Tensor
     ) -> Tensor:
-        return self.core(slots_PD, weight_T, token_of_slot_P, slot_of_token_T)[0]
+        return self.core(slots_QD, weight_A, row_of_slot_Q, slot_of_row_A)[0]
 
 
 class _CombineCore(nn.Cell):
@@ -150,35 +152,35 @@ class _CombineCore(nn.Cell):
     """
 
     def construct(
-        self, slots_PD: Tensor, weight_T: Tensor, token_of_slot_P: Tensor, slot_of_token_T: Tensor
+        self, slots_QD: Tensor, weight_A: Tensor, row_of_slot_Q: Tensor, slot_of_row_A: Tensor
     ) -> Tuple[Tensor, Tensor, Tensor]:
-        rows_TD = _rows(slots_PD, slot_of_token_T)
+        rows_AD = _rows(slots_QD, slot_of_row_A)
         # A same-shape product is 2 to 3 times faster on the CPU than a broadcast one.
-        weight_TD = ops.tile(ops.expand_dims(weight_T, 1), (1, slots_PD.shape[1]))
-        return rows_TD * weight_TD, rows_TD, weight_TD
+        weight_AD = ops.tile(ops.expand_dims(weight_A, 1), (1, slots_QD.shape[1]))
+        return rows_AD * weight_AD, rows_AD, weight_AD
 
     def bprop(
         self,
-        slots_PD: Tensor,
-        weight_T: Tensor,
-        token_of_slot_P: Tensor,
-        slot_of_token_T: Tensor,
+        slots_QD: Tensor,
+        weight_A: Tensor,
+        row_of_slot_Q: Tensor,
+        slot_of_row_A: Tensor,
         out: Any,
         grads: Any,
     ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-        rows_TD = out[1]
-        weight_TD = out[2]
-        grad_TD = grads[0]
-        slots_grad_PD = _rows(grad_TD * weight_TD, token_of_slot_P)
+        rows_AD = out[1]
+        weight_AD = out[2]
+        grad_AD = grads[0]
+        slots_grad_QD = _rows(grad_AD * weight_AD, row_of_slot_Q)
         # In fp32: a product may be beyond fp16 where the sum is not.
-        weight_grad_T = ops.reduce_sum(
-            ops.cast(grad_TD, ms.float32) * ops.cast(rows_TD, ms.float32), 1
+        weight_grad_A = ops.reduce_sum(
+            ops.cast(grad_AD, ms.float32) * ops.cast(rows_AD, ms.float32), 1
         )
         return (
-            slots_grad_PD,
-            ops.cast(weight_grad_T, weight_T.dtype),
-            ops.zeros_like(token_of_slot_P),
-            ops.zeros_like(slot_of_token_T),
+            slots_grad_QD,
+            ops.cast(weight_grad_A, weight_A.dtype),
+            ops.zeros_like(row_of_slot_Q),
+            ops.zeros_like(slot_of_row_A),
         )
 
 

@@ -30,6 +30,6 @@ def allowed_experts(config: Config) -> np.ndarray:
     num_experts = config.moe.num_experts
     if config.moe.levels == 1 or not config.domains:
         return np.ones((num_domains, num_experts), dtype=bool)
-    ends_K = np.cumsum(group_sizes(config))
-    group_of_expert_E = np.searchsorted(ends_K, np.arange(num_experts), side="right")
+    ends_J = np.cumsum(group_sizes(config))
+    group_of_expert_E = np.searchsorted(ends_J, np.arange(num_experts), side="right")
     return group_of_expert_E[None, :] == np.arange(num_domains)[:, None]

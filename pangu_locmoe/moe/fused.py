@@ -27,18 +27,26 @@ from pangu_locmoe.moe.experts import Experts
 class PermuteTokens(nn.Cell):
     """`dispatch.Dispatch` where every token has a place and every place a token."""
 
-    def construct(self, x_TD: Tensor, token_of_place_T: Tensor, place_of_token_T: Tensor) -> Tensor:
+    def construct(
+        self, x_AD: Tensor, assignment_of_position_A: Tensor, position_of_assignment_A: Tensor
+    ) -> Tensor:
         # The operator sorts tokens by a number each; its place is such a number.
-        return ops.moe_token_permute(x_TD, place_of_token_T - 1)[0]
+        return ops.moe_token_permute(x_AD, position_of_assignment_A - 1)[0]
 
 
 class UnpermuteTokens(nn.Cell):
     """`dispatch.Combine` where every token has a place and every place a token."""
 
     def construct(
-        self, rows_TD: Tensor, weight_T: Tensor, token_of_place_T: Tensor, place_of_token_T: Tensor
+        self,
+        rows_AD: Tensor,
+        weight_A: Tensor,
+        assignment_of_position_A: Tensor,
+        position_of_assignment_A: Tensor,
     ) -> Tensor:
-        return ops.moe_token_unpermute(rows_TD, place_of_token_T - 1, ops.expand_dims(weight_T, 1))
+        return ops.moe_token_unpermute(
+            rows_AD, position_of_assignment_A - 1, ops.expand_dims(weight_A, 1)
+        )
 
 
 def grouped_rows(
@@ -62,19 +70,19 @@ def grouped_rows(
     kept = np.flatnonzero(slot_of_row_M)
     expert_of_kept = (slot_of_row_M[kept] - 1) // slots
     empty = np.setdiff1d(np.arange(num_experts), expert_of_kept)
-    expert_P = np.concatenate([expert_of_kept, empty])
-    order_P = np.argsort(expert_P, kind="stable")
-    row_of_place_P = np.concatenate([kept + 1, np.zeros(len(empty), np.int64)])[order_P].astype(
+    expert_Q = np.concatenate([expert_of_kept, empty])
+    order_Q = np.argsort(expert_Q, kind="stable")
+    row_of_position_Q = np.concatenate([kept + 1, np.zeros(len(empty), np.int64)])[order_Q].astype(
         np.int32
     )
-    place_of_row_M = np.zeros(len(slot_of_row_M) + 1, np.int32)
-    place_of_row_M[row_of_place_P] = np.arange(
-        1, len(row_of_place_P) + 1
+    position_of_row_M = np.zeros(len(slot_of_row_M) + 1, np.int32)
+    position_of_row_M[row_of_position_Q] = np.arange(
+        1, len(row_of_position_Q) + 1
     )  # zero rows all write the first number, which is cut off
     return (
-        row_of_place_P,
-        place_of_row_M[1:],
-        np.cumsum(np.bincount(expert_P, minlength=num_experts)).astype(np.int64),
+        row_of_position_Q,
+        position_of_row_M[1:],
+        np.cumsum(np.bincount(expert_Q, minlength=num_experts)).astype(np.int64),
     )
 
 
@@ -89,17 +97,17 @@ def apply_grouped(
         rows_MD: as they came.
         slot_of_row_M, slots: as for `grouped_rows`.
     """
-    row_of_place_P, place_of_row_M, ends_G = grouped_rows(
+    row_of_position_Q, position_of_row_M, ends_G = grouped_rows(
         slot_of_row_M, slots, experts.w_in.shape[0]
     )
-    row_of_place = Tensor(row_of_place_P)
-    place_of_row = Tensor(place_of_row_M)
+    row_of_position = Tensor(row_of_position_Q)
+    position_of_row = Tensor(position_of_row_M)
     ends = Tensor(ends_G)
     move = Dispatch()  # one tensor in, one out; groups of rows
     product = GroupedMatmul(split_item=3, group_type=0)
     w_in = ops.cast(experts.w_in, rows_MD.dtype)
     w_out = ops.cast(experts.w_out, rows_MD.dtype)
-    x_PD = experts.enter(move(rows_MD, row_of_place, place_of_row))
-    inner_PF = experts.gelu(product([x_PD], [w_in], None, None, None, None, None, ends)[0])
-    y_PD = experts.leave(product([inner_PF], [w_out], None, None, None, None, None, ends)[0])
-    return move(y_PD, place_of_row, row_of_place)
+    x_QD = experts.enter(move(rows_MD, row_of_position, position_of_row))
+    inner_QF = experts.gelu(product([x_QD], [w_in], None, None, None, None, None, ends)[0])
+    y_QD = experts.leave(product([inner_QF], [w_out], None, None, None, None, None, ends)[0])
+    return move(y_QD, position_of_row, row_of_position)

@@ -101,10 +101,10 @@ class MoELayer(nn.Cell):
         packed, routed, own_losses = self.route(
             x_TD, tokens_T, domains_T, noise[0], noise[1], layout, room, training
         )
-        shared = self.transport.share(routed["load_ME"], routed["probs_ME"])
-        y_PD, dropped_E = self.transport.carry(self.experts, packed, shared, capacity, training)
+        shared = self.transport.share(routed["own_load_NE"], routed["own_probs_NE"])
+        y_QD, dropped_E = self.transport.carry(self.experts, packed, shared, capacity, training)
         weight_A = self._unit(routed["weight_A"]) if self.unit_weight else routed["weight_A"]
-        y_AD = self.transport.unpack(y_PD, weight_A, packed)
+        y_AD = self.transport.unpack(y_QD, weight_A, packed)
         y_TD = dispatch.sum_choices(y_AD, self.router.choices)
 
         losses = self.router.losses_of(own_losses, shared, training)
@@ -137,21 +137,21 @@ class MoELayer(nn.Cell):
         are dicts that are made at once: MindSpore has no gradient for one that is added to.
 
         Returns:
-            what the transport packs; weight_A, cosine_T, load_ME (assignments by node and expert,
-            no gradient) and probs_ME (mean probabilities), all fp32; the losses that the plan has.
+            what the transport packs; weight_A, cosine_T, own_load_NE (assignments by node and expert,
+            no gradient) and own_probs_NE (mean probabilities), all fp32; the losses that the plan has.
         """
         noise = (row_keys_T, column_keys_D)
         plan = self.router(ops.cast(x_TD, mstype.float32), tokens_T, domains_T, noise, training)
         nodes = self.transport.nodes_here if training else 1
-        load_ME = ops.stop_gradient(_sum_by_node(plan["one_hot_AE"], nodes))
-        load_E = ops.reduce_sum(load_ME, 0)
+        own_load_NE = ops.stop_gradient(_sum_by_node(plan["one_hot_AE"], nodes))
+        load_E = ops.reduce_sum(own_load_NE, 0)
         x_AD = dispatch.repeat_rows(x_TD, self.router.choices)
         packed = self.transport.pack(x_AD, plan, load_E, layout, room, training)
         routed = {
             "weight_A": plan["weight_A"],
             "cosine_T": plan["cosine_T"],
-            "load_ME": load_ME,
-            "probs_ME": _sum_by_node(plan["probs_TE"], nodes) * (nodes / x_TD.shape[0]),
+            "own_load_NE": own_load_NE,
+            "own_probs_NE": _sum_by_node(plan["probs_TE"], nodes) * (nodes / x_TD.shape[0]),
         }
         return packed, routed, {name: plan[name] for name in LOSSES if name in plan}
 

@@ -86,8 +86,8 @@ class Shared(_Shared, total=False):
         probs_NE has the
         value and, averaged over ranks, the gradient that one process has.
     log_probs_NE: logarithm of probs_NE, finite, fp32; no gradient.
-    counts_PE: where exactly the routed tokens travel, assignments of each place's tokens to each
+    counts_UE: where exactly the routed tokens travel, assignments of each place's tokens to each
         expert, int64, on the host.
     """
 
-    counts_PE: np.ndarray
+    counts_UE: np.ndarray

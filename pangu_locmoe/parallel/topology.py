@@ -192,34 +192,34 @@ class Topology:
             held_NE[self.node_of_rank(rank), list(self.experts_of_rank(rank))] = True
         return held_NE
 
-    def home_nodes(self, allowed_KE: np.ndarray) -> tuple[int, ...]:
+    def home_nodes(self, allowed_JE: np.ndarray) -> tuple[int, ...]:
         """For each domain the node that should read it.
 
         The node with most of the domain's experts; where several hold as many (single-level
         routing: all do), the domains are dealt to those in order, in equal contiguous runs.
 
         Args:
-            allowed_KE: bool [K, E], which experts a domain may use.
+            allowed_JE: bool [K, E], which experts a domain may use.
         """
-        held_KN = allowed_KE.astype(np.int64) @ self.local_NE.T.astype(np.int64)
-        num_domains = len(held_KN)
+        held_JN = allowed_JE.astype(np.int64) @ self.local_NE.T.astype(np.int64)
+        num_domains = len(held_JN)
         homes = []
-        for domain, held_N in enumerate(held_KN):
+        for domain, held_N in enumerate(held_JN):
             candidates = np.flatnonzero(held_N == held_N.max())
             homes.append(int(candidates[domain * len(candidates) // num_domains]))
         return tuple(homes)
 
     def local_fraction(
-        self, load_LNE: np.ndarray, slot_to_expert_LE: np.ndarray | None = None
+        self, load_LNE: np.ndarray, expert_of_slot_LP: np.ndarray | None = None
     ) -> float:
         """Share of tokens whose expert is in the node they come from.
 
         Args:
             load_LNE: token counts by source node and expert.
-            slot_to_expert_LE: where experts are, if they were moved.
+            expert_of_slot_LP: where experts are, if they were moved.
         """
         local_LNE = np.broadcast_to(self.local_NE, load_LNE.shape)
-        if slot_to_expert_LE is not None:
-            local_LNE = self.local_NE[:, np.argsort(slot_to_expert_LE, axis=1)].swapaxes(0, 1)
+        if expert_of_slot_LP is not None:
+            local_LNE = self.local_NE[:, np.argsort(expert_of_slot_LP, axis=1)].swapaxes(0, 1)
         total = load_LNE.sum()
         return float((load_LNE * local_LNE).sum() / total) if total else 0.0

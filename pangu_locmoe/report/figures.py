@@ -57,20 +57,20 @@ def loss_figures(runs: list[Run]) -> list[Figure]:
     by_step = []
     by_time = []
     for colour, run in enumerate(runs):
-        step_K = run.column("step")
-        seconds_K = run.seconds
-        loss_K = run.column("cross_entropy")
+        step_W = run.column("step")
+        seconds_W = run.seconds
+        loss_W = run.column("cross_entropy")
         step_V, loss_V = _validation(run, "validation_loss")
         by_step += [
-            Line(run.name, step_K, loss_K, colour),
+            Line(run.name, step_W, loss_W, colour),
             Line(f"{run.name}, validation", step_V, loss_V, colour, "points"),
         ]
-        by_time.append(Line(run.name, seconds_K / size, loss_K, colour))
-        if len(step_K):
+        by_time.append(Line(run.name, seconds_W / size, loss_W, colour))
+        if len(step_W):
             by_time.append(
                 Line(
                     f"{run.name}, validation",
-                    np.interp(step_V, step_K, seconds_K) / size,
+                    np.interp(step_V, step_W, seconds_W) / size,
                     loss_V,
                     colour,
                     "points",
@@ -221,16 +221,16 @@ def locality_figures(runs: list[Run]) -> list[Figure]:
         )
     ]
     for run in runs:
-        source_KLNE = run.load.source_KLNE if run.load else None
+        source_WLNE = run.load.source_WLNE if run.load else None
         if (
             run.load is None
-            or source_KLNE is None
-            or not source_KLNE.size
-            or source_KLNE.shape[2] < 2
+            or source_WLNE is None
+            or not source_WLNE.size
+            or source_WLNE.shape[2] < 2
         ):
             continue
-        rows = tail(len(source_KLNE))
-        count_LNE = source_KLNE[-rows:].sum(axis=0)
+        rows = tail(len(source_WLNE))
+        count_LNE = source_WLNE[-rows:].sum(axis=0)
         nodes, experts = count_LNE.shape[1:]
         top = _top(normalise(count_LNE), experts)
         local = _emulated_nodes(run) == nodes and experts % nodes == 0
@@ -268,29 +268,29 @@ def load_figures(runs: list[Run]) -> Callable[[Run], list[Figure]]:
     """A function that draws one run's heat maps, at a resolution common to all runs, on a colour
     scale common to runs of as many experts.
     """
-    traced = [run.load.load_KLE for run in runs if run.load is not None and run.load.load_KLE.size]
-    lines = sum(load_KLE.shape[1] * load_KLE.shape[2] for load_KLE in traced)
+    traced = [run.load.load_WLE for run in runs if run.load is not None and run.load.load_WLE.size]
+    lines = sum(load_WLE.shape[1] * load_WLE.shape[2] for load_WLE in traced)
     most = int(min(240, max(24, HEAT_PIXELS // max(lines, 1))))
     tops: dict[int, float] = {}
-    for load_KLE in traced:
-        experts = load_KLE.shape[2]
+    for load_WLE in traced:
+        experts = load_WLE.shape[2]
         tops[experts] = max(
             tops.get(experts, 0.0),
-            _top(normalise(load_KLE[:: max(1, len(load_KLE) // 2000)]), experts),
+            _top(normalise(load_WLE[:: max(1, len(load_WLE) // 2000)]), experts),
         )
 
     def figures(run: Run) -> list[Figure]:
-        if run.load is None or not run.load.load_KLE.size:
+        if run.load is None or not run.load.load_WLE.size:
             return []
-        load_KLE = run.load.load_KLE
-        step_K = run.load.step_K.astype(np.float64)
-        names = [layer_name(run, layer) for layer in range(load_KLE.shape[1])]
+        load_WLE = run.load.load_WLE
+        step_W = run.load.step_W.astype(np.float64)
+        names = [layer_name(run, layer) for layer in range(load_WLE.shape[1])]
         maps = (
             heat_map(
                 f"Expert load, {run.name}, {name}",
-                load_KLE[:, layer],
-                step_K,
-                tops[load_KLE.shape[2]],
+                load_WLE[:, layer],
+                step_W,
+                tops[load_WLE.shape[2]],
                 most,
             )
             for layer, name in enumerate(names)
@@ -333,7 +333,7 @@ def layer_name(run: Run, index: int) -> str:
     layers, sparse = (
         number(table(run.config, "model").get(key)) for key in ("num_layers", "num_moe_layers")
     )
-    if sparse == run.load.load_KLE.shape[1] and layers > sparse:
+    if sparse == run.load.load_WLE.shape[1] and layers > sparse:
         return f"layer {int(layers - 1 - sparse) + index}"
     return f"MoE layer {index}"
 

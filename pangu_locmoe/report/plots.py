@@ -101,21 +101,21 @@ def line_chart(
     return figure_svg(title, figure, [line.label for line in lines])
 
 
-def heat_map(title: str, share_KE: Floats, step_K: Floats, top: float, most: int) -> str | None:
-    """Steps on x, experts on y, colour the share of the layer's tokens; rows of `share_KE` are
+def heat_map(title: str, share_WE: Floats, step_W: Floats, top: float, most: int) -> str | None:
+    """Steps on x, experts on y, colour the share of the layer's tokens; rows of `share_WE` are
     counts or shares.
 
     The colour bar runs from 0 to `top` and marks the uniform share; at most `most` columns are
     drawn.
     """
-    experts = share_KE.shape[1]
-    if not share_KE.size:
+    experts = share_WE.shape[1]
+    if not share_WE.size:
         return None
     figure, axes = canvas(min(max(14 * experts, 96), 224), BAR, "optimizer step", "expert")
-    low = float(step_K[0])
-    high = float(step_K[-1])
+    low = float(step_W[0])
+    high = float(step_W[-1])
     extent = (low, high if high > low else low + 1, experts - 0.5, -0.5)
-    _image(figure, axes, normalise(bin_rows(share_KE, most)).T, top, experts, extent)
+    _image(figure, axes, normalise(bin_rows(share_WE, most)).T, top, experts, extent)
     axes.set_yticks(range(0, experts, -(-experts // 16)))
     set_ticks(axes.xaxis, high, True)
     return figure_svg(title, figure)

@@ -57,13 +57,13 @@ class Run:
         """Training time at each training row: step_seconds summed, each row standing for the
         steps since the row before.
         """
-        step_K = self.column("step")
-        seconds_K = np.nan_to_num(self.column("step_seconds"))
-        if len(step_K) == 0:
-            return step_K
-        gap_K = np.diff(step_K, prepend=np.nan)
-        gap_K[0] = np.median(gap_K[1:]) if len(step_K) > 1 and step_K[0] > 1 else 1
-        return np.cumsum(seconds_K * gap_K)
+        step_W = self.column("step")
+        seconds_W = np.nan_to_num(self.column("step_seconds"))
+        if len(step_W) == 0:
+            return step_W
+        gap_W = np.diff(step_W, prepend=np.nan)
+        gap_W[0] = np.median(gap_W[1:]) if len(step_W) > 1 and step_W[0] > 1 else 1
+        return np.cumsum(seconds_W * gap_W)
 
     @property
     def domains(self) -> tuple[str, ...]:

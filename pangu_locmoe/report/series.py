@@ -60,12 +60,12 @@ def pick(x: Floats, y: Floats, most: int) -> tuple[Floats, Floats]:
     return x[keep], y[keep]
 
 
-def bin_rows(values_K: NDArray[Any], most: int) -> NDArray[Any]:
+def bin_rows(values_W: NDArray[Any], most: int) -> NDArray[Any]:
     """Sum the rows of the first axis into at most `most` bins of (nearly) equal size."""
-    if len(values_K) <= most:
-        return values_K
-    edges = np.linspace(0, len(values_K), most + 1).astype(int)[:-1]
-    return np.asarray(np.add.reduceat(values_K, edges, axis=0))
+    if len(values_W) <= most:
+        return values_W
+    edges = np.linspace(0, len(values_W), most + 1).astype(int)[:-1]
+    return np.asarray(np.add.reduceat(values_W, edges, axis=0))
 
 
 def tail(count: int) -> int:

@@ -209,12 +209,12 @@ def experts_html(runs: list[Run]) -> str:
     """Load of each sparse layer at the end of each run, from load.npz."""
     rows = []
     for run in runs:
-        if run.load is None or not run.load.load_KLE.size:
+        if run.load is None or not run.load.load_WLE.size:
             continue
-        last = tail(len(run.load.load_KLE))
-        load_LE = run.load.load_KLE[-last:].sum(axis=0).astype(np.float64)
+        last = tail(len(run.load.load_WLE))
+        load_LE = run.load.load_WLE[-last:].sum(axis=0).astype(np.float64)
         dropped_LE = (
-            None if run.load.dropped_KLE is None else run.load.dropped_KLE[-last:].sum(axis=0)
+            None if run.load.dropped_WLE is None else run.load.dropped_WLE[-last:].sum(axis=0)
         )
         for layer, load_E in enumerate(load_LE):
             total = float(load_E.sum())

@@ -108,7 +108,7 @@ def step_time(
     layout: Layout,
     device: Device,
     tokens: float,
-    rows_XNE: Floats,
+    rows_INE: Floats,
     computed: float,
     exchange: str = "flat",
     exchange_overlap: float = 0.0,
@@ -119,7 +119,7 @@ def step_time(
     Args:
         work, layout, device: what is computed, where, on what.
         tokens: of one place in one step.
-        rows_XNE: rows that travel in one layer from each node to each expert, samples first.
+        rows_INE: rows that travel in one layer from each node to each expert, samples first.
         computed: rows of the place that computes most of them in one layer, padding included, mean
             over the samples.
         exchange: flat, hierarchical or groupwise.
@@ -134,7 +134,7 @@ def step_time(
     dense = tokens * work.dense_flops / speed
     even, slowest = (layers * rows * work.expert_flops / speed for rows in (tokens, computed))
     inter, intra, latency = _exchange(
-        work, layout, device, traffic(layout, rows_XNE, exchange), exchange
+        work, layout, device, traffic(layout, rows_INE, exchange), exchange
     )
     tensor = 0.0
     if t > 1:

@@ -109,14 +109,14 @@ class Layout:
         """Whether that copy is in the node itself."""
         return self.home_NE == np.arange(self.nodes)[:, None]
 
-    def load_XGE(self, rows_XNE: Floats) -> Floats:
+    def load_IZE(self, rows_INE: Floats) -> Floats:
         """Rows that each copy of each expert gets, [X, copies that differ, E]; groups inside one
         node share its rows evenly.
         """
         if not self.copies:
-            return rows_XNE.sum(axis=1, keepdims=True)
+            return rows_INE.sum(axis=1, keepdims=True)
         span = max(1, self.group // self.places_per_node)
-        by_group = rows_XNE.reshape(len(rows_XNE), self.nodes // span, span, self.experts).sum(
+        by_group = rows_INE.reshape(len(rows_INE), self.nodes // span, span, self.experts).sum(
             axis=2
         )
         return by_group / max(1, self.places_per_node // self.group)
@@ -148,36 +148,36 @@ class Traffic:
     node_messages: int
 
 
-def traffic(layout: Layout, rows_XNE: Floats, exchange: str = "flat") -> Traffic:
+def traffic(layout: Layout, rows_INE: Floats, exchange: str = "flat") -> Traffic:
     """Follow every row once.
 
     Args:
         layout: who is where.
-        rows_XNE: rows that travel from each node to each expert, empty slots included.
+        rows_INE: rows that travel from each node to each expert, empty slots included.
         exchange: flat, hierarchical or groupwise.
     """
     home_NE = layout.home_NE
     local_NE = layout.local_NE
     q = layout.neighbours
-    remote_XNE = np.where(local_NE, 0.0, rows_XNE)
-    local_XN = rows_XNE.sum(axis=2) - remote_XNE.sum(axis=2)
-    out_XN = remote_XNE.sum(axis=2)
-    in_XN = np.stack(
+    remote_INE = np.where(local_NE, 0.0, rows_INE)
+    local_IN = rows_INE.sum(axis=2) - remote_INE.sum(axis=2)
+    out_IN = remote_INE.sum(axis=2)
+    in_IN = np.stack(
         [
             np.bincount(home_NE.ravel(), weights=remote_NE.ravel(), minlength=layout.nodes)
-            for remote_NE in remote_XNE
+            for remote_NE in remote_INE
         ]
     )
-    inside_XN = local_XN * (1 - 1 / q)
+    inside_IN = local_IN * (1 - 1 / q)
     if exchange == "hierarchical":
-        inside_XN = inside_XN + (out_XN + in_XN) * (1 - 1 / q)
-    inter, intra, of_node = _messages(layout, exchange) if out_XN.any() else (0, q - 1, 0)
+        inside_IN = inside_IN + (out_IN + in_IN) * (1 - 1 / q)
+    inter, intra, of_node = _messages(layout, exchange) if out_IN.any() else (0, q - 1, 0)
     return Traffic(
-        inter_rows=float(out_XN.sum(axis=1).mean()),
-        intra_rows=float(inside_XN.sum(axis=1).mean()),
-        busiest_link=float(np.maximum(in_XN, out_XN).max(axis=1).mean()),
-        busiest_inside=float(inside_XN.max(axis=1).mean()),
-        gathered=float(rows_XNE.sum(axis=(1, 2)).mean() / layout.places),
+        inter_rows=float(out_IN.sum(axis=1).mean()),
+        intra_rows=float(inside_IN.sum(axis=1).mean()),
+        busiest_link=float(np.maximum(in_IN, out_IN).max(axis=1).mean()),
+        busiest_inside=float(inside_IN.max(axis=1).mean()),
+        gathered=float(rows_INE.sum(axis=(1, 2)).mean() / layout.places),
         inter_messages=inter,
         intra_messages=intra,
         node_messages=of_node,

@@ -57,11 +57,11 @@ def simulate(
         layout = layout_of(config, count, device, assumed)
         for router in routers:
             if load is not None and router == traced:
-                share_XNE, routed = trace_shares(load, layout)
+                share_INE, routed = trace_shares(load, layout)
             else:
-                share_XNE = assumed_shares(layout, assumed.routing[router])
+                share_INE = assumed_shares(layout, assumed.routing[router])
                 routed = "assumed"
-            rows.append(_row(config, layout, device, assumed, router, share_XNE, routed))
+            rows.append(_row(config, layout, device, assumed, router, share_INE, routed))
     return Simulation(rows, device, assumed, _notes(config, rows, device, assumed))
 
 
@@ -157,28 +157,28 @@ def _row(
     device: Device,
     assumed: Assumptions,
     router: str,
-    share_XNE: Floats,
+    share_INE: Floats,
     routed: str,
 ) -> Row:
     exchange = assumed.exchange or config.parallel.exchange
     sequences = assumed.sequences or config.train.batch_size / layout.places
     tokens = sequences * config.model.seq_length
     work = work_of(config, router, assumed.gradient_bytes)
-    load_XNE = share_XNE * tokens * layout.places
-    rows = rows_of(config, layout, load_XNE, device.shared_processor)
+    load_INE = share_INE * tokens * layout.places
+    rows = rows_of(config, layout, load_INE, device.shared_processor)
     step = step_time(
         work,
         layout,
         device,
         tokens,
-        rows.moved_XNE,
+        rows.moved_INE,
         rows.computed,
         exchange,
         assumed.exchange_overlap,
         assumed.reduction_overlap,
     )
     repeated = 1 if exchange == "groupwise" else layout.tensor_parallel
-    load_XE = share_XNE.sum(axis=1)
+    load_IE = share_INE.sum(axis=1)
     return Row(
         nodes=layout.nodes,
         ranks=layout.nodes * layout.ranks_per_node,
@@ -186,11 +186,11 @@ def _row(
         routed=routed,
         tokens=tokens * layout.places,
         step=step,
-        moved=traffic(layout, rows.moved_XNE, exchange),
+        moved=traffic(layout, rows.moved_INE, exchange),
         row_bytes=work.row_bytes * repeated,
         crossings=CROSSINGS * work.sparse_layers,
-        local_fraction=float((share_XNE * layout.local_NE).sum(axis=(1, 2)).mean()),
-        max_over_mean_load=float((load_XE.max(axis=1) * layout.experts).mean()),
+        local_fraction=float((share_INE * layout.local_NE).sum(axis=(1, 2)).mean()),
+        max_over_mean_load=float((load_IE.max(axis=1) * layout.experts).mean()),
         dropped_fraction=rows.dropped,
         expert_nodes=layout.nodes if layout.copies else -(-layout.group // layout.places_per_node),
     )

@@ -90,37 +90,37 @@ def trace_shares(trace: Trace, layout: Layout) -> Tuple[Floats, str]:
     Raises:
         DataError: the trace has no rows, or its experts are not spread evenly over its nodes.
     """
-    rows = len(trace.step_K)
+    rows = len(trace.step_W)
     if rows == 0:
         raise DataError("the trace has no rows")
     picked = np.unique(np.linspace(rows // 2, rows - 1, MOST_STEPS).astype(int))
-    load_XE = trace.load_KLE[picked].reshape(-1, trace.load_KLE.shape[2]).astype(np.float64)
-    experts = load_XE.shape[1]
-    if trace.source_KLNE is not None and trace.source_KLNE.shape[2:] == (
+    load_IE = trace.load_WLE[picked].reshape(-1, trace.load_WLE.shape[2]).astype(np.float64)
+    experts = load_IE.shape[1]
+    if trace.source_WLNE is not None and trace.source_WLNE.shape[2:] == (
         layout.nodes,
         layout.experts,
     ):
-        source_XNE = (
-            trace.source_KLNE[picked].reshape(-1, layout.nodes, layout.experts).astype(np.float64)
+        source_INE = (
+            trace.source_WLNE[picked].reshape(-1, layout.nodes, layout.experts).astype(np.float64)
         )
-        total_X11 = source_XNE.sum(axis=(1, 2), keepdims=True)
+        total_I11 = source_INE.sum(axis=(1, 2), keepdims=True)
         return np.divide(
-            source_XNE,
-            total_X11,
-            out=np.full(source_XNE.shape, 1 / source_XNE[0].size),
-            where=total_X11 > 0,
+            source_INE,
+            total_I11,
+            out=np.full(source_INE.shape, 1 / source_INE[0].size),
+            where=total_I11 > 0,
         ), "trace"
-    imbalance = float((share(load_XE).max(axis=1) * experts).mean())
+    imbalance = float((share(load_IE).max(axis=1) * experts).mean())
     local = None
-    if trace.source_KLNE is not None:
-        nodes = trace.source_KLNE.shape[2]
+    if trace.source_WLNE is not None:
+        nodes = trace.source_WLNE.shape[2]
         if experts % nodes:
             raise DataError(
                 f"the trace has {experts} experts on {nodes} nodes: experts must be "
                 "divisible by nodes"
             )
         home_E = np.arange(experts) * nodes // experts
-        source_NE = trace.source_KLNE[picked].sum(axis=(0, 1))
+        source_NE = trace.source_WLNE[picked].sum(axis=(0, 1))
         measured = float(source_NE[home_E, np.arange(experts)].sum() / max(1, source_NE.sum()))
         beyond = (measured - 1 / nodes) / (1 - 1 / nodes) if nodes > 1 else 0.0
         chance = float(

@@ -29,56 +29,56 @@ class Rows:
     """One layer's rows in a step.
 
     Attributes:
-        moved_XNE: from each node to each expert.
+        moved_INE: from each node to each expert.
         computed: of the place that computes most, mean over the samples; where all places share a
             processor the mean place's.
         dropped: share of the tokens that no expert takes.
     """
 
-    moved_XNE: Floats
+    moved_INE: Floats
     computed: float
     dropped: float
 
 
 def rows_of(
-    config: Config, layout: Layout, load_XNE: Floats, shared_processor: bool = False
+    config: Config, layout: Layout, load_INE: Floats, shared_processor: bool = False
 ) -> Rows:
-    """What `load_XNE` tokens become.
+    """What `load_INE` tokens become.
 
     Micro-batches are alike, so each has its share of the step's tokens and of its capacity.
     """
     batches = config.train.accumulation_steps
     if config.parallel.sizes == "static":
-        moved_XNE, dropped = _slots(config, layout, load_XNE / batches)
-        computed_XGP = _by_place(layout, layout.load_XGE(moved_XNE)).sum(axis=3)
+        moved_INE, dropped = _slots(config, layout, load_INE / batches)
+        computed_IZU = _by_place(layout, layout.load_IZE(moved_INE)).sum(axis=3)
     else:
-        moved_XNE = load_XNE / batches
-        load_XGE = layout.load_XGE(moved_XNE)
-        group_tokens = float(moved_XNE.sum() / len(moved_XNE) / layout.groups)
+        moved_INE = load_INE / batches
+        load_IZE = layout.load_IZE(moved_INE)
+        group_tokens = float(moved_INE.sum() / len(moved_INE) / layout.groups)
         limit = (
             np.inf
             if config.moe.capacity.policy == "dropless"
             else factor_capacity(config.moe.capacity.factor, group_tokens, layout.experts)
         )
-        dropped = float(np.maximum(load_XGE - limit, 0).sum() / max(load_XGE.sum(), 1e-300))
-        load_XGPE = _by_place(layout, load_XGE)
-        computed_XGP = np.minimum(load_XGPE.max(axis=3), limit) * load_XGPE.shape[3]
+        dropped = float(np.maximum(load_IZE - limit, 0).sum() / max(load_IZE.sum(), 1e-300))
+        load_IZUE = _by_place(layout, load_IZE)
+        computed_IZU = np.minimum(load_IZUE.max(axis=3), limit) * load_IZUE.shape[3]
     places = layout.group if layout.copies else layout.places
-    mean_X = computed_XGP.sum(axis=2).mean(axis=1) / places
-    computed_X = mean_X if shared_processor else computed_XGP.max(axis=(1, 2))
-    return Rows(moved_XNE * batches, float(computed_X.mean() * batches), dropped)
+    mean_I = computed_IZU.sum(axis=2).mean(axis=1) / places
+    computed_I = mean_I if shared_processor else computed_IZU.max(axis=(1, 2))
+    return Rows(moved_INE * batches, float(computed_I.mean() * batches), dropped)
 
 
-def _by_place(layout: Layout, load_XGE: Floats) -> Floats:
+def _by_place(layout: Layout, load_IZE: Floats) -> Floats:
     """[X, G, P, experts of a place]."""
-    return load_XGE.reshape(*load_XGE.shape[:2], layout.group, -1)
+    return load_IZE.reshape(*load_IZE.shape[:2], layout.group, -1)
 
 
-def _slots(config: Config, layout: Layout, load_XNE: Floats) -> Tuple[Floats, float]:
+def _slots(config: Config, layout: Layout, load_INE: Floats) -> Tuple[Floats, float]:
     """Slots of each node for each expert, the same in all samples, and the share of tokens
     without one.
     """
-    tokens = float(load_XNE.sum() / len(load_XNE) / layout.places)
+    tokens = float(load_INE.sum() / len(load_INE) / layout.places)
     capacity = starting_factors(config.moe.capacity)
     if automatic(config.moe.capacity):
         if not layout.copies:
@@ -87,11 +87,11 @@ def _slots(config: Config, layout: Layout, load_XNE: Floats) -> Tuple[Floats, fl
                 "serves all nodes, not auto"
             )
         topology = Topology(layout.places, layout.places_per_node, layout.group, layout.experts)
-        capacity = next_factors(config.moe.capacity, capacity, load_XNE, topology)
+        capacity = next_factors(config.moe.capacity, capacity, load_INE, topology)
     local, remote = (
         min(tokens, factor_capacity(float(factor or 0), tokens, layout.experts))
         for factor in (capacity.local_factor, capacity.remote_factor)
     )
     slots_NE = np.where(layout.local_NE, local, remote) * layout.places_per_node
-    dropped = np.maximum(load_XNE - slots_NE, 0).sum() / max(load_XNE.sum(), 1e-300)
-    return np.tile(slots_NE, (len(load_XNE), 1, 1)).astype(np.float64), float(dropped)
+    dropped = np.maximum(load_INE - slots_NE, 0).sum() / max(load_INE.sum(), 1e-300)
+    return np.tile(slots_NE, (len(load_INE), 1, 1)).astype(np.float64), float(dropped)

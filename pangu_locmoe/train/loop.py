@@ -227,7 +227,7 @@ class Trainer:
             rate,
             time.perf_counter() - started,
             self.stepper.capacities,
-            self.stepper.expert_of_slot_LE,
+            self.stepper.expert_of_slot_LP,
             factors,
         )
         self._check_finite(result)

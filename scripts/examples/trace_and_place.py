@@ -38,11 +38,11 @@ def main(arguments: list[str]) -> None:
     work = Path(tempfile.mkdtemp(prefix="trace-and-place-"))
     trace = read_trace(Path(arguments[0]) if arguments else made_up_trace(work / "load.npz"))
     print(states(trace).format())  # a layer that is not stable yet keeps its placement below
-    origin = int(trace.step_K[-1]) + 1
+    origin = int(trace.step_W[-1]) + 1
     coming = forecast(trace, origin, horizon=100)
     print(
         "shares of the first layer in the next 100 steps "
-        f"{coming.share_FLE.mean(axis=0)[0].round(3)}"
+        f"{coming.share_YLE.mean(axis=0)[0].round(3)}"
     )
 
     costs = Costs.of_model(hidden_size=768, ffn_size=3072, horizon=100)

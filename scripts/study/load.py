@@ -43,9 +43,9 @@ def measure_states(case: Case) -> Any:
     found = states(trace)
     return {
         "stable_from": found.layers_stable_from,
-        "steps": int(trace.step_K[-1]),
+        "steps": int(trace.step_W[-1]),
         "unused": {
-            f"{first}-{end}": tokens.unused_fraction(trace.between(first, end).load_KLE)
+            f"{first}-{end}": tokens.unused_fraction(trace.between(first, end).load_WLE)
             for first, end in (EARLY, LATE)
         },
     }

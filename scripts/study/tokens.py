@@ -17,12 +17,12 @@ Array = NDArray[Any]
 HARDLY = 0.1  # of an even share
 
 
-def unused_fraction(load_KLE: Array, hardly: float = HARDLY) -> float:
+def unused_fraction(load_WLE: Array, hardly: float = HARDLY) -> float:
     """Share of experts, over all layers, that get less than `hardly` of an even share of these
     rows' tokens.
     """
-    share_LE = load_KLE.sum(axis=0) / np.maximum(load_KLE.sum(axis=(0, 2)), 1)[:, None]
-    return float((share_LE < hardly / load_KLE.shape[2]).mean())
+    share_LE = load_WLE.sum(axis=0) / np.maximum(load_WLE.sum(axis=(0, 2)), 1)[:, None]
+    return float((share_LE < hardly / load_WLE.shape[2]).mean())
 
 
 def mean_cosines(x_TD: Array, expert_T: Array) -> Tuple[float, float]:

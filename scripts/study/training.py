@@ -83,7 +83,7 @@ def cases(quick: bool) -> List[Case]:
 def measure(case: Case) -> Any:
     record = Record()
     trainer = trained(case, record)
-    load_KLE = np.stack(record.load)
+    load_WLE = np.stack(record.load)
     gates = [
         block.moe.router.w_ED.asnumpy()
         for block in trainer.model.blocks
@@ -93,8 +93,8 @@ def measure(case: Case) -> Any:
         "validation": record.validation,
         "blocks": trainer.evaluator.blocks,
         "unused": [
-            [end, tokens.unused_fraction(load_KLE[end - WINDOW : end])]
-            for end in range(WINDOW, len(load_KLE) + 1, WINDOW)
+            [end, tokens.unused_fraction(load_WLE[end - WINDOW : end])]
+            for end in range(WINDOW, len(load_WLE) + 1, WINDOW)
         ],
         "max_over_mean_load": statistics.mean(
             row["max_over_mean_load"] for row in record.rows[len(record.rows) // 2 :]

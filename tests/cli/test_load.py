@@ -43,7 +43,7 @@ def test_import_writes_a_trace(tmp_path, capsys):
         run(capsys, "import", file, "--output", output).strip()
         == f"{output}: 3 rows, steps 1 to 3, 1 layers, 2 experts"
     )
-    assert read_trace(output).load_KLE[:, 0].tolist() == [[1, 2], [2, 3], [3, 4]]
+    assert read_trace(output).load_WLE[:, 0].tolist() == [[1, 2], [2, 3], [3, 4]]
 
 
 def test_a_bad_file_leaves_nothing_behind(tmp_path, capsys):
@@ -88,7 +88,7 @@ def test_forecast_writes_shares_and_prints_errors(tmp_path, capsys):
         assert archive["share"].shape == (300, 4, 16)
         np.testing.assert_allclose(archive["share"].sum(axis=2), 1)
         wape = (
-            np.abs(archive["share"] - read_trace(TRACE).between(2001, 2301).share_KLE)
+            np.abs(archive["share"] - read_trace(TRACE).between(2001, 2301).share_WLE)
             .sum(axis=2)
             .mean()
         )
@@ -285,10 +285,10 @@ def test_one_row_with_the_other_verbs(tmp_path, capsys):
 
 def test_one_row_with_its_sources_is_placed_by_cost(tmp_path, capsys):
     """Each node's tokens go to experts of the other one: the experts change nodes."""
-    source_KLNE = np.zeros((1, 1, 2, 4), np.int64)
-    source_KLNE[0, 0, 0, 2:], source_KLNE[0, 0, 1, :2] = 100, 100
+    source_WLNE = np.zeros((1, 1, 2, 4), np.int64)
+    source_WLNE[0, 0, 0, 2:], source_WLNE[0, 0, 1, :2] = 100, 100
     write_trace(
-        tmp_path / "row.npz", Trace(np.array([7]), source_KLNE.sum(axis=2), None, source_KLNE)
+        tmp_path / "row.npz", Trace(np.array([7]), source_WLNE.sum(axis=2), None, source_WLNE)
     )
     found = json.loads(
         run(

@@ -137,11 +137,11 @@ def test_the_ledger_sees_where_experts_are():
     node; the affinity once.
     """
     with np.load(runs() / "moved" / "load.npz") as trace:
-        source_KLNE = trace["source"]
+        source_WLNE = trace["source"]
     state = read_state(runs() / "moved" / "checkpoints" / f"step-{STEPS:08d}")
     holder_LE = np.argsort(state["slot_to_expert"], axis=1) // 3
     away = sum(
-        source_KLNE[-1, layer, node, holder_LE[layer] != node].sum()
+        source_WLNE[-1, layer, node, holder_LE[layer] != node].sum()
         for layer in range(2)
         for node in range(2)
     )

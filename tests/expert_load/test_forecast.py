@@ -18,19 +18,19 @@ from pangu_locmoe.expert_load.trace import Trace
 QUICK = [name for name in METHODS if name not in ("arima", "lstm")]
 
 
-def trace_of(share_KLE: np.ndarray, stride: int = 1, tokens: int = 10**9) -> Trace:
+def trace_of(share_WLE: np.ndarray, stride: int = 1, tokens: int = 10**9) -> Trace:
     """A trace with these shares, to nine digits."""
-    load_KLE = np.round(share_KLE * tokens).astype(np.int64)
-    return Trace(1 + stride * np.arange(len(share_KLE)), load_KLE)
+    load_WLE = np.round(share_WLE * tokens).astype(np.int64)
+    return Trace(1 + stride * np.arange(len(share_WLE)), load_WLE)
 
 
 def random_trace(
     rows: int, layers: int = 2, experts: int = 5, stride: int = 1, seed: int = 0
 ) -> Trace:
     random = np.random.default_rng(seed)
-    walk_KLE = np.cumsum(random.normal(0, 0.1, (rows, layers, experts)), axis=0)
-    share_KLE = np.exp(walk_KLE) / np.exp(walk_KLE).sum(axis=2, keepdims=True)
-    return Trace(1 + stride * np.arange(rows), random.poisson(share_KLE * 2000))
+    walk_WLE = np.cumsum(random.normal(0, 0.1, (rows, layers, experts)), axis=0)
+    share_WLE = np.exp(walk_WLE) / np.exp(walk_WLE).sum(axis=2, keepdims=True)
+    return Trace(1 + stride * np.arange(rows), random.poisson(share_WLE * 2000))
 
 
 def one_series(values: np.ndarray, stride: int = 1) -> Trace:
@@ -40,7 +40,7 @@ def one_series(values: np.ndarray, stride: int = 1) -> Trace:
 
 def first(trace: Trace, horizon: int, method: str) -> np.ndarray:
     """The first expert's forecast after the whole trace."""
-    return forecast(trace, int(trace.step_K[-1]) + 1, horizon, method).share_FLE[:, 0, 0]
+    return forecast(trace, int(trace.step_W[-1]) + 1, horizon, method).share_YLE[:, 0, 0]
 
 
 WAVE = 0.3 + 0.1 * np.sin(np.arange(30.0)) + 0.004 * np.arange(30)
@@ -125,9 +125,9 @@ def test_trends_are_exact_on_their_own_clock():
 
 def test_a_combination_is_the_mean_of_its_parts():
     trace = random_trace(50)
-    parts = [forecast(trace, 41, 10, method).share_FLE for method in ("last", "ses(alpha=0.2)")]
+    parts = [forecast(trace, 41, 10, method).share_YLE for method in ("last", "ses(alpha=0.2)")]
     both = forecast(trace, 41, 10, "combination", of=["last", "ses(alpha=0.2)"])
-    np.testing.assert_allclose(both.share_FLE, np.mean(parts, axis=0))
+    np.testing.assert_allclose(both.share_YLE, np.mean(parts, axis=0))
     assert both.chosen == (("last", 0.5), ("ses(alpha=0.2)", 0.5))
 
 
@@ -141,46 +141,46 @@ def test_a_combination_is_the_mean_of_its_parts():
 )
 def test_shares_are_shares_and_only_the_past_counts(method, rows, stride, seed, rows_ahead):
     trace = random_trace(rows + 20, stride=stride, seed=seed)
-    origin = int(trace.step_K[rows])
+    origin = int(trace.step_W[rows])
     horizon = rows_ahead * stride
     result = forecast(trace, origin, horizon, method)
-    assert result.share_FLE.dtype == np.float64 and result.share_FLE.min() >= 0
-    np.testing.assert_allclose(result.share_FLE.sum(axis=2), 1, rtol=1e-12)
-    np.testing.assert_array_equal(result.step_F, origin + stride * np.arange(rows_ahead))
+    assert result.share_YLE.dtype == np.float64 and result.share_YLE.min() >= 0
+    np.testing.assert_allclose(result.share_YLE.sum(axis=2), 1, rtol=1e-12)
+    np.testing.assert_array_equal(result.step_Y, origin + stride * np.arange(rows_ahead))
 
-    other = Trace(trace.step_K[:rows], trace.load_KLE[:rows])
+    other = Trace(trace.step_W[:rows], trace.load_WLE[:rows])
     np.testing.assert_array_equal(
-        forecast(other, origin, horizon, method).share_FLE, result.share_FLE
+        forecast(other, origin, horizon, method).share_YLE, result.share_YLE
     )
-    changed = trace.load_KLE.copy()
+    changed = trace.load_WLE.copy()
     changed[rows:] = changed[rows:, :, ::-1] + 7
     np.testing.assert_array_equal(
-        forecast(Trace(trace.step_K, changed), origin, horizon, method).share_FLE, result.share_FLE
+        forecast(Trace(trace.step_W, changed), origin, horizon, method).share_YLE, result.share_YLE
     )
 
-    order = np.random.default_rng(seed).permutation(trace.load_KLE.shape[2])
-    turned = forecast(Trace(trace.step_K, trace.load_KLE[:, :, order]), origin, horizon, method)
-    np.testing.assert_allclose(turned.share_FLE, result.share_FLE[:, :, order], atol=1e-9)
+    order = np.random.default_rng(seed).permutation(trace.load_WLE.shape[2])
+    turned = forecast(Trace(trace.step_W, trace.load_WLE[:, :, order]), origin, horizon, method)
+    np.testing.assert_allclose(turned.share_YLE, result.share_YLE[:, :, order], atol=1e-9)
 
 
 @pytest.mark.parametrize("method", QUICK)
 def test_dead_and_constant_experts_and_empty_layers(method):
-    load_KLE = np.zeros((60, 3, 4), dtype=np.int32)
-    load_KLE[:, 0] = (0, 10, 20, 70)  # a dead expert, all constant
-    load_KLE[:, 1, 0] = 100  # all dead but one; layer 2 has no token at all
-    share_FLE = forecast(Trace(np.arange(1, 61), load_KLE), 61, 40, method).share_FLE
-    np.testing.assert_allclose(share_FLE[:, 0], [[0, 0.1, 0.2, 0.7]] * 40, atol=1e-12)
-    np.testing.assert_allclose(share_FLE[:, 1], [[1, 0, 0, 0]] * 40, atol=1e-12)
-    np.testing.assert_allclose(share_FLE[:, 2], 0.25, atol=1e-12)
+    load_WLE = np.zeros((60, 3, 4), dtype=np.int32)
+    load_WLE[:, 0] = (0, 10, 20, 70)  # a dead expert, all constant
+    load_WLE[:, 1, 0] = 100  # all dead but one; layer 2 has no token at all
+    share_YLE = forecast(Trace(np.arange(1, 61), load_WLE), 61, 40, method).share_YLE
+    np.testing.assert_allclose(share_YLE[:, 0], [[0, 0.1, 0.2, 0.7]] * 40, atol=1e-12)
+    np.testing.assert_allclose(share_YLE[:, 1], [[1, 0, 0, 0]] * 40, atol=1e-12)
+    np.testing.assert_allclose(share_YLE[:, 2], 0.25, atol=1e-12)
 
 
 def test_the_steps_are_the_traces_own():
     trace = random_trace(40, stride=10)  # 1, 11, ..., 391
-    assert forecast(trace, 200, 30, "last").step_F.tolist() == [201, 211, 221]
-    assert forecast(trace, 201, 30, "last").step_F.tolist() == [201, 211, 221]
-    assert forecast(trace, 202, 30, "last").step_F.tolist() == [211, 221, 231]
-    assert forecast(trace, 392, 10, "last").step_F.tolist() == [401]
-    assert forecast(trace, 1000, 20, "last").step_F.tolist() == [1001, 1011]
+    assert forecast(trace, 200, 30, "last").step_Y.tolist() == [201, 211, 221]
+    assert forecast(trace, 201, 30, "last").step_Y.tolist() == [201, 211, 221]
+    assert forecast(trace, 202, 30, "last").step_Y.tolist() == [211, 221, 231]
+    assert forecast(trace, 392, 10, "last").step_Y.tolist() == [401]
+    assert forecast(trace, 1000, 20, "last").step_Y.tolist() == [1001, 1011]
 
 
 def test_auto_says_what_it_chose_and_the_choice_can_be_typed():
@@ -224,8 +224,8 @@ def test_auto_looks_at_origins_of_the_present_state():
 
 
 def test_errors_by_hand():
-    load_KLE = np.array([[[5, 5]], [[6, 4]], [[8, 2]], [[4, 6]]])
-    trace = Trace(np.arange(1, 5), load_KLE)
+    load_WLE = np.array([[[5, 5]], [[6, 4]], [[8, 2]], [[4, 6]]])
+    trace = Trace(np.arange(1, 5), load_WLE)
     found = errors(forecast(trace, 3, 2, "last"), trace)
     pooled = found["pooled"]
     assert found["rows"] == 2 and found["layers"] == [pooled]
@@ -276,8 +276,8 @@ def test_a_forecast_is_written_whole(tmp_path):
     path.write_bytes(b"old")
     save_forecast(path, result)
     with np.load(path) as archive:
-        np.testing.assert_array_equal(archive["step"], result.step_F)
-        np.testing.assert_array_equal(archive["share"], result.share_FLE)
+        np.testing.assert_array_equal(archive["step"], result.step_Y)
+        np.testing.assert_array_equal(archive["share"], result.share_YLE)
     assert [file.name for file in tmp_path.iterdir()] == ["F.npz"]
     with pytest.raises(DataError, match="cannot write the forecast"):
         save_forecast(tmp_path / "none" / "F.npz", result)
@@ -323,7 +323,7 @@ def test_a_window_longer_than_the_past_is_shortened_and_said():
     result = forecast(trace, 11, 5, "sw_avg", window=100)
     assert result.notes == {"window": "100 shortened to the 10 rows there are"}
     np.testing.assert_array_equal(
-        result.share_FLE, forecast(trace, 11, 5, "sw_avg", window=10).share_FLE
+        result.share_YLE, forecast(trace, 11, 5, "sw_avg", window=10).share_YLE
     )
 
 

@@ -41,15 +41,15 @@ def test_there_are_recorded_traces():
 @pytest.mark.parametrize("path", TRACES, ids=lambda path: path.stem)
 def test_auto_is_at_most_5_percent_worse_than_the_best_fixed_method(path, horizon):
     trace = read(path)
-    share_KLE = trace.share_KLE
+    share_WLE = trace.share_WLE
     origins = [
         origin
-        for origin in range(200, int(trace.step_K[-1]), 200)
-        if origin + horizon - 1 <= trace.step_K[-1]
+        for origin in range(200, int(trace.step_W[-1]), 200)
+        if origin + horizon - 1 <= trace.step_W[-1]
     ]
     if not origins:
         pytest.skip(
-            f"{path.name} ends at step {trace.step_K[-1]}, before the first origin and horizon"
+            f"{path.name} ends at step {trace.step_W[-1]}, before the first origin and horizon"
         )
 
     def wape(method: str) -> np.ndarray:
@@ -57,19 +57,19 @@ def test_auto_is_at_most_5_percent_worse_than_the_best_fixed_method(path, horizo
         summed errors is the WAPE.
         """
         found = [forecast(trace, origin, horizon, method) for origin in origins]
-        came = [share_KLE[np.searchsorted(trace.step_K, result.step_F)] for result in found]
+        came = [share_WLE[np.searchsorted(trace.step_W, result.step_Y)] for result in found]
         return np.array(
-            [np.abs(result.share_FLE - row).sum(axis=2).mean() for result, row in zip(found, came)]
+            [np.abs(result.share_YLE - row).sum(axis=2).mean() for result, row in zip(found, came)]
         )
 
-    fixed_MO = np.array([wape(method) for method in FIXED])
-    auto_O = wape("auto")
-    best = int(fixed_MO.mean(axis=1).argmin())
-    assert auto_O.mean() <= 1.05 * fixed_MO[best].mean(), (
-        f"auto {auto_O.mean():.4f}, {FIXED[best]} {fixed_MO[best].mean():.4f}"
+    fixed_XI = np.array([wape(method) for method in FIXED])
+    auto_I = wape("auto")
+    best = int(fixed_XI.mean(axis=1).argmin())
+    assert auto_I.mean() <= 1.05 * fixed_XI[best].mean(), (
+        f"auto {auto_I.mean():.4f}, {FIXED[best]} {fixed_XI[best].mean():.4f}"
     )
     # From any single origin hindsight may pick another method each time; that is a harder mark.
-    assert (auto_O / fixed_MO.min(axis=0)).max() <= 1.1
+    assert (auto_I / fixed_XI.min(axis=0)).max() <= 1.1
 
 
 @pytest.mark.slow
@@ -78,8 +78,8 @@ def test_a_forecast_of_768_series_takes_milliseconds():
     the wall clock of an idle machine.
     """
     random = np.random.default_rng(0)
-    load_KLE = random.poisson(4096 * random.dirichlet(np.ones(32) * 3, 24), (2400, 24, 32))
-    trace = Trace(np.arange(1, 2401), load_KLE)
+    load_WLE = random.poisson(4096 * random.dirichlet(np.ones(32) * 3, 24), (2400, 24, 32))
+    trace = Trace(np.arange(1, 2401), load_WLE)
     for method in METHODS:
         if method not in ("arima", "lstm"):
             seconds = []

@@ -40,14 +40,14 @@ def test_a_small_example_by_hand(tmp_path):
         line(3, 1, 0, [0]),  # adds to the second line
     )
     trace = import_trace(write(tmp_path / "routing.jsonl", text))
-    assert trace.step_K.tolist() == [3, 7] and trace.dropped_KLE is None
-    assert trace.load_KLE.tolist() == [[[2, 0, 2], [0, 0, 0]], [[0, 2, 0], [1, 1, 2]]]
-    assert trace.source_KLNE.tolist() == [
+    assert trace.step_W.tolist() == [3, 7] and trace.dropped_WLE is None
+    assert trace.load_WLE.tolist() == [[[2, 0, 2], [0, 0, 0]], [[0, 2, 0], [1, 1, 2]]]
+    assert trace.source_WLNE.tolist() == [
         [[[2, 0, 2], [0, 0, 0], [0, 0, 0]], [[0, 0, 0], [0, 0, 0], [0, 0, 0]]],
         [[[0, 2, 0], [0, 0, 0], [0, 0, 0]], [[0, 0, 0], [1, 1, 2], [0, 0, 0]]],
     ]
     merged = import_trace(tmp_path / "routing.jsonl", num_experts=5, ranks_per_node=2)
-    assert merged.source_KLNE.shape == (2, 2, 2, 5) and merged.source_KLNE[1, 1].tolist() == [
+    assert merged.source_WLNE.shape == (2, 2, 2, 5) and merged.source_WLNE[1, 1].tolist() == [
         [1, 1, 2, 0, 0],
         [0] * 5,
     ]
@@ -57,7 +57,7 @@ def test_no_rank_gives_no_source(tmp_path):
     trace = import_trace(
         write(tmp_path / "a.jsonl", lines({"step": 1, "layer": 0, "top_indices": [1], "x": [0.5]}))
     )
-    assert trace.source_KLNE is None and trace.load_KLE.tolist() == [[[0, 1]]]
+    assert trace.source_WLNE is None and trace.load_WLE.tolist() == [[[0, 1]]]
 
 
 @given(st.data())
@@ -96,11 +96,11 @@ def test_it_counts_as_numpy_does(tmp_path_factory, data):
         ("a.csv.gz", lines(*table)),
     ):
         trace = import_trace(write(folder / name, text), experts, per_node)
-        assert trace.step_K.tolist() == steps
-        np.testing.assert_array_equal(trace.source_KLNE, expected)
-        np.testing.assert_array_equal(trace.load_KLE, expected.sum(2))
+        assert trace.step_W.tolist() == steps
+        np.testing.assert_array_equal(trace.source_WLNE, expected)
+        np.testing.assert_array_equal(trace.load_WLE, expected.sum(2))
     write_trace(folder / "load.npz", trace)
-    np.testing.assert_array_equal(read_trace(folder / "load.npz").source_KLNE, expected)
+    np.testing.assert_array_equal(read_trace(folder / "load.npz").source_WLNE, expected)
 
 
 def test_csv_columns_may_come_in_any_order_and_missing_experts_are_0(tmp_path):
@@ -108,13 +108,13 @@ def test_csv_columns_may_come_in_any_order_and_missing_experts_are_0(tmp_path):
     trace = import_trace(
         write(tmp_path / "a.csv", text), ranks_per_node=2
     )  # nodes are nodes already
-    assert trace.step_K.tolist() == [10, 20]
-    assert trace.source_KLNE.tolist() == [
+    assert trace.step_W.tolist() == [10, 20]
+    assert trace.source_WLNE.tolist() == [
         [[[0, 0, 0, 0], [0, 0, 0, 5]]],
         [[[7, 0, 0, 0], [0, 0, 0, 1]]],
     ]
     assert (
-        import_trace(write(tmp_path / "b.csv", "step,layer,expert,tokens\n1,0,1,4\n")).source_KLNE
+        import_trace(write(tmp_path / "b.csv", "step,layer,expert,tokens\n1,0,1,4\n")).source_WLNE
         is None
     )
 
@@ -205,7 +205,7 @@ def test_the_name_of_a_table_may_have_capitals(tmp_path, name):
     (tmp_path / name).write_bytes(
         gzip.compress(content) if name.lower().endswith(".gz") else content
     )
-    assert import_trace(tmp_path / name).load_KLE.tolist() == [[[0, 5]]]
+    assert import_trace(tmp_path / name).load_WLE.tolist() == [[[0, 5]]]
 
 
 @pytest.mark.parametrize(
@@ -310,5 +310,5 @@ def test_memory_follows_the_trace_and_not_the_file(tmp_path):
         trace = import_trace(file)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert trace.load_KLE.tolist() == [[expected]]
+        assert trace.load_WLE.tolist() == [[expected]]
         assert peak < 2e6  # as lists of integers or of rows the whole file would be 4 MB

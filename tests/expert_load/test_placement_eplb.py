@@ -17,15 +17,18 @@ WEIGHT_LE = [
 
 
 def test_the_published_example():
-    slots_LS, places, copies_LE = rebalance(np.array(WEIGHT_LE), 16, 4, 2, 8)
-    assert slots_LS.tolist() == [
+    expert_of_slot_LP, places, copies_LE = rebalance(np.array(WEIGHT_LE), 16, 4, 2, 8)
+    assert expert_of_slot_LP.tolist() == [
         [5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1],
         [7, 10, 6, 8, 6, 11, 8, 9, 2, 4, 5, 1, 5, 0, 3, 1],
     ]
     assert copies_LE.sum(axis=1).tolist() == [16, 16]
-    for layer, slots_S in enumerate(slots_LS):
+    for layer, expert_of_slot_P in enumerate(expert_of_slot_LP):
         for expert, places_C in enumerate(places[layer]):
-            assert sorted(places_C[places_C >= 0]) == np.flatnonzero(slots_S == expert).tolist()
+            assert (
+                sorted(places_C[places_C >= 0])
+                == np.flatnonzero(expert_of_slot_P == expert).tolist()
+            )
 
 
 def test_groups_that_nodes_do_not_divide_are_global():
@@ -43,9 +46,9 @@ def test_groups_that_nodes_do_not_divide_are_global():
 def test_every_expert_is_placed_and_groups_stay_together(seed, sizes):
     experts, slots, groups, nodes, ranks = sizes
     weight_LE = np.random.default_rng(seed).integers(0, 100, (3, experts))
-    slots_LS, _, copies_LE = rebalance(weight_LE, slots, groups, nodes, ranks)
-    for slots_S, copies_E in zip(slots_LS, copies_LE):
-        assert np.bincount(slots_S, minlength=experts).tolist() == copies_E.tolist()
+    expert_of_slot_LP, _, copies_LE = rebalance(weight_LE, slots, groups, nodes, ranks)
+    for expert_of_slot_P, copies_E in zip(expert_of_slot_LP, copies_LE):
+        assert np.bincount(expert_of_slot_P, minlength=experts).tolist() == copies_E.tolist()
         assert copies_E.min() >= 1
         if groups % nodes == 0:
             for group in range(groups):
@@ -53,7 +56,9 @@ def test_every_expert_is_placed_and_groups_stay_together(seed, sizes):
                     len(
                         {
                             slot * nodes // slots
-                            for slot in np.flatnonzero(slots_S // (experts // groups) == group)
+                            for slot in np.flatnonzero(
+                                expert_of_slot_P // (experts // groups) == group
+                            )
                         }
                     )
                     == 1

@@ -19,16 +19,16 @@ COSTS = Costs.of_model(hidden_size=128, ffn_size=256)
 
 
 def recent_mean(past: Trace, origin: int, horizon: int) -> np.ndarray:
-    assert past.step_K[-1] < origin
-    return past.share_KLE[-100:].mean(axis=0)
+    assert past.step_W[-1] < origin
+    return past.share_WLE[-100:].mean(axis=0)
 
 
 def made_up(nodes: int = 2, experts: int = 8, rows: int = 60) -> Trace:
     """Two layers; the nodes use different experts, and not the ones that are near."""
     random = np.random.default_rng(0)
     rate_LNE = 50 * random.gamma(1.0, 1.0, (2, nodes, experts))
-    source_KLNE = random.poisson(rate_LNE, (rows, *rate_LNE.shape))
-    return Trace(np.arange(1, rows + 1), source_KLNE.sum(axis=2), None, source_KLNE)
+    source_WLNE = random.poisson(rate_LNE, (rows, *rate_LNE.shape))
+    return Trace(np.arange(1, rows + 1), source_WLNE.sum(axis=2), None, source_WLNE)
 
 
 def test_figures_of_a_plan_within_the_trace():
@@ -53,10 +53,10 @@ def test_a_transient_layer_stays_and_gets_room():
         made_up(), 2, 2, COSTS, recent_mean, replicas=4, stable_from=lambda past: [None, 1]
     )
     assert result.state == ["transient", "stable"]
-    blocks_RS = np.array(result.slot_to_expert[0]).reshape(4, 3)
-    assert blocks_RS[:, :2].ravel().tolist() == list(range(8))
-    load_KE = made_up().load_KLE[:, 0]
-    held = (load_KE <= result.capacity_factor[0] * load_KE.mean(axis=1, keepdims=True)).mean()
+    blocks_RP = np.array(result.slot_to_expert[0]).reshape(4, 3)
+    assert blocks_RP[:, :2].ravel().tolist() == list(range(8))
+    load_WE = made_up().load_WLE[:, 0]
+    held = (load_WE <= result.capacity_factor[0] * load_WE.mean(axis=1, keepdims=True)).mean()
     assert 0.98 < held < 1
     assert result.capacity_factor[1] is None
     assert "layer 0 is transient" in result.format()
@@ -64,11 +64,11 @@ def test_a_transient_layer_stays_and_gets_room():
 
 def test_a_small_gain_is_not_worth_it():
     current = np.tile(np.arange(8), (2, 1))
-    load_LNE = made_up().source_KLNE.mean(axis=0)
+    load_LNE = made_up().source_WLNE.mean(axis=0)
     gain = plan(load_LNE, 2, current, COSTS).gain
     assert gain > 0.01
     assert plan(load_LNE, 2, current, COSTS, min_gain=0.99).slot_to_expert == current.tolist()
-    again = plan(load_LNE, 2, plan(load_LNE, 2, current, COSTS).slots_LS, COSTS)
+    again = plan(load_LNE, 2, plan(load_LNE, 2, current, COSTS).expert_of_slot_LP, COSTS)
     assert again.gain < gain / 10
 
 
@@ -82,7 +82,7 @@ def test_nodes_that_merge_and_nodes_that_do_not():
         ),
     ):
         place_trace(made_up(nodes=3), 2, 2, COSTS, recent_mean)
-    trace = Trace(made_up().step_K, made_up().load_KLE)
+    trace = Trace(made_up().step_W, made_up().load_WLE)
     with pytest.raises(DataError, match="does not say which node tokens come from"):
         place_trace(trace, 2, 2, COSTS, recent_mean)
     assert (

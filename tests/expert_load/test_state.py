@@ -25,9 +25,9 @@ def softmax(logits):
     return power / power.sum(-1, keepdims=True)
 
 
-def sampled(random, share_KLE, tokens: int, stride: int = 1) -> Trace:
-    share_KLE = share_KLE[::stride]
-    return Trace(1 + stride * np.arange(len(share_KLE)), random.multinomial(tokens, share_KLE))
+def sampled(random, share_WLE, tokens: int, stride: int = 1) -> Trace:
+    share_WLE = share_WLE[::stride]
+    return Trace(1 + stride * np.arange(len(share_WLE)), random.multinomial(tokens, share_WLE))
 
 
 def switching(
@@ -45,14 +45,14 @@ def switching(
     """
     random = np.random.default_rng(seed)
     start_LE = random.normal(0, 0.5, (layers, experts))
-    noise_KLE = random.normal(0, size, (end, layers, experts))
-    logits_KLE = start_LE + (np.cumsum(noise_KLE, 0) if kind == "walk" else noise_KLE)
-    logits_KLE = np.abs((logits_KLE + 1.5) % 6 - 3) - 1.5
-    rest_LE = logits_KLE[-1] if kind == "walk" else start_LE
+    noise_WLE = random.normal(0, size, (end, layers, experts))
+    logits_WLE = start_LE + (np.cumsum(noise_WLE, 0) if kind == "walk" else noise_WLE)
+    logits_WLE = np.abs((logits_WLE + 1.5) % 6 - 3) - 1.5
+    rest_LE = logits_WLE[-1] if kind == "walk" else start_LE
     return sampled(
         random,
         softmax(
-            np.concatenate([logits_KLE, np.broadcast_to(rest_LE, (STEPS - end, layers, experts))])
+            np.concatenate([logits_WLE, np.broadcast_to(rest_LE, (STEPS - end, layers, experts))])
         ),
         tokens,
         stride,
@@ -66,14 +66,14 @@ def of_documents(
     prefers some experts.
     """
     random = np.random.default_rng(seed)
-    domain_LDE = softmax(random.normal(0, 0.8, (layers, 4, experts)))
-    load_KLE = np.zeros((rows, layers, experts), int)
+    domain_LJE = softmax(random.normal(0, 0.8, (layers, 4, experts)))
+    load_WLE = np.zeros((rows, layers, experts), int)
     for step in range(rows):
-        weight_LBE = random.gamma(30 * domain_LDE[:, random.integers(0, 4, documents)] + 1e-9)
-        load_KLE[step] = random.multinomial(
-            length, weight_LBE / weight_LBE.sum(-1, keepdims=True)
+        weight_LIE = random.gamma(30 * domain_LJE[:, random.integers(0, 4, documents)] + 1e-9)
+        load_WLE[step] = random.multinomial(
+            length, weight_LIE / weight_LIE.sum(-1, keepdims=True)
         ).sum(1)
-    return Trace(np.arange(1, rows + 1), load_KLE)
+    return Trace(np.arange(1, rows + 1), load_WLE)
 
 
 @pytest.mark.parametrize("end", [500, 1000, 2000])
@@ -116,18 +116,18 @@ def test_no_false_alarm_on_stationary_traces(tokens, experts):
     )
     needed = found.window + found.hold - 1
     assert found.layers_stable_from == (1,) * 50
-    assert not found.stable_KL[: needed - 1].any() and found.stable_KL[needed - 1 :].all()
+    assert not found.stable_WL[: needed - 1].any() and found.stable_WL[needed - 1 :].all()
 
 
 @pytest.mark.parametrize("experts, documents", [(16, 12), (8, 6), (4, 5)])
 def test_no_false_alarm_where_documents_make_more_noise_than_sampling(experts, documents):
     trace = of_documents(experts, 1000, 16, experts, documents, 128)
     found = states(trace)
-    share_KLE = trace.share_KLE
-    variance = share_KLE.var(0).sum(1)
-    sampling = (share_KLE.mean(0) * (1 - share_KLE.mean(0))).sum(1) / (128 * documents)
+    share_WLE = trace.share_WLE
+    variance = share_WLE.var(0).sum(1)
+    sampling = (share_WLE.mean(0) * (1 - share_WLE.mean(0))).sum(1) / (128 * documents)
     assert (variance > 4 * sampling).all()  # the noise is really there
-    assert found.stable_from == 1 and found.stable_KL[74:].all()
+    assert found.stable_from == 1 and found.stable_WL[74:].all()
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_a_trace_that_never_settles_is_transient(kind, size, tokens):
 def test_one_unsettled_layer_makes_the_model_transient():
     calm = switching(1, 500, 4096, 16, layers=2)
     wild = switching(2, STEPS, 4096, 16, layers=1)
-    found = states(Trace(calm.step_K, np.concatenate([calm.load_KLE, wild.load_KLE], axis=1)))
+    found = states(Trace(calm.step_W, np.concatenate([calm.load_WLE, wild.load_WLE], axis=1)))
     assert (
         found.stable_from is None
         and found.layers_stable_from[2] is None
@@ -155,9 +155,9 @@ def drifting(per_row: float, rows: int) -> Trace:
     """An even half of eight experts gains what the other loses, `per_row` of its share each row;
     1e6 tokens: hardly any noise.
     """
-    drift_K1 = (per_row * np.arange(rows))[:, None, None]
+    drift_W1 = (per_row * np.arange(rows))[:, None, None]
     return sampled(
-        np.random.default_rng(0), (1 + drift_K1 * np.tile([1.0, -1.0], 4)) / 8, 1_000_000
+        np.random.default_rng(0), (1 + drift_W1 * np.tile([1.0, -1.0], 4)) / 8, 1_000_000
     )
 
 
@@ -167,10 +167,10 @@ def test_which_drift_is_tolerated():
     Noise may hide a little more, not twice as much.
     """
     slow = states(drifting(0.9 * 0.05 / 25, 490))
-    assert slow.stable_KL[73:].all() and slow.stable_from <= 25
+    assert slow.stable_WL[73:].all() and slow.stable_from <= 25
     fast = states(drifting(1.2 * 0.05 / 25, 150))
-    assert fast.stable_from is None and not fast.stable_KL.any()
-    assert states(drifting(1.2 * 0.05 / 25, 150), tolerance=0.1).stable_KL[73:].all()
+    assert fast.stable_from is None and not fast.stable_WL.any()
+    assert states(drifting(1.2 * 0.05 / 25, 150), tolerance=0.1).stable_WL[73:].all()
 
 
 def test_hysteresis_a_stable_layer_needs_more_to_become_transient():
@@ -180,25 +180,25 @@ def test_hysteresis_a_stable_layer_needs_more_to_become_transient():
     still = np.zeros((300, 1, 1))
     for factor, stays in ((1.3, True), (1.5, False)):
         ramp = factor * 0.05 / 25 * np.arange(1, 201)[:, None, None]
-        share_KLE = (1 + np.concatenate([still, ramp]) * np.tile([1.0, -1.0], 4)) / 8
-        found = states(sampled(np.random.default_rng(1), share_KLE, 10**9))
-        assert bool(found.stable_KL[-1, 0]) == stays and found.stable_KL[299, 0]
+        share_WLE = (1 + np.concatenate([still, ramp]) * np.tile([1.0, -1.0], 4)) / 8
+        found = states(sampled(np.random.default_rng(1), share_WLE, 10**9))
+        assert bool(found.stable_WL[-1, 0]) == stays and found.stable_WL[299, 0]
         assert (found.stable_from == 1) == stays
         assert not states(
             Trace(
-                np.arange(200), sampled(np.random.default_rng(1), share_KLE[300:], 10**9).load_KLE
+                np.arange(200), sampled(np.random.default_rng(1), share_WLE[300:], 10**9).load_WLE
             )
-        ).stable_KL.any()
+        ).stable_WL.any()
 
 
 def test_a_disturbance_ends_the_spell_and_the_next_begins_after_it():
     random = np.random.default_rng(3)
-    share_KLE = np.repeat(softmax(random.normal(0, 0.3, (1, 1, 16))), 1500, axis=0)
-    share_KLE[700:800] = softmax(np.log(share_KLE[700:800]) + random.normal(0, 1, (100, 1, 16)))
-    found = states(sampled(random, share_KLE, 4096))
+    share_WLE = np.repeat(softmax(random.normal(0, 0.3, (1, 1, 16))), 1500, axis=0)
+    share_WLE[700:800] = softmax(np.log(share_WLE[700:800]) + random.normal(0, 1, (100, 1, 16)))
+    found = states(sampled(random, share_WLE, 4096))
     assert (
-        found.stable_KL[699, 0]
-        and not found.stable_KL[720:860, 0].any()
+        found.stable_WL[699, 0]
+        and not found.stable_WL[720:860, 0].any()
         and abs(found.stable_from - 801) <= 5
     )
 
@@ -214,12 +214,12 @@ def test_online_is_offline_however_the_rows_are_cut(data):
     window = data.draw(st.integers(4, 40))
     hold = data.draw(st.one_of(st.none(), st.integers(1, 30)))
     random = np.random.default_rng(data.draw(st.integers(0, 2**32)))
-    logits_KLE = np.concatenate(
+    logits_WLE = np.concatenate(
         [random.normal(0, 1, (end, 2, experts)), np.zeros((200 - end, 2, experts))]
     )
     trace = sampled(
         random,
-        softmax(logits_KLE),
+        softmax(logits_WLE),
         data.draw(st.sampled_from([0, 3, 500])),
         1 + data.draw(st.integers(0, 2)),
     )
@@ -227,28 +227,28 @@ def test_online_is_offline_however_the_rows_are_cut(data):
 
     rule = StateRule(window, hold=hold)
     verdicts = []
-    for step, load_LE in zip(trace.step_K, trace.load_KLE):
+    for step, load_LE in zip(trace.step_W, trace.load_WLE):
         verdicts.append(rule.update(int(step), load_LE))
     assert [
         [start is not None for start in verdict.layers_stable_from] for verdict in verdicts
-    ] == whole.stable_KL.tolist()
+    ] == whole.stable_WL.tolist()
     assert (verdicts[-1].stable_from, verdicts[-1].layers_stable_from) == (
         whole.stable_from,
         whole.layers_stable_from,
     )
 
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(trace.step_K)), max_size=5)))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(trace.step_W)), max_size=5)))
     rule = StateRule(window, hold=hold)
     parts = [
-        rule.extend(trace.step_K[a:b], trace.load_KLE[a:b])
-        for a, b in zip([0, *cuts], [*cuts, len(trace.step_K)])
+        rule.extend(trace.step_W[a:b], trace.load_WLE[a:b])
+        for a, b in zip([0, *cuts], [*cuts, len(trace.step_W)])
     ]
-    np.testing.assert_array_equal(np.concatenate([part[0] for part in parts]), whole.statistic_KL)
-    np.testing.assert_array_equal(np.concatenate([part[1] for part in parts]), whole.stable_KL)
+    np.testing.assert_array_equal(np.concatenate([part[0] for part in parts]), whole.statistic_WL)
+    np.testing.assert_array_equal(np.concatenate([part[1] for part in parts]), whole.stable_WL)
 
-    rows = data.draw(st.integers(1, len(trace.step_K)))
-    early = states(Trace(trace.step_K[:rows], trace.load_KLE[:rows]), window, hold=hold)
-    np.testing.assert_array_equal(early.statistic_KL, whole.statistic_KL[:rows])
+    rows = data.draw(st.integers(1, len(trace.step_W)))
+    early = states(Trace(trace.step_W[:rows], trace.load_WLE[:rows]), window, hold=hold)
+    np.testing.assert_array_equal(early.statistic_WL, whole.statistic_WL[:rows])
     assert early.layers_stable_from == verdicts[rows - 1].layers_stable_from
 
 
@@ -293,7 +293,7 @@ def by_hand(load_WE: np.ndarray, tolerance: float) -> tuple[float, float, float,
 )
 def test_the_statistic_is_the_largest_of_the_four_by_definition(window, kind):
     random = np.random.default_rng(window)
-    logits_KE = (
+    logits_WE = (
         random.normal(0, 1, (1, 6))
         + {
             "still": np.zeros((120, 6)),
@@ -303,13 +303,13 @@ def test_the_statistic_is_the_largest_of_the_four_by_definition(window, kind):
             "spike": 5.0 * (np.arange(120) % 60 == 30)[:, None] * (np.arange(6) == 1),
         }[kind]
     )
-    load_KE = random.multinomial(random.integers(300, 3000, 120), softmax(logits_KE))
-    block = Windows(window, 0.07, window).push(load_KE[:, None])
-    assert np.isnan(block.statistic_RL[: window - 1]).all()
+    load_WE = random.multinomial(random.integers(300, 3000, 120), softmax(logits_WE))
+    block = Windows(window, 0.07, window).push(load_WE[:, None])
+    assert np.isnan(block.statistic_WL[: window - 1]).all()
     expected = [
-        max(by_hand(load_KE[row - window + 1 : row + 1], 0.07)) for row in range(window - 1, 120)
+        max(by_hand(load_WE[row - window + 1 : row + 1], 0.07)) for row in range(window - 1, 120)
     ]
-    np.testing.assert_allclose(block.statistic_RL[window - 1 :, 0], expected, rtol=1e-8)
+    np.testing.assert_allclose(block.statistic_WL[window - 1 :, 0], expected, rtol=1e-8)
 
 
 def test_the_tail_is_that_of_chi_squared():
@@ -328,7 +328,7 @@ def test_short_traces_cannot_tell(rows):
     assert (
         found.stable_from is None
         and found.layers_stable_from == (None, None)
-        and found.statistic_KL.shape == (rows, 2)
+        and found.statistic_WL.shape == (rows, 2)
     )
     assert (
         found.format()
@@ -349,17 +349,17 @@ def test_short_traces_cannot_tell(rows):
 
 def test_the_shortest_trace_that_is_stable():
     found = states(Trace(10 * np.arange(74), np.full((74, 2, 4), 100)))
-    assert found.stable_from == 0 and found.stable_KL[:, 0].tolist() == [False] * 73 + [True]
+    assert found.stable_from == 0 and found.stable_WL[:, 0].tolist() == [False] * 73 + [True]
     assert found.told == (0, 0) and found.state == "stable"
 
 
 def test_dead_experts_single_experts_and_empty_layers():
-    load_KLE = np.zeros((100, 3, 4), int)
-    load_KLE[:, 0, 1] = 50  # one expert gets all
-    load_KLE[:, 1] = [10, 0, 20, 0]
-    assert states(Trace(np.arange(100), load_KLE)).layers_stable_from == (0, 0, 0)
-    assert states(Trace(np.arange(100), load_KLE[:, :1, 1:2])).stable_from == 0
-    assert states(Trace(np.arange(100), load_KLE[:, :0])).stable_from is None
+    load_WLE = np.zeros((100, 3, 4), int)
+    load_WLE[:, 0, 1] = 50  # one expert gets all
+    load_WLE[:, 1] = [10, 0, 20, 0]
+    assert states(Trace(np.arange(100), load_WLE)).layers_stable_from == (0, 0, 0)
+    assert states(Trace(np.arange(100), load_WLE[:, :1, 1:2])).stable_from == 0
+    assert states(Trace(np.arange(100), load_WLE[:, :0])).stable_from is None
 
 
 def test_what_is_said_in_words_and_numbers():
@@ -398,9 +398,9 @@ def test_wrong_arguments_and_rows_are_refused():
 
 
 def test_a_large_trace_takes_less_than_a_second():
-    load_KLE = np.random.default_rng(0).integers(0, 100, (2400, 24, 64))
+    load_WLE = np.random.default_rng(0).integers(0, 100, (2400, 24, 64))
     began = time.process_time()
-    states(Trace(np.arange(2400), load_KLE))
+    states(Trace(np.arange(2400), load_WLE))
     assert time.process_time() - began < 1.5  # 0.5 s here; the rest is for a busy machine
 
 

@@ -40,10 +40,10 @@ def fill(writer: TraceWriter, first: int, last: int) -> None:
 
 def arrays(trace: Trace) -> dict[str, np.ndarray]:
     found = {
-        "step": trace.step_K,
-        "load": trace.load_KLE,
-        "dropped": trace.dropped_KLE,
-        "source": trace.source_KLNE,
+        "step": trace.step_W,
+        "load": trace.load_WLE,
+        "dropped": trace.dropped_WLE,
+        "source": trace.source_WLNE,
     }
     return {name: array for name, array in found.items() if array is not None}
 
@@ -63,30 +63,30 @@ def test_what_is_written_is_read(tmp_path):
         "dropped": ("int32", (200, 2, 4)),
         "source": ("int32", (200, 2, 3, 4)),
     }
-    assert trace.step_K.tolist() == list(range(1, 201))
+    assert trace.step_W.tolist() == list(range(1, 201))
     for index in range(200):
         load_LNE, dropped_LE = row(index + 1)
-        np.testing.assert_array_equal(trace.source_KLNE[index], load_LNE)
-        np.testing.assert_array_equal(trace.load_KLE[index], load_LNE.sum(1))
-        np.testing.assert_array_equal(trace.dropped_KLE[index], dropped_LE)
+        np.testing.assert_array_equal(trace.source_WLNE[index], load_LNE)
+        np.testing.assert_array_equal(trace.load_WLE[index], load_LNE.sum(1))
+        np.testing.assert_array_equal(trace.dropped_WLE[index], dropped_LE)
 
 
 def test_every_third_step_from_the_first(tmp_path):
     fill(TraceWriter(tmp_path / "load.npz", every=3), 1, 11)
-    assert read_trace(tmp_path / "load.npz").step_K.tolist() == [1, 4, 7, 10]
+    assert read_trace(tmp_path / "load.npz").step_W.tolist() == [1, 4, 7, 10]
 
 
 def test_it_ends_when_full(tmp_path):
     writer = TraceWriter(tmp_path / "load.npz", every=2, max_rows=3)
     for step in range(1, 21):
         writer.add(step, *row(step))
-    assert read_trace(tmp_path / "load.npz").step_K.tolist() == [
+    assert read_trace(tmp_path / "load.npz").step_W.tolist() == [
         1,
         3,
         5,
     ]  # before any flush by the caller
     writer.flush()
-    assert read_trace(tmp_path / "load.npz").step_K.tolist() == [1, 3, 5]
+    assert read_trace(tmp_path / "load.npz").step_W.tolist() == [1, 3, 5]
 
 
 @pytest.mark.parametrize("every, max_rows", [(1, None), (2, None), (1, 6), (3, 2)])
@@ -101,7 +101,7 @@ def test_going_on_equals_never_having_stopped(tmp_path, every, max_rows):
 def test_a_new_run_forgets_an_old_file(tmp_path):
     fill(TraceWriter(tmp_path / "load.npz"), 1, 7)
     fill(TraceWriter(tmp_path / "load.npz"), 1, 2)
-    assert read_trace(tmp_path / "load.npz").step_K.tolist() == [1, 2]
+    assert read_trace(tmp_path / "load.npz").step_W.tolist() == [1, 2]
 
 
 def test_a_run_does_not_go_on_from_a_trace_without_sources(tmp_path):
@@ -122,7 +122,7 @@ def test_counts_may_change_after_they_were_added(tmp_path):
     writer.add(1, load_LNE, dropped_LE)
     load_LNE[:], dropped_LE[:] = -1, -1
     writer.flush()
-    np.testing.assert_array_equal(read_trace(tmp_path / "load.npz").source_KLNE[0], row(1)[0])
+    np.testing.assert_array_equal(read_trace(tmp_path / "load.npz").source_WLNE[0], row(1)[0])
 
 
 class Clock:
@@ -148,7 +148,7 @@ def test_it_is_written_by_time_and_writing_stays_a_small_part_of_it(tmp_path):
         writer.add(step, *row(step))
         if file.exists() and file.stat().st_mtime_ns != before:
             written.append(step)
-            assert read_trace(file).step_K[-1] == step
+            assert read_trace(file).step_W[-1] == step
     assert written == list(range(int(FLUSH_SECONDS), 501, int(FLUSH_SECONDS)))
 
     clock.write = (
@@ -166,7 +166,7 @@ def test_it_is_written_by_time_and_writing_stays_a_small_part_of_it(tmp_path):
     assert spent == 0 and clock.now - start < 2 * FLUSH_SECONDS
     clock.now += 1
     writer.add(10_000, *row(1))
-    assert read_trace(file).step_K[-1] == 10_000
+    assert read_trace(file).step_W[-1] == 10_000
 
 
 def test_a_killed_run_keeps_its_rows(tmp_path):
@@ -189,15 +189,15 @@ def test_a_killed_run_keeps_its_rows(tmp_path):
         seen = 0
         while seen < 100 and time.monotonic() < deadline:
             time.sleep(0.05)
-            seen = len(read_trace(file).step_K) if file.exists() else 0
+            seen = len(read_trace(file).step_W) if file.exists() else 0
     finally:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     trace = read_trace(file)
-    assert len(trace.step_K) >= seen >= 100 and trace.step_K.tolist() == list(
-        range(1, len(trace.step_K) + 1)
+    assert len(trace.step_W) >= seen >= 100 and trace.step_W.tolist() == list(
+        range(1, len(trace.step_W) + 1)
     )
-    np.testing.assert_array_equal(trace.load_KLE[:, 0, 0], 3 * trace.step_K)
+    np.testing.assert_array_equal(trace.load_WLE[:, 0, 0], 3 * trace.step_W)
 
 
 @given(st.data())
@@ -230,7 +230,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("no space")))
     with pytest.raises(OSError, match="no space"):
         fill(TraceWriter(file), 1, 9)
-    assert read_trace(file).step_K.tolist() == [1, 2, 3] and [
+    assert read_trace(file).step_W.tolist() == [1, 2, 3] and [
         path.name for path in tmp_path.iterdir()
     ] == ["load.npz"]
 
@@ -243,9 +243,9 @@ def test_whole_floats_and_small_integers_are_counts(tmp_path):
         other=np.array(["x"]),
     )
     trace = read_trace(tmp_path / "load.npz")
-    assert trace.step_K.dtype == np.int64 and trace.load_KLE.dtype == np.int64
-    assert trace.step_K.tolist() == [1, 5] and trace.load_KLE.tolist() == [[[200] * 3]] * 2
-    assert trace.dropped_KLE is None and trace.source_KLNE is None
+    assert trace.step_W.dtype == np.int64 and trace.load_WLE.dtype == np.int64
+    assert trace.step_W.tolist() == [1, 5] and trace.load_WLE.tolist() == [[[200] * 3]] * 2
+    assert trace.dropped_WLE is None and trace.source_WLNE is None
 
 
 GOOD = {
@@ -354,9 +354,9 @@ def test_a_damaged_file_is_refused_or_harmless(tmp_path_factory, data):
 
 def test_shares_stride_and_a_part_of_the_steps():
     trace = Trace(np.array([10, 20, 30]), np.array([[[1, 3]], [[0, 0]], [[2, 2]]]))
-    assert trace.share_KLE.tolist() == [[[0.25, 0.75]], [[0.5, 0.5]], [[0.5, 0.5]]]
+    assert trace.share_WLE.tolist() == [[[0.25, 0.75]], [[0.5, 0.5]], [[0.5, 0.5]]]
     assert (
         trace.stride == 10
-        and trace.between(20, 30).step_K.tolist() == [20]
-        and trace.between(11, 99).load_KLE.shape == (2, 1, 2)
+        and trace.between(20, 30).step_W.tolist() == [20]
+        and trace.between(11, 99).load_WLE.shape == (2, 1, 2)
     )

@@ -27,33 +27,33 @@ def mode(request):
     ms.set_context(mode=before)
 
 
-def one_hot(expert_T: np.ndarray, num_experts: int) -> np.ndarray:
-    return np.eye(num_experts)[expert_T]
+def one_hot(expert_A: np.ndarray, num_experts: int) -> np.ndarray:
+    return np.eye(num_experts)[expert_A]
 
 
-def ranks(expert_T: np.ndarray, affinity_T: Optional[np.ndarray]) -> np.ndarray:
+def ranks(expert_A: np.ndarray, affinity_A: Optional[np.ndarray]) -> np.ndarray:
     """How many tokens of the same expert come first: by affinity, then by position."""
-    keys = np.zeros(len(expert_T)) if affinity_T is None else -affinity_T
-    rank_T = np.zeros(len(expert_T), int)
+    keys = np.zeros(len(expert_A)) if affinity_A is None else -affinity_A
+    position_A = np.zeros(len(expert_A), int)
     served = {}
-    for token in sorted(range(len(expert_T)), key=lambda t: (keys[t], t)):
-        rank_T[token] = served.get(expert_T[token], 0)
-        served[expert_T[token]] = rank_T[token] + 1
-    return rank_T
+    for token in sorted(range(len(expert_A)), key=lambda t: (keys[t], t)):
+        position_A[token] = served.get(expert_A[token], 0)
+        served[expert_A[token]] = position_A[token] + 1
+    return position_A
 
 
 @st.composite
 def plans(draw):
     """Experts of up to 40 tokens, affinities with ties, a capacity (None: dropless)."""
     num_experts = draw(st.integers(1, 6))
-    expert_T = np.array(draw(st.lists(st.integers(0, num_experts - 1), min_size=1, max_size=40)))
-    affinity_T = draw(
+    expert_A = np.array(draw(st.lists(st.integers(0, num_experts - 1), min_size=1, max_size=40)))
+    affinity_A = draw(
         st.one_of(
-            st.none(), st.lists(st.integers(0, 4), min_size=len(expert_T), max_size=len(expert_T))
+            st.none(), st.lists(st.integers(0, 4), min_size=len(expert_A), max_size=len(expert_A))
         )
     )
     capacity = draw(st.one_of(st.none(), st.integers(1, 12)))
-    return expert_T, num_experts, None if affinity_T is None else np.array(affinity_T) / 4, capacity
+    return expert_A, num_experts, None if affinity_A is None else np.array(affinity_A) / 4, capacity
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
@@ -63,17 +63,17 @@ def plans(draw):
 @example((np.array([5]), 6, None, None))  # fewer tokens than experts
 @example((np.array([0, 1, 1, 1, 1]), 2, np.array([0.5, 0.5, 1.0, 0.5, 0.0]), 2))
 def test_dispatch_then_combine_is_the_identity_for_any_plan(plan):
-    expert_T, num_experts, affinity_T, capacity = plan
-    tokens = len(expert_T)
-    rank_T = dispatch.rank_within_expert(
-        tensor(one_hot(expert_T, num_experts)), None if affinity_T is None else tensor(affinity_T)
+    expert_A, num_experts, affinity_A, capacity = plan
+    tokens = len(expert_A)
+    position_A = dispatch.rank_within_expert(
+        tensor(one_hot(expert_A, num_experts)), None if affinity_A is None else tensor(affinity_A)
     )
-    wanted_T = ranks(expert_T, affinity_T)
-    np.testing.assert_array_equal(rank_T.asnumpy(), wanted_T)
-    load_E = np.bincount(expert_T, minlength=num_experts)
+    wanted_T = ranks(expert_A, affinity_A)
+    np.testing.assert_array_equal(position_A.asnumpy(), wanted_T)
+    load_E = np.bincount(expert_A, minlength=num_experts)
     if capacity is None:
-        slot_of_token_T, expert_of_group_G = dispatch.block_slots(
-            integers(expert_T), rank_T, tensor(load_E)
+        slot_of_row_A, expert_of_group_G = dispatch.block_slots(
+            integers(expert_A), position_A, tensor(load_E)
         )
         size = dispatch.block_size(tokens, num_experts)
         owner_G = expert_of_group_G.asnumpy()
@@ -83,80 +83,78 @@ def test_dispatch_then_combine_is_the_identity_for_any_plan(plan):
         )  # "no plan needs more than about twice the tokens"
         kept_T = np.ones(tokens, bool)
     else:
-        slot_of_token_T = dispatch.capacity_slots(integers(expert_T), rank_T, capacity)
+        slot_of_row_A = dispatch.capacity_slots(integers(expert_A), position_A, capacity)
         size = capacity
         owner_G = np.arange(num_experts)
         kept_T = wanted_T < capacity
-    slots = slot_of_token_T.asnumpy()
+    slots = slot_of_row_A.asnumpy()
     num_slots = len(owner_G) * size
 
     # every kept token has a slot of its own, in a group of its expert; the others have none
     np.testing.assert_array_equal(slots > 0, kept_T)
     assert len(set(slots[kept_T])) == kept_T.sum()
     assert slots.max(initial=0) <= num_slots
-    np.testing.assert_array_equal(owner_G[(slots[kept_T] - 1) // size], expert_T[kept_T])
-    if affinity_T is not None and capacity is not None:
+    np.testing.assert_array_equal(owner_G[(slots[kept_T] - 1) // size], expert_A[kept_T])
+    if affinity_A is not None and capacity is not None:
         for expert in range(num_experts):
-            mine = (expert_T == expert) & kept_T
-            lost = (expert_T == expert) & ~kept_T
+            mine = (expert_A == expert) & kept_T
+            lost = (expert_A == expert) & ~kept_T
             assert mine.sum() == min(load_E[expert], capacity)
-            assert not lost.any() or affinity_T[lost].max() <= affinity_T[mine].min()
+            assert not lost.any() or affinity_A[lost].max() <= affinity_A[mine].min()
 
     # the inverse map, and the way there and back
-    token_of_slot_P = dispatch.token_of_slot(slot_of_token_T, num_slots)
+    row_of_slot_Q = dispatch.token_of_slot(slot_of_row_A, num_slots)
     inverse = np.zeros(num_slots, int)
     inverse[slots[kept_T] - 1] = np.flatnonzero(kept_T) + 1
-    np.testing.assert_array_equal(token_of_slot_P.asnumpy(), inverse)
+    np.testing.assert_array_equal(row_of_slot_Q.asnumpy(), inverse)
     x_TD = np.float32(RANDOM.standard_normal((tokens, 3)))
-    weight_T = np.float32(RANDOM.uniform(0.1, 1, tokens))
-    slots_PD = dispatch.Dispatch()(tensor(x_TD), token_of_slot_P, slot_of_token_T)
-    assert not slots_PD.asnumpy()[inverse == 0].any()
-    y_TD = dispatch.Combine()(
-        slots_PD, tensor(weight_T), token_of_slot_P, slot_of_token_T
-    ).asnumpy()
-    np.testing.assert_array_equal(y_TD, np.where(kept_T[:, None], weight_T[:, None] * x_TD, 0))
+    weight_A = np.float32(RANDOM.uniform(0.1, 1, tokens))
+    slots_QD = dispatch.Dispatch()(tensor(x_TD), row_of_slot_Q, slot_of_row_A)
+    assert not slots_QD.asnumpy()[inverse == 0].any()
+    y_TD = dispatch.Combine()(slots_QD, tensor(weight_A), row_of_slot_Q, slot_of_row_A).asnumpy()
+    np.testing.assert_array_equal(y_TD, np.where(kept_T[:, None], weight_A[:, None] * x_TD, 0))
 
 
 def test_ties_in_affinity_go_by_position():
-    expert_T = np.zeros(6, int)
-    affinity_T = np.array([0.5, 0.7, 0.5, 0.7, 0.1, 0.5])
-    rank_T = dispatch.rank_within_expert(tensor(one_hot(expert_T, 2)), tensor(affinity_T))
-    np.testing.assert_array_equal(rank_T.asnumpy(), [2, 0, 3, 1, 5, 4])
+    expert_A = np.zeros(6, int)
+    affinity_A = np.array([0.5, 0.7, 0.5, 0.7, 0.1, 0.5])
+    position_A = dispatch.rank_within_expert(tensor(one_hot(expert_A, 2)), tensor(affinity_A))
+    np.testing.assert_array_equal(position_A.asnumpy(), [2, 0, 3, 1, 5, 4])
 
 
 class Ranks(nn.Cell):
-    def construct(self, one_hot_TE, affinity_T):
-        return dispatch.rank_within_expert(one_hot_TE, affinity_T), dispatch.rank_within_expert(
-            one_hot_TE, None
+    def construct(self, one_hot_AE, affinity_A):
+        return dispatch.rank_within_expert(one_hot_AE, affinity_A), dispatch.rank_within_expert(
+            one_hot_AE, None
         )
 
 
 @pytest.mark.parametrize(("tokens", "ties"), [(7, True), (4096, True), (4096, False)])
 def test_ranks_of_many_tokens(mode, tokens, ties):
-    expert_T = RANDOM.integers(0, 4, tokens)  # the last of five experts stays empty
-    affinity_T = RANDOM.integers(0, 3, tokens) / 2 if ties else RANDOM.permutation(tokens) / tokens
-    by_affinity, by_position = Ranks()(tensor(one_hot(expert_T, 5)), tensor(affinity_T))
-    np.testing.assert_array_equal(by_affinity.asnumpy(), ranks(expert_T, affinity_T))
-    np.testing.assert_array_equal(by_position.asnumpy(), ranks(expert_T, None))
+    expert_A = RANDOM.integers(0, 4, tokens)  # the last of five experts stays empty
+    affinity_A = RANDOM.integers(0, 3, tokens) / 2 if ties else RANDOM.permutation(tokens) / tokens
+    by_affinity, by_position = Ranks()(tensor(one_hot(expert_A, 5)), tensor(affinity_A))
+    np.testing.assert_array_equal(by_affinity.asnumpy(), ranks(expert_A, affinity_A))
+    np.testing.assert_array_equal(by_position.asnumpy(), ranks(expert_A, None))
     assert by_affinity.dtype == by_position.dtype == ms.int32
 
 
 class Blocks(nn.Cell):
-    def construct(self, expert_T, rank_T, load_E):
-        slot_of_token_T, expert_of_group_G = dispatch.block_slots(expert_T, rank_T, load_E)
-        groups = dispatch.num_blocks(expert_T.shape[0], load_E.shape[0]) * dispatch.block_size(
-            expert_T.shape[0], load_E.shape[0]
+    def construct(self, expert_A, position_A, load_E):
+        slot_of_row_A, expert_of_group_G = dispatch.block_slots(expert_A, position_A, load_E)
+        groups = dispatch.num_blocks(expert_A.shape[0], load_E.shape[0]) * dispatch.block_size(
+            expert_A.shape[0], load_E.shape[0]
         )
-        return slot_of_token_T, expert_of_group_G, dispatch.token_of_slot(slot_of_token_T, groups)
+        return slot_of_row_A, expert_of_group_G, dispatch.token_of_slot(slot_of_row_A, groups)
 
 
 def test_blocks_by_hand(mode):
     """7 tokens, 3 experts: blocks of 3 slots, 5 of them; loads 1, 4, 2 need 1, 2 and 1 blocks,
     one is spare.
     """
-    expert_T = np.array([1, 0, 1, 2, 1, 1, 2])
+    expert_A = np.array([1, 0, 1, 2, 1, 1, 2])
     slots, owner, token_of_slot = Blocks()(
-        integers(expert_T), integers([0, 0, 1, 0, 2, 3, 1]), tensor([1, 4, 2])
+        integers(expert_A), integers([0, 0, 1, 0, 2, 3, 1]), tensor([1, 4, 2])
     )
     np.testing.assert_array_equal(slots.asnumpy(), [4, 1, 5, 10, 6, 7, 11])
     np.testing.assert_array_equal(owner.asnumpy(), [0, 1, 1, 2, 2])

@@ -139,9 +139,9 @@ def test_rows_by_expert(capacity):
 
 def layer_of(config):
     """A world of one."""
-    allowed_KE = allowed_experts(config)
+    allowed_JE = allowed_experts(config)
     context = RouterContext(
-        0, allowed_KE, Topology(1, 1, 1, EXPERTS), np.ones((len(allowed_KE), 300), np.int64)
+        0, allowed_JE, Topology(1, 1, 1, EXPERTS), np.ones((len(allowed_JE), 300), np.int64)
     )
     return MoELayer.of(config, context, Exchange(SingleProcess(), [0], [0], False))
 

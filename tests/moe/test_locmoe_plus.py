@@ -47,11 +47,11 @@ def plus_config(threshold: float = 0.6, max_experts: int = 3, parallel=None, **m
 
 
 def make(config) -> MoELayer:
-    allowed_KE = allowed_experts(config)
+    allowed_JE = allowed_experts(config)
     return MoELayer.of(
         config,
         RouterContext(
-            0, allowed_KE, Topology.from_config(config), np.ones((len(allowed_KE), 300), np.int64)
+            0, allowed_JE, Topology.from_config(config), np.ones((len(allowed_JE), 300), np.int64)
         ),
     )
 

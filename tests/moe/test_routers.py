@@ -30,12 +30,12 @@ def zipf(vocab_size: int) -> np.ndarray:
     return 10**9 // np.arange(1, vocab_size + 1)
 
 
-def make(config, layer: int = 0, counts_KV=None):
-    allowed_KE = allowed_experts(config)
-    if counts_KV is None:
-        counts_KV = np.tile(zipf(config.model.vocab_size), (len(allowed_KE), 1))
+def make(config, layer: int = 0, counts_JV=None):
+    allowed_JE = allowed_experts(config)
+    if counts_JV is None:
+        counts_JV = np.tile(zipf(config.model.vocab_size), (len(allowed_JE), 1))
     return ROUTERS[config.moe.router](
-        config, RouterContext(layer, allowed_KE, Topology.from_config(config), counts_KV)
+        config, RouterContext(layer, allowed_JE, Topology.from_config(config), counts_JV)
     )
 
 
@@ -56,10 +56,10 @@ def route(router, x_TD, tokens_T, domains_T, training=True, noise=None):
 
 def losses_of(config, x_TD, tokens_T, domains_T, training=True):
     """What a layer in one process makes of a plan."""
-    allowed_KE = allowed_experts(config)
-    counts_KV = np.tile(zipf(config.model.vocab_size), (len(allowed_KE), 1))
+    allowed_JE = allowed_experts(config)
+    counts_JV = np.tile(zipf(config.model.vocab_size), (len(allowed_JE), 1))
     layer = MoELayer.of(
-        config, RouterContext(0, allowed_KE, Topology.from_config(config), counts_KV)
+        config, RouterContext(0, allowed_JE, Topology.from_config(config), counts_JV)
     )
     _, stats = layer(
         tensor(x_TD), integers(tokens_T), integers(domains_T), no_noise(TOKENS, HIDDEN), 0, training
@@ -103,20 +103,20 @@ def test_a_plan_is_consistent(router, moe):
 @pytest.mark.parametrize("router", ["hash", "switch", "locmoe"])
 def test_no_token_leaves_its_domains_group(router):
     config = small_config(moe={"router": router, **TWO_LEVELS})
-    allowed_KE = allowed_experts(config)
+    allowed_JE = allowed_experts(config)
     np.testing.assert_array_equal(
-        allowed_KE, [[True, True, True, False], [False, False, False, True]]
+        allowed_JE, [[True, True, True, False], [False, False, False, True]]
     )
     layer = make(config)
     used = set()
     for seed in range(5):
         x_TD, tokens_T, domains_T = inputs(seed)
         plan = route(layer, 30 * x_TD, tokens_T, domains_T)
-        assert allowed_KE[domains_T, plan["expert_A"]].all()
+        assert allowed_JE[domains_T, plan["expert_A"]].all()
         used |= set(plan["expert_A"])
         if ROUTERS[router].traits.has_gate:
             probs_TE = plan["probs_TE"]
-            assert not probs_TE[~allowed_KE[domains_T]].any()
+            assert not probs_TE[~allowed_JE[domains_T]].any()
             close(probs_TE.sum(1), np.ones(TOKENS), 1e-6)
             np.testing.assert_array_equal(plan["weight_A"], probs_TE.max(1))
             assert (plan["weight_A"][domains_T == 1] == 1).all()  # the only expert of its group
@@ -233,8 +233,8 @@ def test_jitter_is_for_training_only_and_within_its_range():
 # hash
 
 
-def table(config, layer: int = 0, counts_KV=None) -> np.ndarray:
-    return make(config, layer, counts_KV).table.asnumpy()
+def table(config, layer: int = 0, counts_JV=None) -> np.ndarray:
+    return make(config, layer, counts_JV).table.asnumpy()
 
 
 def test_hash_tables_are_fixed_by_the_seed_and_differ_by_layer():
@@ -280,9 +280,9 @@ def test_with_one_level_a_token_has_one_expert_in_all_domains():
 
 
 def test_with_one_level_the_table_is_balanced_by_all_domains_text():
-    counts_KV = np.stack([zipf(300), zipf(300)[::-1]])
-    experts_V = table(small_config(moe={"router": "hash"}), counts_KV=counts_KV)
-    load_E = np.bincount(experts_V, weights=counts_KV.sum(0))
+    counts_JV = np.stack([zipf(300), zipf(300)[::-1]])
+    experts_V = table(small_config(moe={"router": "hash"}), counts_JV=counts_JV)
+    load_E = np.bincount(experts_V, weights=counts_JV.sum(0))
     assert load_E.max() / load_E.mean() < 1.01
 
 

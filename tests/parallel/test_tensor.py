@@ -119,10 +119,10 @@ def test_the_loss_and_its_gradient_are_those_of_the_whole_vocabulary(random):
 
 def test_embeddings_and_logits_are_those_of_the_whole_table(random):
     """Two domains with a table each."""
-    table_XD = random.normal(size=(2 * V, D)).astype(np.float32)
+    table_VD = random.normal(size=(2 * V, D)).astype(np.float32)
     tokens_T = random.integers(0, V, T)
     domains_T = random.integers(0, 2, T)
-    parts = [Tensor(Cut(0, 2).part(table_XD, place, 2)) for place in (0, 1)]
+    parts = [Tensor(Cut(0, 2).part(table_VD, place, 2)) for place in (0, 1)]
     ids = [Tensor(ids.astype(np.int32)) for ids in (tokens_T, domains_T)]
 
     def embed(group):
@@ -130,7 +130,7 @@ def test_embeddings_and_logits_are_those_of_the_whole_table(random):
         return lambda table: vocabulary.embed(table, *ids)
 
     for rows_TD in on_both(embed, parts):
-        np.testing.assert_array_equal(rows_TD.asnumpy(), table_XD[domains_T * V + tokens_T])
+        np.testing.assert_array_equal(rows_TD.asnumpy(), table_VD[domains_T * V + tokens_T])
     logits_BV = random.normal(size=(3, V)).astype(np.float32)
     for whole in on_both(
         lambda group: Vocabulary(V, group).whole,

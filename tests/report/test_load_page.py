@@ -36,16 +36,16 @@ def make_trace(
     block.
     """
     rng = np.random.default_rng(0)
-    logits_KLE = (
+    logits_WLE = (
         rng.normal(0, 0.3, (1, layers, experts))
         + 1.5 * rng.normal(size=(rows, layers, experts)) * (np.arange(rows) < settle)[:, None, None]
     )
     home_NE = np.where(np.arange(experts) * nodes // experts == np.arange(nodes)[:, None], 0.8, 0.0)
-    weight_KLNE = np.exp(logits_KLE[:, :, None] + home_NE)
-    share_KLNE = weight_KLNE / weight_KLNE.sum(axis=3, keepdims=True)
-    source_KLNE = rng.multinomial(512, share_KLNE)
-    load_KLE = source_KLNE.sum(axis=2)
-    return Trace(1 + stride * np.arange(rows), load_KLE, load_KLE // 10, source_KLNE)
+    weight_WLNE = np.exp(logits_WLE[:, :, None] + home_NE)
+    share_WLNE = weight_WLNE / weight_WLNE.sum(axis=3, keepdims=True)
+    source_WLNE = rng.multinomial(512, share_WLNE)
+    load_WLE = source_WLNE.sum(axis=2)
+    return Trace(1 + stride * np.arange(rows), load_WLE, load_WLE // 10, source_WLNE)
 
 
 def write(tmp_path: Path, trace: Trace) -> Path:
@@ -156,7 +156,7 @@ def test_a_trace_that_covers_only_the_short_horizon(tmp_path: Path) -> None:
 
 def test_a_trace_without_sources(tmp_path: Path) -> None:
     trace = make_trace(110)
-    page = report(tmp_path, Trace(trace.step_K, trace.load_KLE))
+    page = report(tmp_path, Trace(trace.step_W, trace.load_WLE))
     text = words(page)
     assert (
         "does not say which node tokens come from" in text
@@ -179,18 +179,18 @@ def test_sources_that_do_not_tell_locality(
 
 def test_local_tokens_are_counted() -> None:
     """All tokens of node 0 go to expert 0, its own; those of node 1 to expert 1, which is not."""
-    source_KLNE = np.zeros((3, 1, 2, 4), np.int64)
-    source_KLNE[:2, :, 0, 0], source_KLNE[:2, :, 1, 1] = 30, 10
-    local_KL = local_fraction(Trace(np.arange(1, 4), source_KLNE.sum(axis=2), None, source_KLNE))
-    np.testing.assert_array_equal(local_KL, [[0.75], [0.75], [np.nan]])
+    source_WLNE = np.zeros((3, 1, 2, 4), np.int64)
+    source_WLNE[:2, :, 0, 0], source_WLNE[:2, :, 1, 1] = 30, 10
+    local_WL = local_fraction(Trace(np.arange(1, 4), source_WLNE.sum(axis=2), None, source_WLNE))
+    np.testing.assert_array_equal(local_WL, [[0.75], [0.75], [np.nan]])
 
 
 def test_dead_experts_and_empty_rows(tmp_path: Path) -> None:
     trace = make_trace(300)
-    load_KLE = trace.load_KLE.copy()
-    load_KLE[:, :, 3] = 0
-    load_KLE[10:20] = 0
-    page = report(tmp_path, Trace(trace.step_K, load_KLE))
+    load_WLE = trace.load_WLE.copy()
+    load_WLE[:, :, 3] = 0
+    load_WLE[10:20] = 0
+    page = report(tmp_path, Trace(trace.step_W, load_WLE))
     row = re.search(r"MoE layer 0 (?:stable|transient) \S+ (.*?) MoE layer 1", words(page))
     assert row and row[1].endswith("0 % 1")  # the smallest share, and how many were never used
     assert "nan" not in words(page).lower() and "median; 0 to 1,024" in words(page)
@@ -218,7 +218,7 @@ def test_uneven_steps(tmp_path: Path) -> None:
     trace = make_trace(300)
     keep = np.flatnonzero(np.arange(300) % 7 != 3)
     assert "not evenly spaced" in words(
-        report(tmp_path, Trace(trace.step_K[keep], trace.load_KLE[keep]))
+        report(tmp_path, Trace(trace.step_W[keep], trace.load_WLE[keep]))
     )
 
 
@@ -283,7 +283,7 @@ def test_a_failed_write_leaves_the_old_page(tmp_path: Path, monkeypatch: Any) ->
 
 def write_elsewhere(tmp_path: Path) -> Path:
     np.savez(tmp_path / "other.npz", step=np.arange(1, 4), load=np.ones((3, 1, 2), np.int64))
-    assert len(read_trace(tmp_path / "other.npz").step_K) == 3
+    assert len(read_trace(tmp_path / "other.npz").step_W) == 3
     return tmp_path / "other.npz"
 
 

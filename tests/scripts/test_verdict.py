@@ -262,9 +262,9 @@ def test_mean_cosines_are_those_of_all_pairs(count, experts, seed):
 
 
 def test_an_expert_is_unused_below_a_tenth_of_an_even_share():
-    load_KLE = np.array([[[50, 45, 3, 2], [25, 25, 25, 25]], [[50, 46, 2, 2], [25, 25, 25, 25]]])
+    load_WLE = np.array([[[50, 45, 3, 2], [25, 25, 25, 25]], [[50, 46, 2, 2], [25, 25, 25, 25]]])
     # A tenth of an even share is 2.5%: one expert has exactly that, one has 2%.
-    assert tokens.unused_fraction(load_KLE) == 1 / 8
+    assert tokens.unused_fraction(load_WLE) == 1 / 8
 
 
 def test_orthogonal_gates_have_cosine_zero():

@@ -143,9 +143,9 @@ def test_twice_the_bandwidth_halves_the_term():
 @pytest.mark.parametrize("nodes, ranks", [(2, 2), (4, 8), (8, 2)])
 def test_messages_of_flat_and_hierarchical(nodes, ranks):
     layout = Layout(nodes, ranks, nodes * ranks, nodes * ranks)
-    rows_XNE = np.ones((1, nodes, nodes * ranks))
+    rows_INE = np.ones((1, nodes, nodes * ranks))
     flat, hierarchical = (
-        traffic(layout, rows_XNE, exchange) for exchange in ("flat", "hierarchical")
+        traffic(layout, rows_INE, exchange) for exchange in ("flat", "hierarchical")
     )
     assert flat.node_messages == ranks**2 * (nodes - 1) and hierarchical.node_messages == nodes - 1
     assert flat.inter_messages == ranks * (nodes - 1) and hierarchical.inter_messages == -(
@@ -263,20 +263,20 @@ def test_dropless_rows_are_a_count(seed):
     counts_RE = np.tile(generator.integers(0, 9, (2, 1, 8)), (1, 2, 1)).reshape(
         4, 8
     )  # ranks of a node are alike
-    rows_XNE = counts_RE.reshape(1, 2, 2, 8).sum(axis=2).astype(float)
+    rows_INE = counts_RE.reshape(1, 2, 2, 8).sum(axis=2).astype(float)
     sent_RR = counts_RE.reshape(4, 4, 2).sum(axis=2)
     node_R = np.arange(4) // 2
     crosses_RR = node_R[:, None] != node_R
-    moved = traffic(layout, rows_XNE)
+    moved = traffic(layout, rows_INE)
     assert moved.inter_rows == sent_RR[crosses_RR].sum()
     assert moved.busiest_link == max(
         (sent_RR * crosses_RR).reshape(2, 2, 4).sum(axis=(1, 2)).max(),
         (sent_RR * crosses_RR).reshape(4, 2, 2).sum(axis=(0, 2)).max(),
     )
     config = cluster_config({"capacity": {"policy": "dropless"}})
-    rows = rows_of(config, layout, rows_XNE)
+    rows = rows_of(config, layout, rows_INE)
     assert rows.computed == 2 * counts_RE.sum(axis=0).max() and rows.dropped == 0
-    assert np.array_equal(rows.moved_XNE, rows_XNE)
+    assert np.array_equal(rows.moved_INE, rows_INE)
 
 
 def test_a_full_expert_drops_what_is_above_its_capacity():
@@ -332,9 +332,9 @@ def test_more_local_tokens_never_cross_more(one, other, imbalance):
     layout = Layout(4, 2, 8, 8)
     low, high = sorted((one, other))
     shares = [assumed_shares(layout, Routing(local, imbalance)) for local in (low, high)]
-    for local, share_XNE in zip((low, high), shares):
-        assert share_XNE.sum() == pytest.approx(1) and (share_XNE >= 0).all()
-        assert (share_XNE * layout.local_NE).sum() == pytest.approx(local)
+    for local, share_INE in zip((low, high), shares):
+        assert share_INE.sum() == pytest.approx(1) and (share_INE >= 0).all()
+        assert (share_INE * layout.local_NE).sum() == pytest.approx(local)
     assert traffic(layout, shares[1]).inter_rows <= traffic(layout, shares[0]).inter_rows + 1e-12
 
 
@@ -352,27 +352,27 @@ def test_an_uneven_router_computes_longer(one, other):
 # Traces
 
 
-def trace_of(source_KLNE):
-    source = np.asarray(source_KLNE)
+def trace_of(source_WLNE):
+    source = np.asarray(source_WLNE)
     return Trace(np.arange(1, len(source) + 1), source.sum(axis=2), None, source)
 
 
 def test_a_trace_of_the_same_size_is_used_as_it_is():
-    source_KLNE = np.random.default_rng(1).integers(1, 50, (6, 2, 2, 8))
+    source_WLNE = np.random.default_rng(1).integers(1, 50, (6, 2, 2, 8))
     layout = Layout(2, 2, 8, 4)
-    share_XNE, how = trace_shares(trace_of(source_KLNE), layout)
-    wanted = source_KLNE[3:].reshape(-1, 2, 8) / source_KLNE[3:].reshape(-1, 2, 8).sum(
+    share_INE, how = trace_shares(trace_of(source_WLNE), layout)
+    wanted = source_WLNE[3:].reshape(-1, 2, 8) / source_WLNE[3:].reshape(-1, 2, 8).sum(
         axis=(1, 2), keepdims=True
     )
-    assert how == "trace" and np.allclose(share_XNE, wanted)
+    assert how == "trace" and np.allclose(share_INE, wanted)
 
 
 def test_a_trace_of_another_size_lends_its_statistics():
     """.75 local on 2 nodes is halfway between chance and all; on 4 nodes that is .625."""
-    source_KLNE = np.array([[[[30, 30, 10, 10], [10, 10, 30, 30]]]] * 4)
-    share_XNE, how = trace_shares(trace_of(source_KLNE), layout := Layout(4, 2, 8, 8))
-    assert how == "trace statistics" and (share_XNE * layout.local_NE).sum() == pytest.approx(0.625)
-    assert share_XNE.sum(axis=1) == pytest.approx(1 / 8)
+    source_WLNE = np.array([[[[30, 30, 10, 10], [10, 10, 30, 30]]]] * 4)
+    share_INE, how = trace_shares(trace_of(source_WLNE), layout := Layout(4, 2, 8, 8))
+    assert how == "trace statistics" and (share_INE * layout.local_NE).sum() == pytest.approx(0.625)
+    assert share_INE.sum(axis=1) == pytest.approx(1 / 8)
 
 
 def test_whose_the_trace_is():
@@ -598,8 +598,8 @@ def test_micro_batches_repeat_the_messages_only():
 def test_ten_thousand_ranks_take_no_longer_to_compute_than_a_moment():
     work = Work(1e9, 1e9, 1e4, 4, 2, 1e9, 1e8)
     layout = Layout(1250, 8, 16, 16)
-    share_XNE = assumed_shares(layout, Routing(0.5, 1.2))
-    assert step_time(work, layout, DEVICE, 1024, share_XNE * 1024 * layout.places, 2048).seconds > 0
+    share_INE = assumed_shares(layout, Routing(0.5, 1.2))
+    assert step_time(work, layout, DEVICE, 1024, share_INE * 1024 * layout.places, 2048).seconds > 0
 
 
 def test_mindspore_is_not_needed():

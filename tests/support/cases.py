@@ -437,9 +437,11 @@ class Run:
 def shuffle_experts(stepper: Stepper, seed: int) -> None:
     """Another place for every expert, and another one in each layer."""
     random = np.random.default_rng(seed)
-    wanted_LE = np.stack([random.permutation(EXPERTS) for _ in stepper.model.moe_layers])
-    stepper.move_experts(wanted_LE)
-    np.testing.assert_array_equal(stepper.expert_of_slot_LE, wanted_LE)
+    next_expert_of_slot_LP = np.stack(
+        [random.permutation(EXPERTS) for _ in stepper.model.moe_layers]
+    )
+    stepper.move_experts(next_expert_of_slot_LP)
+    np.testing.assert_array_equal(stepper.expert_of_slot_LP, next_expert_of_slot_LP)
 
 
 def reduced_gradients(case: Case, communicator: Communicator) -> dict[str, np.ndarray]:

@@ -56,8 +56,8 @@ def config_of(router, overlap_chunks):
 
 
 def context(config, topology: Topology) -> RouterContext:
-    allowed_KE = allowed_experts(config)
-    return RouterContext(0, allowed_KE, topology, np.ones((len(allowed_KE), 300), np.int64))
+    allowed_JE = allowed_experts(config)
+    return RouterContext(0, allowed_JE, topology, np.ones((len(allowed_JE), 300), np.int64))
 
 
 def outcome(layer, source):

@@ -36,8 +36,8 @@ class Forecast:
     """Shares of future steps. F rows, L layers, E experts.
 
     Attributes:
-        step_F: int64, the steps forecast.
-        share_FLE: float64, >= 0, each layer of a row sums to 1.
+        step_Y: int64, the steps forecast.
+        share_YLE: float64, >= 0, each layer of a row sums to 1.
         method: as asked for.
         origin, horizon: as asked for, in steps.
         chosen: what `auto` (the heaviest only) or `combination` averaged: (method, weight); empty
@@ -45,8 +45,8 @@ class Forecast:
         notes: what the user should know, JSON-able, for example the series that ARIMA gave up.
     """
 
-    step_F: NDArray[np.int64]
-    share_FLE: NDArray[np.float64]
+    step_Y: NDArray[np.int64]
+    share_YLE: NDArray[np.float64]
     method: str
     origin: int
     horizon: int
@@ -59,9 +59,9 @@ class Forecast:
             "method": self.method,
             "origin": self.origin,
             "horizon": self.horizon,
-            "rows": len(self.step_F),
-            "first_step": int(self.step_F[0]),
-            "last_step": int(self.step_F[-1]),
+            "rows": len(self.step_Y),
+            "first_step": int(self.step_Y[0]),
+            "last_step": int(self.step_Y[-1]),
             "chosen": [{"method": method, "weight": weight} for method, weight in self.chosen],
             "notes": self.notes,
         }
@@ -88,11 +88,11 @@ def forecast(
             option, a value that is not allowed, or a library that is not installed.
     """
     past = Past.of(trace, origin)
-    step_F = past.future(origin, horizon)
-    prediction = predict(method, past, step_F, options)
+    step_Y = past.future(origin, horizon)
+    prediction = predict(method, past, step_Y, options)
     return Forecast(
-        step_F,
-        normalised(prediction.share_FLE),
+        step_Y,
+        normalised(prediction.share_YLE),
         method,
         origin,
         horizon,
@@ -107,9 +107,9 @@ def mean_share(past: Trace, origin: int, horizon: int) -> NDArray[np.float64]:
 
     Of a single row, from which nothing can be forecast, its shares.
     """
-    if np.searchsorted(past.step_K, origin) == 1:
-        return past.share_KLE[0]
-    mean_LE: NDArray[np.float64] = forecast(past, origin, horizon).share_FLE.mean(axis=0)
+    if np.searchsorted(past.step_W, origin) == 1:
+        return past.share_WLE[0]
+    mean_LE: NDArray[np.float64] = forecast(past, origin, horizon).share_YLE.mean(axis=0)
     return mean_LE
 
 
@@ -119,7 +119,7 @@ def save_forecast(path: Path, forecast: Forecast) -> None:
     Raises DataError if it cannot.
     """
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, step=forecast.step_F, share=forecast.share_FLE)
+    np.savez_compressed(buffer, step=forecast.step_Y, share=forecast.share_YLE)
     try:
         write_atomic(path, buffer.getvalue())
     except OSError as error:

@@ -31,7 +31,7 @@ IN_PROCESS = 16  # series below which starting processes costs more than it save
 
 
 def predict_arima(
-    past: Past, step_F: NDArray[Any], order: Sequence[int], jobs: int | None, progress: bool
+    past: Past, step_Y: NDArray[Any], order: Sequence[int], jobs: int | None, progress: bool
 ) -> Prediction:
     """ARIMA(order) on each series; `jobs` processes (None: one per core), a bar on standard
     error if `progress`.
@@ -42,10 +42,10 @@ def predict_arima(
             f"arima order {order}: must be three whole numbers p, d, q, not negative, for "
             "example 5,1,5"
         )
-    rows, layers, experts = past.share_KLE.shape
-    rows_F = past.rows_ahead(step_F)
-    series = list(np.ascontiguousarray(past.share_KLE.reshape(rows, -1).T))
-    fit = partial(_fit, order=order, ahead=int(rows_F[-1]))
+    rows, layers, experts = past.share_WLE.shape
+    rows_Y = past.rows_ahead(step_Y)
+    series = list(np.ascontiguousarray(past.share_WLE.reshape(rows, -1).T))
+    fit = partial(_fit, order=order, ahead=int(rows_Y[-1]))
     jobs = min(len(series), jobs or os.cpu_count() or 1)
     with tqdm(total=len(series), desc="arima", unit="series", disable=not progress) as bar:
         results = []
@@ -61,17 +61,17 @@ def predict_arima(
                 ):
                     results.append(result)
                     bar.update()
-    share_FLE = np.array(ses(past.step_K).extend(past.step_K, past.share_KLE, step_F))
+    share_YLE = np.array(ses(past.step_W).extend(past.step_W, past.share_WLE, step_Y))
     for index, (future, _) in enumerate(results):
         if future is not None:
-            share_FLE[:, index // experts, index % experts] = future[rows_F - 1]
+            share_YLE[:, index // experts, index % experts] = future[rows_Y - 1]
     reasons = Counter(reason for _, reason in results if reason)
     notes = {
         "series": layers * experts,
         "fallback_to_ses": sum(reasons.values()),
         "fallback_reasons": dict(reasons),
     }
-    return Prediction(share_FLE, notes=notes)
+    return Prediction(share_YLE, notes=notes)
 
 
 def _fit(

@@ -48,7 +48,7 @@ TEMPERATURE = 0.02  # excess error at which a weight has fallen to 1/e
 
 def auto(
     past: Past,
-    step_F: NDArray[Any],
+    step_Y: NDArray[Any],
     temperature: float = TEMPERATURE,
     stable_from: int | None = None,
 ) -> Prediction:
@@ -66,44 +66,44 @@ def auto(
     """
     if not temperature > 0:
         raise DataError(f"temperature {temperature}: must be above 0")
-    rows = len(past.step_K)
-    origins, horizon, state = _origins(past, int(past.rows_ahead(step_F)[-1]), stable_from)
+    rows = len(past.step_W)
+    origins, horizon, state = _origins(past, int(past.rows_ahead(step_Y)[-1]), stable_from)
     if not origins:
         name = "window_mean"
         options = {"width": 1.0}
-        share_FLE = LINES[name](past.step_K, **options).extend(past.step_K, past.share_KLE, step_F)
+        share_YLE = LINES[name](past.step_W, **options).extend(past.step_W, past.share_WLE, step_Y)
         return Prediction(
-            share_FLE,
+            share_YLE,
             ((label(name, options), 1.0),),
             {"backtest": f"none, {rows} rows are too few"},
         )
-    share_KS = past.share_KLE.reshape(rows, -1)
+    share_WX = past.share_WLE.reshape(rows, -1)
     # Up to a horizon ago an origin counts in full; what is older tells less of what comes.
-    weight_O = np.array([min(1.0, horizon / (rows - origin)) for origin in origins])
-    excess_OM = np.stack(
-        [_excess(past.step_K, share_KS, origin, min(horizon, rows - origin)) for origin in origins]
+    weight_B = np.array([min(1.0, horizon / (rows - origin)) for origin in origins])
+    excess_BI = np.stack(
+        [_excess(past.step_W, share_WX, origin, min(horizon, rows - origin)) for origin in origins]
     )
-    excess_M = weight_O @ excess_OM / weight_O.sum()
-    weight_M = np.exp(-(excess_M - excess_M.min()) / temperature)
-    weight_M /= weight_M.sum()
+    excess_I = weight_B @ excess_BI / weight_B.sum()
+    weight_I = np.exp(-(excess_I - excess_I.min()) / temperature)
+    weight_I /= weight_I.sum()
 
-    lines = [LINES[name](past.step_K, **options) for name, options in CANDIDATES]
-    share_FS = _blend(lines, weight_M, past.step_K, share_KS, step_F)
-    heaviest = np.argsort(-weight_M, kind="stable")[:SHOWN]
+    lines = [LINES[name](past.step_W, **options) for name, options in CANDIDATES]
+    share_YX = _blend(lines, weight_I, past.step_W, share_WX, step_Y)
+    heaviest = np.argsort(-weight_I, kind="stable")[:SHOWN]
     chosen = tuple(
-        (label(*CANDIDATES[index]), round(float(weight_M[index]), 3)) for index in heaviest
+        (label(*CANDIDATES[index]), round(float(weight_I[index]), 3)) for index in heaviest
     )
     notes = {
         "state": state,
-        "backtest_origins": [int(past.step_K[origin]) for origin in sorted(origins)],
+        "backtest_origins": [int(past.step_W[origin]) for origin in sorted(origins)],
         "backtest_rows": horizon,
     }
-    return Prediction(share_FS.reshape(len(step_F), *past.share_KLE.shape[1:]), chosen, notes)
+    return Prediction(share_YX.reshape(len(step_Y), *past.share_WLE.shape[1:]), chosen, notes)
 
 
 def _origins(past: Past, ahead: int, stable_from: int | None) -> tuple[list[int], int, str]:
     """Rows to stand at, the horizon in rows to look from there, and the present state."""
-    rows = len(past.step_K)
+    rows = len(past.step_W)
     horizon = min(ahead, rows // 2)
     ages = sorted({round(age * horizon) for age in AGES} - {0})
     origins = [rows - age for age in ages if rows - age >= MIN_PAST]
@@ -112,7 +112,7 @@ def _origins(past: Past, ahead: int, stable_from: int | None) -> tuple[list[int]
         stable_from, state = _stable_from(past)
     if stable_from is None:
         return origins, horizon, state
-    stable = [origin for origin in origins if past.step_K[origin] >= stable_from]
+    stable = [origin for origin in origins if past.step_W[origin] >= stable_from]
     return (stable if len(stable) > 1 else origins), horizon, STABLE
 
 
@@ -121,17 +121,17 @@ def _stable_from(past: Past) -> tuple[int | None, str]:
     fills the rows looked at is taken to be older than all origins: those before it weigh little,
     and the rule over a whole long past takes longer than the forecast.
     """
-    tail = Trace(past.step_K[-STATE_ROWS:], past.trace.load_KLE[-STATE_ROWS:])
+    tail = Trace(past.step_W[-STATE_ROWS:], past.trace.load_WLE[-STATE_ROWS:])
     found = states(tail)
     stable_from = found.stable_from
     filled = (
-        stable_from is not None and stable_from <= tail.step_K[min(WINDOW, len(tail.step_K) - 1)]
+        stable_from is not None and stable_from <= tail.step_W[min(WINDOW, len(tail.step_W) - 1)]
     )
-    return int(past.step_K[0]) if filled else stable_from, found.state
+    return int(past.step_W[0]) if filled else stable_from, found.state
 
 
 def _excess(
-    step_K: NDArray[Any], share_KS: NDArray[Any], origin: int, horizon: int
+    step_W: NDArray[Any], share_WX: NDArray[Any], origin: int, horizon: int
 ) -> NDArray[np.float64]:
     """How much worse than the best candidate each is [M], 0.1 for a tenth: error of the stretches'
     mean shares, forecast from the rows before `origin`.
@@ -139,50 +139,50 @@ def _excess(
     bounds = np.unique(
         np.linspace(origin, origin + horizon, min(horizon, STRETCHES) + 1).round().astype(int)
     )
-    actual_BS = np.stack(
+    actual_YX = np.stack(
         [
-            np.full(end - begin, 1 / (end - begin)) @ share_KS[begin:end]
+            np.full(end - begin, 1 / (end - begin)) @ share_WX[begin:end]
             for begin, end in zip(bounds, bounds[1:])
         ]
     )
-    middle_B = (
+    middle_Y = (
         bounds[:-1] + bounds[1:] - 1
     ) // 2  # a line's mean over a stretch is its value in the middle
-    past_K = step_K[:origin]
-    lines = [LINES[name](past_K, **options) for name, options in CANDIDATES]
-    level_MS = np.array([line.level_K for line in lines]) @ share_KS[:origin]
-    tilted = [index for index, line in enumerate(lines) if line.slope_K is not None]
-    slope_TS = np.array([lines[index].slope_K for index in tilted]) @ share_KS[:origin]
-    error_M = np.zeros(len(lines))
-    for actual_S, step in zip(actual_BS, step_K[middle_B]):
-        share_MS = level_MS.copy()
-        ahead_T = np.array(
-            [lines[index].ahead(int(past_K[-1]), np.asarray(step)) for index in tilted]
+    past_W = step_W[:origin]
+    lines = [LINES[name](past_W, **options) for name, options in CANDIDATES]
+    level_IX = np.array([line.level_W for line in lines]) @ share_WX[:origin]
+    tilted = [index for index, line in enumerate(lines) if line.slope_W is not None]
+    slope_IX = np.array([lines[index].slope_W for index in tilted]) @ share_WX[:origin]
+    error_I = np.zeros(len(lines))
+    for actual_X, step in zip(actual_YX, step_W[middle_Y]):
+        share_IX = level_IX.copy()
+        ahead_I = np.array(
+            [lines[index].ahead(int(past_W[-1]), np.asarray(step)) for index in tilted]
         )
-        share_MS[tilted] += ahead_T[:, None] * slope_TS
-        error_M += np.abs(np.maximum(share_MS, 0) - actual_S).mean(axis=1)
-    least = float(error_M.min())
+        share_IX[tilted] += ahead_I[:, None] * slope_IX
+        error_I += np.abs(np.maximum(share_IX, 0) - actual_X).mean(axis=1)
+    least = float(error_I.min())
     return (
-        error_M / least - 1 if least > 0 else (error_M > 0).astype(np.float64)
+        error_I / least - 1 if least > 0 else (error_I > 0).astype(np.float64)
     )  # shares that never move: who hits them
 
 
 def _blend(
     lines: list[Line],
-    weight_M: NDArray[Any],
-    step_K: NDArray[Any],
-    share_KS: NDArray[Any],
-    step_F: NDArray[Any],
+    weight_I: NDArray[Any],
+    step_W: NDArray[Any],
+    share_WX: NDArray[Any],
+    step_Y: NDArray[Any],
 ) -> NDArray[np.float64]:
     """The weighted mean of the lines [F, S]: a level, and for each clock a slope."""
-    weights_K = [weight_M @ np.stack([line.level_K for line in lines])]
-    times_F = [np.ones(len(step_F))]
-    for clock in dict.fromkeys(line.clock for line in lines if line.slope_K is not None):
+    weights_W = [weight_I @ np.stack([line.level_W for line in lines])]
+    times_Y = [np.ones(len(step_Y))]
+    for clock in dict.fromkeys(line.clock for line in lines if line.slope_W is not None):
         of_clock = [
-            (weight, line.slope_K)
-            for weight, line in zip(weight_M, lines)
-            if line.slope_K is not None and line.clock is clock
+            (weight, line.slope_W)
+            for weight, line in zip(weight_I, lines)
+            if line.slope_W is not None and line.clock is clock
         ]
-        weights_K.append(np.sum([weight * slope_K for weight, slope_K in of_clock], axis=0))
-        times_F.append(clock(step_F) - clock(step_K[-1:]))
-    return np.asarray(np.stack(times_F, axis=1) @ (np.stack(weights_K) @ share_KS))
+        weights_W.append(np.sum([weight * slope_W for weight, slope_W in of_clock], axis=0))
+        times_Y.append(clock(step_Y) - clock(step_W[-1:]))
+    return np.asarray(np.stack(times_Y, axis=1) @ (np.stack(weights_W) @ share_WX))

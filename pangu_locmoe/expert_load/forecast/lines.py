@@ -41,31 +41,31 @@ class Line:
     """share(step) = level . past + (clock(step) - clock(last past step)) * (slope . past).
 
     Attributes:
-        level_K: float64, weights of the past rows, sum 1.
-        slope_K: float64, weights, sum 0; None: flat.
+        level_W: float64, weights of the past rows, sum 1.
+        slope_W: float64, weights, sum 0; None: flat.
         clock: what time the slope runs on.
     """
 
-    level_K: NDArray[np.float64]
-    slope_K: NDArray[np.float64] | None = None
+    level_W: NDArray[np.float64]
+    slope_W: NDArray[np.float64] | None = None
     clock: Clock = linear_clock
 
-    def ahead(self, last: int, step_F: NDArray[Any]) -> NDArray[np.float64]:
+    def ahead(self, last: int, step_Y: NDArray[Any]) -> NDArray[np.float64]:
         """Time from the last past step to the future ones [F], on this line's clock."""
-        return self.clock(step_F) - self.clock(np.asarray(last))
+        return self.clock(step_Y) - self.clock(np.asarray(last))
 
     def extend(
-        self, step_K: NDArray[Any], share_KLE: NDArray[Any], step_F: NDArray[Any]
+        self, step_W: NDArray[Any], share_WLE: NDArray[Any], step_Y: NDArray[Any]
     ) -> NDArray[np.float64]:
-        """The line at step_F: float64 [F, L, E], not yet clipped."""
-        share_KS = share_KLE.reshape(len(step_K), -1)
-        level_S = self.level_K @ share_KS
-        if self.slope_K is None:
-            share_FS = np.broadcast_to(level_S, (len(step_F), len(level_S)))
+        """The line at step_Y: float64 [F, L, E], not yet clipped."""
+        share_WX = share_WLE.reshape(len(step_W), -1)
+        level_X = self.level_W @ share_WX
+        if self.slope_W is None:
+            share_YX = np.broadcast_to(level_X, (len(step_Y), len(level_X)))
         else:
-            share_FS = np.outer(self.ahead(int(step_K[-1]), step_F), self.slope_K @ share_KS)
-            share_FS += level_S
-        return share_FS.reshape(len(step_F), *share_KLE.shape[1:])
+            share_YX = np.outer(self.ahead(int(step_W[-1]), step_Y), self.slope_W @ share_WX)
+            share_YX += level_X
+        return share_YX.reshape(len(step_Y), *share_WLE.shape[1:])
 
 
 def rows_of(span: Span, rows: int) -> int:
@@ -86,89 +86,89 @@ def rows_of(span: Span, rows: int) -> int:
     return min(rows, span if isinstance(span, int) else max(1, round(span * rows)))
 
 
-def last(step_K: NDArray[Any]) -> Line:
+def last(step_W: NDArray[Any]) -> Line:
     """The last row, for ever."""
-    return Line(_window(len(step_K), 1))
+    return Line(_window(len(step_W), 1))
 
 
-def window_mean(step_K: NDArray[Any], width: Span = 100) -> Line:
+def window_mean(step_W: NDArray[Any], width: Span = 100) -> Line:
     """The mean of the last `width` rows, for ever."""
-    return Line(_window(len(step_K), rows_of(width, len(step_K))))
+    return Line(_window(len(step_W), rows_of(width, len(step_W))))
 
 
-def ses(step_K: NDArray[Any], alpha: float = 0.05) -> Line:
+def ses(step_W: NDArray[Any], alpha: float = 0.05) -> Line:
     """Simple exponential smoothing: level = alpha * row + (1 - alpha) * level, begun at the
     first row.
     """
-    return Line(_smoothing(len(step_K), alpha))
+    return Line(_smoothing(len(step_W), alpha))
 
 
-def drift(step_K: NDArray[Any]) -> Line:
+def drift(step_W: NDArray[Any]) -> Line:
     """From the last row on along the line through the first row and the last."""
-    slope_K = np.zeros(len(step_K))
-    slope_K[-1] = 1 / (step_K[-1] - step_K[0])
-    slope_K[0] = -slope_K[-1]
-    return Line(_window(len(step_K), 1), slope_K)
+    slope_W = np.zeros(len(step_W))
+    slope_W[-1] = 1 / (step_W[-1] - step_W[0])
+    slope_W[0] = -slope_W[-1]
+    return Line(_window(len(step_W), 1), slope_W)
 
 
-def theta(step_K: NDArray[Any], alpha: float = 0.05, span: Span = 0.5) -> Line:
+def theta(step_W: NDArray[Any], alpha: float = 0.05, span: Span = 0.5) -> Line:
     """The Theta method on recent data: mean of the trend line and of the smoothed series with
     doubled curvature.
 
     For lines theta = 0 and 2 that is exponential smoothing plus half the least-squares slope of the
     span.
     """
-    return _tilt(step_K, _smoothing(len(step_K), alpha), span, 0.5, linear_clock)
+    return _tilt(step_W, _smoothing(len(step_W), alpha), span, 0.5, linear_clock)
 
 
-def linear_trend(step_K: NDArray[Any], span: Span = 0.5, strength: float = 0.5) -> Line:
+def linear_trend(step_W: NDArray[Any], span: Span = 0.5, strength: float = 0.5) -> Line:
     """Least squares on the step over the span; `strength` 1 is the whole slope, 0 none (the
     span's mean).
     """
     return _tilt(
-        step_K, _window(len(step_K), rows_of(span, len(step_K))), span, strength, linear_clock
+        step_W, _window(len(step_W), rows_of(span, len(step_W))), span, strength, linear_clock
     )
 
 
-def log_trend(step_K: NDArray[Any], span: Span = 0.5, strength: float = 0.5) -> Line:
+def log_trend(step_W: NDArray[Any], span: Span = 0.5, strength: float = 0.5) -> Line:
     """Least squares on log(step) over the span; `strength` 1 is the whole slope, 0 none (the
     span's mean).
     """
     return _tilt(
-        step_K, _window(len(step_K), rows_of(span, len(step_K))), span, strength, log_clock
+        step_W, _window(len(step_W), rows_of(span, len(step_W))), span, strength, log_clock
     )
 
 
 def _window(rows: int, width: int) -> NDArray[np.float64]:
-    weight_K = np.zeros(rows)
-    weight_K[rows - width :] = 1 / width
-    return weight_K
+    weight_W = np.zeros(rows)
+    weight_W[rows - width :] = 1 / width
+    return weight_W
 
 
 def _smoothing(rows: int, alpha: float) -> NDArray[np.float64]:
     if not 0 < alpha <= 1:
         raise DataError(f"alpha {alpha}: must be above 0 and at most 1")
-    weight_K = alpha * (1 - alpha) ** np.arange(rows - 1, -1, -1.0)
-    weight_K[0] += (1 - alpha) ** rows  # what the recursion leaves of its beginning
-    return weight_K
+    weight_W = alpha * (1 - alpha) ** np.arange(rows - 1, -1, -1.0)
+    weight_W[0] += (1 - alpha) ** rows  # what the recursion leaves of its beginning
+    return weight_W
 
 
 def _tilt(
-    step_K: NDArray[Any], level_K: NDArray[np.float64], span: Span, strength: float, clock: Clock
+    step_W: NDArray[Any], level_W: NDArray[np.float64], span: Span, strength: float, clock: Clock
 ) -> Line:
     """A level, carried along `strength` times the least-squares slope of the span from where the
     level stands in time.
     """
     if not 0 <= strength <= 1:
         raise DataError(f"strength {strength}: must be from 0 (no trend) to 1 (the whole trend)")
-    rows = max(2, rows_of(span, len(step_K)))
-    time_K = clock(step_K)
-    centred_S = time_K[-rows:] - time_K[-rows:].mean()
-    slope_K = np.zeros(len(step_K))
-    slope_K[-rows:] = (
-        strength * centred_S / max(float(centred_S @ centred_S), np.finfo(np.float64).tiny)
+    rows = max(2, rows_of(span, len(step_W)))
+    time_W = clock(step_W)
+    centred_X = time_W[-rows:] - time_W[-rows:].mean()
+    slope_W = np.zeros(len(step_W))
+    slope_W[-rows:] = (
+        strength * centred_X / max(float(centred_X @ centred_X), np.finfo(np.float64).tiny)
     )
-    return Line(level_K + (time_K[-1] - level_K @ time_K) * slope_K, slope_K, clock)
+    return Line(level_W + (time_W[-1] - level_W @ time_W) * slope_W, slope_W, clock)
 
 
 LINES: dict[str, Callable[..., Line]] = {

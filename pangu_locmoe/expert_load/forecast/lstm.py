@@ -58,18 +58,18 @@ class ShareNetwork(nn.Cell):
                 ms.Tensor(generator.uniform(-bound, bound, weight.shape).astype(np.float32))
             )
 
-    def construct(self, history_BTS: ms.Tensor, base_BLE: ms.Tensor) -> ms.Tensor:
+    def construct(self, history_BWX: ms.Tensor, base_BLE: ms.Tensor) -> ms.Tensor:
         """Log shares [B, P, L, E] from the history (1: uniform share) and the logits of its
         mean.
         """
-        state_BTH, _ = self.lstm(history_BTS)
-        correction_BPLE = self.head(state_BTH[:, -1]).reshape(self.shape)
-        return ops.log_softmax(base_BLE.expand_dims(1) + correction_BPLE, -1)
+        state_BWD, _ = self.lstm(history_BWX)
+        correction_BYLE = self.head(state_BWD[:, -1]).reshape(self.shape)
+        return ops.log_softmax(base_BLE.expand_dims(1) + correction_BYLE, -1)
 
 
 def predict_lstm(
     past: Past,
-    step_F: NDArray[Any],
+    step_Y: NDArray[Any],
     window: int,
     hidden: int,
     updates: int,
@@ -83,25 +83,25 @@ def predict_lstm(
     for name, value in (("window", window), ("hidden", hidden), ("updates", updates)):
         if value < 1:
             raise DataError(f"lstm {name} {value}: must be at least 1")
-    teacher_KLE = past.share_KLE
+    teacher_WLE = past.share_WLE
     if train_on is not None:
-        teacher_KLE = train_on.share_KLE
-        if teacher_KLE.shape[1:] != past.share_KLE.shape[1:]:
+        teacher_WLE = train_on.share_WLE
+        if teacher_WLE.shape[1:] != past.share_WLE.shape[1:]:
             raise DataError(
-                f"lstm train_on: that run has {teacher_KLE.shape[1]} layers of "
-                f"{teacher_KLE.shape[2]} experts, "
-                f"this one {past.share_KLE.shape[1]} of {past.share_KLE.shape[2]}"
+                f"lstm train_on: that run has {teacher_WLE.shape[1]} layers of "
+                f"{teacher_WLE.shape[2]} experts, "
+                f"this one {past.share_WLE.shape[1]} of {past.share_WLE.shape[2]}"
             )
-    rows_F = past.rows_ahead(step_F)
-    rows = min(len(past.share_KLE), len(teacher_KLE))
-    window, ahead = min(window, rows // 3), min(int(rows_F[-1]), rows // 5)
+    rows_Y = past.rows_ahead(step_Y)
+    rows = min(len(past.share_WLE), len(teacher_WLE))
+    window, ahead = min(window, rows // 3), min(int(rows_Y[-1]), rows // 5)
     if rows < MIN_ROWS:
         raise DataError(
             f"lstm: {rows} rows are too few to train on, it needs {MIN_ROWS}; choose a later origin"
         )
     generator = np.random.default_rng(seed)
-    network = ShareNetwork(past.share_KLE.shape[1], past.share_KLE.shape[2], hidden, generator)
-    row_B = _origins(len(past.share_KLE), window, ahead)
+    network = ShareNetwork(past.share_WLE.shape[1], past.share_WLE.shape[2], hidden, generator)
+    row_B = _origins(len(past.share_WLE), window, ahead)
     if train_on is None:
         held_B = row_B[-max(1, int(HELD_OUT * len(row_B))) :]
         row_B = row_B[
@@ -110,19 +110,19 @@ def predict_lstm(
     else:
         held_B, row_B = (
             row_B,
-            _origins(len(teacher_KLE), window, ahead),
+            _origins(len(teacher_WLE), window, ahead),
         )  # does the other run help on this one?
-    held_out = _samples(past.share_KLE, held_B, window, ahead)
+    held_out = _samples(past.share_WLE, held_B, window, ahead)
     start, best = _train(
-        network, _samples(teacher_KLE, row_B, window, ahead), held_out, updates, generator
+        network, _samples(teacher_WLE, row_B, window, ahead), held_out, updates, generator
     )
 
-    history_TLE = _stretches(past.share_KLE, np.array([len(past.share_KLE)]), -window, STEPS)
-    share_PLE = np.exp(network(*_inputs(history_TLE)).asnumpy()[0].astype(np.float64))
-    middle_P = (np.arange(POINTS) + 0.5) * ahead / POINTS
-    share_PS = share_PLE.reshape(POINTS, -1)
-    share_FS = np.stack(
-        [np.interp(rows_F - 0.5, middle_P, series_P) for series_P in share_PS.T], axis=1
+    history_WLE = _stretches(past.share_WLE, np.array([len(past.share_WLE)]), -window, STEPS)
+    points_YLE = np.exp(network(*_inputs(history_WLE)).asnumpy()[0].astype(np.float64))
+    middle_Y = (np.arange(POINTS) + 0.5) * ahead / POINTS
+    points_YX = points_YLE.reshape(POINTS, -1)
+    share_YX = np.stack(
+        [np.interp(rows_Y - 0.5, middle_Y, series_Y) for series_Y in points_YX.T], axis=1
     )
     notes = {
         "used": "the network"
@@ -132,16 +132,16 @@ def predict_lstm(
         "trained_horizon_rows": ahead,  # beyond it the last point stays
         "held_out_gain": round(1 - best / start, 4) if start > 0 else 0.0,
     }
-    return Prediction(share_FS.reshape(len(step_F), *past.share_KLE.shape[1:]), notes=notes)
+    return Prediction(share_YX.reshape(len(step_Y), *past.share_WLE.shape[1:]), notes=notes)
 
 
 def _stretches(
-    share_KLE: NDArray[Any], row_B: NDArray[Any], rows: int, parts: int
+    share_WLE: NDArray[Any], row_B: NDArray[Any], rows: int, parts: int
 ) -> NDArray[np.float32]:
     """Means of `parts` stretches of the `rows` rows after each row (before it if negative) [B,
     parts, L, E].
     """
-    sums = np.concatenate([np.zeros((1, *share_KLE.shape[1:])), np.cumsum(share_KLE, axis=0)])
+    sums = np.concatenate([np.zeros((1, *share_WLE.shape[1:])), np.cumsum(share_WLE, axis=0)])
     edges = np.floor(np.linspace(min(rows, 0), max(rows, 0), parts + 1)).astype(int)
     begins = edges[:-1]  # with fewer rows than parts a row counts in several
     ends = np.maximum(edges[1:], edges[:-1] + 1)
@@ -158,15 +158,15 @@ def _origins(rows: int, window: int, ahead: int) -> NDArray[np.int64]:
     )
 
 
-def _samples(share_KLE: NDArray[Any], row_B: NDArray[Any], window: int, ahead: int) -> Samples:
+def _samples(share_WLE: NDArray[Any], row_B: NDArray[Any], window: int, ahead: int) -> Samples:
     """History [B, T, L, E] and what came [B, P, L, E]."""
-    return _stretches(share_KLE, row_B, -window, STEPS), _stretches(share_KLE, row_B, ahead, POINTS)
+    return _stretches(share_WLE, row_B, -window, STEPS), _stretches(share_WLE, row_B, ahead, POINTS)
 
 
-def _inputs(history_BTLE: NDArray[np.float32]) -> tuple[ms.Tensor, ms.Tensor]:
-    experts = history_BTLE.shape[3]
-    base_BLE = np.log(np.maximum(history_BTLE.mean(axis=1), FLOOR))
-    return ms.Tensor((history_BTLE * experts - 1).reshape(*history_BTLE.shape[:2], -1)), ms.Tensor(
+def _inputs(history_BWLE: NDArray[np.float32]) -> tuple[ms.Tensor, ms.Tensor]:
+    experts = history_BWLE.shape[3]
+    base_BLE = np.log(np.maximum(history_BWLE.mean(axis=1), FLOOR))
+    return ms.Tensor((history_BWLE * experts - 1).reshape(*history_BWLE.shape[:2], -1)), ms.Tensor(
         base_BLE
     )
 
@@ -179,13 +179,13 @@ def _train(
     generator: np.random.Generator,
 ) -> tuple[float, float]:
     """Mean absolute error on the held-out samples before training and of the weights kept."""
-    history_BTLE, came_BPLE = samples
+    history_BWLE, came_BYLE = samples
     held_inputs = _inputs(held_out[0])
     optimizer = nn.Adam(network.trainable_params(), LEARNING_RATE)
 
-    def loss_of(history_BTS: ms.Tensor, base_BLE: ms.Tensor, came: ms.Tensor) -> ms.Tensor:
+    def loss_of(history_BWX: ms.Tensor, base_BLE: ms.Tensor, came: ms.Tensor) -> ms.Tensor:
         return (
-            -(came * network(history_BTS, base_BLE)).sum(axis=-1).mean()
+            -(came * network(history_BWX, base_BLE)).sum(axis=-1).mean()
         )  # cross-entropy: least at the mean share
 
     gradients = ms.jit(
@@ -200,8 +200,8 @@ def _train(
     kept = [weight.asnumpy().copy() for weight in network.trainable_params()]
     found = False
     for update in range(1, updates + 1):
-        pick_B = generator.integers(0, len(history_BTLE), BATCH)
-        _, gradient = gradients(*_inputs(history_BTLE[pick_B]), ms.Tensor(came_BPLE[pick_B]))
+        pick_B = generator.integers(0, len(history_BWLE), BATCH)
+        _, gradient = gradients(*_inputs(history_BWLE[pick_B]), ms.Tensor(came_BYLE[pick_B]))
         optimizer(gradient)
         if update % CHECK_EVERY == 0 or update == updates:
             error = error_of()

@@ -24,19 +24,19 @@ from pangu_locmoe.expert_load.forecast.spec import parse
 from pangu_locmoe.expert_load.trace import Trace
 
 
-def sw_avg(past: Past, step_F: NDArray[Any], window: Span = 100) -> Prediction:
+def sw_avg(past: Past, step_Y: NDArray[Any], window: Span = 100) -> Prediction:
     """The paper's SW_Avg: the mean of the last w shares is the next one; push it into the window
     and repeat, k times.
 
     Iterated, it settles at the mean of the window weighted 1, 2, ..., w, the newest most. The paper
     gives no w.
     """
-    width = rows_of(window, len(past.step_K))
-    rows_F = past.rows_ahead(step_F)
-    kept = deque(past.share_KLE[-width:])
-    sum_LE = past.share_KLE[-width:].sum(axis=0)
-    share_HLE = np.empty((int(rows_F[-1]), *sum_LE.shape))
-    for next_LE in share_HLE:
+    width = rows_of(window, len(past.step_W))
+    rows_Y = past.rows_ahead(step_Y)
+    kept = deque(past.share_WLE[-width:])
+    sum_LE = past.share_WLE[-width:].sum(axis=0)
+    next_YLE = np.empty((int(rows_Y[-1]), *sum_LE.shape))
+    for next_LE in next_YLE:
         np.divide(sum_LE, width, out=next_LE)
         kept.append(next_LE)
         sum_LE = sum_LE + next_LE - kept.popleft()
@@ -45,12 +45,12 @@ def sw_avg(past: Past, step_F: NDArray[Any], window: Span = 100) -> Prediction:
         if isinstance(window, int) and width < window
         else {}
     )
-    return Prediction(share_HLE[rows_F - 1], notes=notes)
+    return Prediction(next_YLE[rows_Y - 1], notes=notes)
 
 
 def combination(
     past: Past,
-    step_F: NDArray[Any],
+    step_Y: NDArray[Any],
     of: Sequence[str] = ("window_mean", "ses(alpha=0.02)", "theta", "log_trend"),
 ) -> Prediction:
     """The plain mean of several methods' shares.
@@ -59,7 +59,7 @@ def combination(
     """
     if isinstance(of, str) or not of:
         raise DataError(f"combination of {of!r}: name one method or more in a list")
-    shares = [normalised(predict(method, past, step_F).share_FLE) for method in of]
+    shares = [normalised(predict(method, past, step_Y).share_YLE) for method in of]
     return Prediction(
         np.mean(shares, axis=0), tuple((method, round(1 / len(of), 3)) for method in of)
     )
@@ -67,7 +67,7 @@ def combination(
 
 def arima(
     past: Past,
-    step_F: NDArray[Any],
+    step_Y: NDArray[Any],
     order: Sequence[int] = (5, 1, 5),
     jobs: int | None = None,
     progress: bool = False,
@@ -82,12 +82,12 @@ def arima(
         raise DataError(
             f"forecast with arima: {error}; pip install 'pangu_locmoe[forecast]'"
         ) from None
-    return predict_arima(past, step_F, order, jobs, progress)
+    return predict_arima(past, step_Y, order, jobs, progress)
 
 
 def lstm(
     past: Past,
-    step_F: NDArray[Any],
+    step_Y: NDArray[Any],
     window: int = 256,
     hidden: int = 64,
     updates: int = 200,
@@ -104,7 +104,7 @@ def lstm(
         raise DataError(
             f"forecast with lstm: {error}; it needs MindSpore: pip install 'mindspore>=2.9,<2.11'"
         ) from None
-    return predict_lstm(past, step_F, window, hidden, updates, seed, train_on)
+    return predict_lstm(past, step_Y, window, hidden, updates, seed, train_on)
 
 
 METHODS: dict[str, Callable[..., Any]] = {
@@ -115,7 +115,7 @@ METHODS: dict[str, Callable[..., Any]] = {
 
 
 def predict(
-    method: str, past: Past, step_F: NDArray[Any], options: dict[str, Any] | None = None
+    method: str, past: Past, step_Y: NDArray[Any], options: dict[str, Any] | None = None
 ) -> Prediction:
     """Run a method, `name` or `name(option=value)`, with further options.
 
@@ -132,9 +132,9 @@ def predict(
     try:
         if name in LINES:
             return Prediction(
-                LINES[name](past.step_K, **options).extend(past.step_K, past.share_KLE, step_F)
+                LINES[name](past.step_W, **options).extend(past.step_W, past.share_WLE, step_Y)
             )
-        prediction: Prediction = METHODS[name](past, step_F, **options)
+        prediction: Prediction = METHODS[name](past, step_Y, **options)
         return prediction
     except (TypeError, ValueError) as error:
         values = ", ".join(
@@ -150,19 +150,19 @@ def options_of(name: str) -> list[str]:
     return [
         key
         for key in inspect.signature(METHODS[name]).parameters
-        if key not in ("past", "step_F", "step_K")
+        if key not in ("past", "step_Y", "step_W")
     ]
 
 
-def normalised(share_FLE: NDArray[Any]) -> NDArray[np.float64]:
+def normalised(share_YLE: NDArray[Any]) -> NDArray[np.float64]:
     """Clipped at 0, each layer summing to 1; a layer left with nothing is uniform."""
-    clipped_FLE = np.maximum(share_FLE, 0, dtype=np.float64)
-    total_FL = clipped_FLE @ np.ones(clipped_FLE.shape[2])
-    if not total_FL.all():
-        clipped_FLE[total_FL == 0] = 1
-        total_FL = clipped_FLE.sum(axis=2)
-    clipped_FLE /= total_FL[:, :, None]
-    return clipped_FLE
+    clipped_YLE = np.maximum(share_YLE, 0, dtype=np.float64)
+    total_YL = clipped_YLE @ np.ones(clipped_YLE.shape[2])
+    if not total_YL.all():
+        clipped_YLE[total_YL == 0] = 1
+        total_YL = clipped_YLE.sum(axis=2)
+    clipped_YLE /= total_YL[:, :, None]
+    return clipped_YLE
 
 
 def _nearest(name: str, allowed: list[str]) -> str:

@@ -48,23 +48,23 @@ def errors(forecast: Forecast, trace: Trace) -> dict[str, Any]:
     Pooled: over all layers, as if they were one (every layer weighs the same).
     """
     step_X, in_forecast, in_trace = np.intersect1d(
-        forecast.step_F, trace.step_K, assume_unique=True, return_indices=True
+        forecast.step_Y, trace.step_W, assume_unique=True, return_indices=True
     )
-    if len(step_X) == 0 or trace.step_K[-1] < forecast.step_F[-1]:
+    if len(step_X) == 0 or trace.step_W[-1] < forecast.step_Y[-1]:
         return {"rows": 0, "pooled": None, "layers": None}
-    came = Trace(step_X, trace.load_KLE[in_trace])
-    past_KLE = Past.of(trace, forecast.origin).share_KLE
-    sums = _sums(forecast.share_FLE[in_forecast], came.share_KLE, came.load_KLE, past_KLE)
+    came = Trace(step_X, trace.load_WLE[in_trace])
+    past_WLE = Past.of(trace, forecast.origin).share_WLE
+    sums = _sums(forecast.share_YLE[in_forecast], came.share_WLE, came.load_WLE, past_WLE)
     layers = [
         _measures({key: float(value_L[layer]) for key, value_L in sums.items()})
-        for layer in range(past_KLE.shape[1])
+        for layer in range(past_WLE.shape[1])
     ]
     pooled = _measures({key: float(value_L.mean()) for key, value_L in sums.items()})
     return {"rows": len(step_X), "pooled": pooled, "layers": layers}
 
 
 def _sums(
-    share_XLE: NDArray[Any], came_XLE: NDArray[Any], load_XLE: NDArray[Any], past_KLE: NDArray[Any]
+    share_XLE: NDArray[Any], came_XLE: NDArray[Any], load_XLE: NDArray[Any], past_WLE: NDArray[Any]
 ) -> dict[str, NDArray[Any]]:
     """Absolute errors [L], summed over experts and averaged over rows.
 
@@ -78,8 +78,8 @@ def _sums(
     tokens_XL1 = np.maximum(load_XLE.sum(axis=2, keepdims=True), 1)
     return {
         "error": absolute(share_XLE - came_XLE),
-        "change": absolute(np.diff(past_KLE, axis=0)),
-        "last": absolute(past_KLE[-1] - came_XLE),
+        "change": absolute(np.diff(past_WLE, axis=0)),
+        "last": absolute(past_WLE[-1] - came_XLE),
         "mean": absolute(share_XLE.mean(axis=0, keepdims=True) - mean_1LE),
         "sampling": absolute(np.sqrt(2 / np.pi * mean_1LE * (1 - mean_1LE) / tokens_XL1)),
         "hindsight": absolute(mean_1LE - came_XLE),
@@ -133,7 +133,7 @@ def backtest(
         )
         for horizon in horizons:
             for method in methods:
-                if len(trace.step_K) == 0 or origin + horizon > trace.step_K[-1] + trace.stride:
+                if len(trace.step_W) == 0 or origin + horizon > trace.step_W[-1] + trace.stride:
                     continue
                 pooled = errors(forecast(trace, origin, horizon, method), trace)["pooled"]
                 if pooled is not None:

@@ -131,7 +131,7 @@ class Evaluation:
         moved_L: experts that ranks have to fetch.
         run_seconds_L: of a step without the moves.
         seconds_L: with them; the objective.
-        slot_load_LS: token rows of each slot.
+        slot_load_LP: token rows of each slot.
         inbound_LE: rows from other nodes that each copy of an expert gets.
         copies_LNE: copies of each expert in each node.
     """
@@ -142,7 +142,7 @@ class Evaluation:
     moved_L: Ints
     run_seconds_L: Floats
     seconds_L: Floats
-    slot_load_LS: Floats
+    slot_load_LP: Floats
     inbound_LE: Floats
     copies_LNE: Ints
 
@@ -156,7 +156,7 @@ class Evaluation:
 
 
 def evaluate(
-    slot_to_expert_LS: Ints,
+    expert_of_slot_LP: Ints,
     load_LNE: NDArray[Any],
     num_ranks: int,
     costs: Costs,
@@ -165,22 +165,22 @@ def evaluate(
     """The objective of each layer and its parts.
 
     Args:
-        slot_to_expert_LS: int; rank r holds the r-th contiguous block of slots.
+        expert_of_slot_LP: int; rank r holds the r-th contiguous block of slots.
         load_LNE: token rows of a step by source node and expert.
         num_ranks: R.
         costs: prices.
         held_LRE: bool, the experts each rank holds now; None: nothing has to move.
     """
     num_layers, num_nodes, num_experts = load_LNE.shape
-    node_S = np.arange(slot_to_expert_LS.shape[1]) * num_nodes // slot_to_expert_LS.shape[1]
+    node_P = np.arange(expert_of_slot_LP.shape[1]) * num_nodes // expert_of_slot_LP.shape[1]
     layer_L1 = np.arange(num_layers)[:, None]
-    copies_LNE = _count(slot_to_expert_LS, num_nodes, num_experts)
+    copies_LNE = _count(expert_of_slot_LP, num_nodes, num_experts)
     local_LNE = np.where(copies_LNE > 0, load_LNE, 0.0)
     remote_LNE = load_LNE - local_LNE
     inbound_LE = remote_LNE.sum(axis=1) / copies_LNE.sum(axis=1)
     slot_load_LNE = local_LNE / np.maximum(copies_LNE, 1) + inbound_LE[:, None]
-    slot_load_LS = slot_load_LNE[layer_L1, node_S, slot_to_expert_LS]
-    load_LR = slot_load_LS.reshape(num_layers, num_ranks, -1).sum(axis=2)
+    slot_load_LP = slot_load_LNE[layer_L1, node_P, expert_of_slot_LP]
+    load_LR = slot_load_LP.reshape(num_layers, num_ranks, -1).sum(axis=2)
     in_LN = np.einsum("lne,le->ln", copies_LNE, inbound_LE)
     out_LN = remote_LNE.sum(axis=2)
     run_L = costs.token_seconds * load_LR.max(axis=1) + costs.row_seconds * np.maximum(
@@ -188,12 +188,12 @@ def evaluate(
     ).max(axis=1)
     moved_L = np.zeros(num_layers, dtype=np.int64)
     if held_LRE is not None:
-        expert_LRJ = np.sort(slot_to_expert_LS.reshape(num_layers, num_ranks, -1), axis=2)
-        new_LRJ = ~held_LRE[layer_L1[:, :, None], np.arange(num_ranks)[:, None], expert_LRJ]
-        new_LRJ[:, :, 1:] &= (
-            expert_LRJ[:, :, 1:] != expert_LRJ[:, :, :-1]
+        expert_LRP = np.sort(expert_of_slot_LP.reshape(num_layers, num_ranks, -1), axis=2)
+        new_LRP = ~held_LRE[layer_L1[:, :, None], np.arange(num_ranks)[:, None], expert_LRP]
+        new_LRP[:, :, 1:] &= (
+            expert_LRP[:, :, 1:] != expert_LRP[:, :, :-1]
         )  # two copies on a rank are fetched once
-        moved_L = new_LRJ.sum(axis=(1, 2))
+        moved_L = new_LRP.sum(axis=(1, 2))
     return Evaluation(
         load_LR,
         in_LN,
@@ -201,26 +201,26 @@ def evaluate(
         moved_L,
         run_L,
         run_L + costs.move_seconds * moved_L,
-        slot_load_LS,
+        slot_load_LP,
         inbound_LE,
         copies_LNE,
     )
 
 
-def holdings(slot_to_expert_LS: Ints, num_ranks: int, num_experts: int) -> Bools:
+def holdings(expert_of_slot_LP: Ints, num_ranks: int, num_experts: int) -> Bools:
     """Which experts each rank holds, bool [L, R, E]."""
-    return _count(slot_to_expert_LS, num_ranks, num_experts) > 0
+    return _count(expert_of_slot_LP, num_ranks, num_experts) > 0
 
 
-def _count(slot_to_expert_LS: Ints, num_parts: int, num_experts: int) -> Ints:
+def _count(expert_of_slot_LP: Ints, num_parts: int, num_experts: int) -> Ints:
     """How often each expert occurs in each of num_parts equal parts of the slots, int64 [L,
     parts, E].
     """
-    num_layers, num_slots = slot_to_expert_LS.shape
-    part_S = np.arange(num_slots) * num_parts // num_slots
-    index_LS = (
-        np.arange(num_layers)[:, None] * num_parts + part_S
-    ) * num_experts + slot_to_expert_LS
-    return np.bincount(index_LS.ravel(), minlength=num_layers * num_parts * num_experts).reshape(
+    num_layers, num_slots = expert_of_slot_LP.shape
+    part_P = np.arange(num_slots) * num_parts // num_slots
+    index_LP = (
+        np.arange(num_layers)[:, None] * num_parts + part_P
+    ) * num_experts + expert_of_slot_LP
+    return np.bincount(index_LP.ravel(), minlength=num_layers * num_parts * num_experts).reshape(
         num_layers, num_parts, num_experts
     )

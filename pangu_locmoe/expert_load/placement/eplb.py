@@ -51,91 +51,94 @@ def rebalance(
         num_groups = 1
         num_nodes = 1
     group_size = num_experts // num_groups
-    weight_LG = weight_LE.reshape(num_layers, num_groups, group_size).sum(axis=2, dtype=np.float32)
-    group_of_place_LG = pack(weight_LG, num_nodes)
-    expert_of_place_LE = (
-        group_of_place_LG[:, :, None] * group_size + np.arange(group_size)
+    weight_LJ = weight_LE.reshape(num_layers, num_groups, group_size).sum(axis=2, dtype=np.float32)
+    group_of_position_LJ = pack(weight_LJ, num_nodes)
+    expert_of_position_LE = (
+        group_of_position_LJ[:, :, None] * group_size + np.arange(group_size)
     ).reshape(num_layers, num_nodes, -1)
     layer_L1 = np.arange(num_layers)[:, None]
-    slot_to_expert_LS, number_LS = fill_nodes(
-        weight_LE[layer_L1[:, None], expert_of_place_LE], expert_of_place_LE, num_slots, num_ranks
+    expert_of_slot_LP, number_LP = fill_nodes(
+        weight_LE[layer_L1[:, None], expert_of_position_LE],
+        expert_of_position_LE,
+        num_slots,
+        num_ranks,
     )
     copies_LE = np.zeros(weight_LE.shape, dtype=np.int64)
-    np.maximum.at(copies_LE, (layer_L1, slot_to_expert_LS), number_LS + 1)
+    np.maximum.at(copies_LE, (layer_L1, expert_of_slot_LP), number_LP + 1)
     expert_to_slots = np.full((*copies_LE.shape, copies_LE.max()), -1, dtype=np.int64)
-    expert_to_slots[layer_L1, slot_to_expert_LS, number_LS] = np.arange(num_slots)
-    return slot_to_expert_LS, expert_to_slots, copies_LE
+    expert_to_slots[layer_L1, expert_of_slot_LP, number_LP] = np.arange(num_slots)
+    return expert_of_slot_LP, expert_to_slots, copies_LE
 
 
 def fill_nodes(
-    weight_LNX: NDArray[Any], expert_LNX: Ints, num_slots: int, num_ranks: int
+    weight_LNE: NDArray[Any], expert_LNE: Ints, num_slots: int, num_ranks: int
 ) -> Tuple[Ints, Ints]:
     """Steps two and three: fill each node's slots with copies of its experts and pack these into
     its ranks.
 
     Args:
-        weight_LNX: load of the node's experts.
-        expert_LNX: which experts these are.
+        weight_LNE: load of the node's experts.
+        expert_LNE: which experts these are.
         num_slots, num_ranks: over all nodes.
 
     Returns:
         slot_to_expert int64 [L, S]; which of the node's copies of the expert that is, from 0, int64
         [L, S].
     """
-    num_layers, num_nodes, per_node = expert_LNX.shape
-    weight_AX = weight_LNX.reshape(-1, per_node).astype(np.float32)  # A: a node of a layer
-    item_AS, number_AS, copies_AX = replicate(weight_AX, num_slots // num_nodes)
-    row_A1 = np.arange(len(weight_AX))[:, None]
-    slot_AS = pack(
-        weight_AX[row_A1, item_AS] / copies_AX[row_A1, item_AS].astype(np.float32),
+    num_layers, num_nodes, per_node = expert_LNE.shape
+    weight_LE = weight_LNE.reshape(-1, per_node).astype(np.float32)  # A: a node of a layer
+    item_LP, number_LP, copies_LE = replicate(weight_LE, num_slots // num_nodes)
+    row_L1 = np.arange(len(weight_LE))[:, None]
+    slot_LP = pack(
+        weight_LE[row_L1, item_LP] / copies_LE[row_L1, item_LP].astype(np.float32),
         num_ranks // num_nodes,
     )
-    slot_to_expert_AS = expert_LNX.reshape(-1, per_node)[row_A1, item_AS[row_A1, slot_AS]]
-    return slot_to_expert_AS.reshape(num_layers, num_slots), number_AS[row_A1, slot_AS].reshape(
+    expert_of_slot_LP = expert_LNE.reshape(-1, per_node)[row_L1, item_LP[row_L1, slot_LP]]
+    return expert_of_slot_LP.reshape(num_layers, num_slots), number_LP[row_L1, slot_LP].reshape(
         num_layers, num_slots
     )
 
 
-def replicate(weight_AE: NDArray[Any], num_slots: int) -> Tuple[Ints, Ints, Ints]:
+def replicate(weight_LE: NDArray[Any], num_slots: int) -> Tuple[Ints, Ints, Ints]:
     """Every expert once, then each spare slot to the expert with the most load per copy.
 
     Returns:
         expert of each slot int64 [A, S], which copy of it that is int64 [A, S], copies int64 [A,
         E].
     """
-    num_rows, num_experts = weight_AE.shape
-    item_AS = np.tile(np.arange(num_slots), (num_rows, 1))
-    number_AS = np.zeros_like(item_AS)
-    copies_AE = np.ones((num_rows, num_experts), dtype=np.int64)
-    rows_A = np.arange(num_rows)
+    num_rows, num_experts = weight_LE.shape
+    item_LP = np.tile(np.arange(num_slots), (num_rows, 1))
+    number_LP = np.zeros_like(item_LP)
+    copies_LE = np.ones((num_rows, num_experts), dtype=np.int64)
+    rows_L = np.arange(num_rows)
     for slot in range(num_experts, num_slots):
-        hottest_A = np.argmax(weight_AE / copies_AE.astype(weight_AE.dtype), axis=1)
-        item_AS[:, slot], number_AS[:, slot] = hottest_A, copies_AE[rows_A, hottest_A]
-        copies_AE[rows_A, hottest_A] += 1
-    return item_AS, number_AS, copies_AE
+        hottest_L = np.argmax(weight_LE / copies_LE.astype(weight_LE.dtype), axis=1)
+        item_LP[:, slot], number_LP[:, slot] = hottest_L, copies_LE[rows_L, hottest_L]
+        copies_LE[rows_L, hottest_L] += 1
+    return item_LP, number_LP, copies_LE
 
 
-def pack(weight_AI: NDArray[Any], num_packs: int) -> Ints:
+def pack(weight_LI: NDArray[Any], num_packs: int) -> Ints:
     """Equally many items into each pack: the heaviest item first, into the lightest pack that has
     room.
 
     Returns:
         int64 [A, I]: pack by pack, the item at each place, in the order in which they went in.
     """
-    num_rows, num_items = weight_AI.shape
+    num_rows, num_items = weight_LI.shape
     room = num_items // num_packs
     if room == 1:  # every packing is as good as any other: leave the items where they are
         return np.tile(np.arange(num_items), (num_rows, 1))
-    weight_AP = np.zeros((num_rows, num_packs), dtype=weight_AI.dtype)
-    items_AP = np.zeros((num_rows, num_packs), dtype=np.int64)
-    place_AI = np.empty((num_rows, num_items), dtype=np.int64)
-    rows_A = np.arange(num_rows)
-    for item_A in np.argsort(-weight_AI, axis=1, kind="stable").T:
-        lightest_A = np.argmin(np.where(items_AP < room, weight_AP, np.inf), axis=1)
-        place_AI[rows_A, lightest_A * room + items_AP[rows_A, lightest_A]] = item_A
-        weight_AP[rows_A, lightest_A] += weight_AI[rows_A, item_A]
-        items_AP[rows_A, lightest_A] += 1
-    return place_AI
+    weight_LX = np.zeros((num_rows, num_packs), dtype=weight_LI.dtype)
+    items_LX = np.zeros((num_rows, num_packs), dtype=np.int64)
+    item_of_position_LI = np.empty((num_rows, num_items), dtype=np.int64)
+    rows_L = np.arange(num_rows)
+    for item_L in np.argsort(-weight_LI, axis=1, kind="stable").T:
+        lightest_L = np.argmin(np.where(items_LX < room, weight_LX, np.inf), axis=1)
+        item_of_position_LI[rows_L, lightest_L * room + items_LX[rows_L, lightest_L]] = item_L
+        weight_LX[rows_L, lightest_L] += weight_LI[rows_L, item_L]
+        items_LX[rows_L, lightest_L] += 1
+    return item_of_position_LI
 
 
 def check_sizes(

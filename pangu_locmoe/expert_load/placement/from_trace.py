@@ -77,25 +77,25 @@ def place_trace(
     """
     if horizon < 1:
         raise DataError(f"horizon ({horizon}) must be at least 1 step")
-    if not len(trace.step_K):
+    if not len(trace.step_W):
         raise DataError("the trace has no rows")
-    origin = int(trace.step_K[-1]) + 1 if origin is None else origin
-    past = trace.between(int(trace.step_K[0]), origin)
+    origin = int(trace.step_W[-1]) + 1 if origin is None else origin
+    past = trace.between(int(trace.step_W[0]), origin)
     future = trace.between(origin, origin + horizon)
-    if not len(past.step_K):
+    if not len(past.step_W):
         raise DataError(
-            f"origin {origin}: the trace has no rows before it; it starts at step {trace.step_K[0]}"
+            f"origin {origin}: the trace has no rows before it; it starts at step {trace.step_W[0]}"
         )
-    num_layers, num_experts = trace.load_KLE.shape[1:]
+    num_layers, num_experts = trace.load_WLE.shape[1:]
     num_slots = num_experts + replicas
     num_ranks = nodes * ranks_per_node
     if replicas < 0:
         raise DataError(f"replicas ({replicas}) must not be negative")
     check_sizes(num_experts, num_slots, groups or 1, nodes, num_ranks)
-    source_KLNE, notes = _sources(trace, nodes, policy)
-    rows = len(past.step_K)
-    recent_KLNE = source_KLNE[max(0, rows - RECENT) : rows]
-    load_LNE = expected_load(recent_KLNE, forecast_share(past, origin, horizon))
+    source_WLNE, notes = _sources(trace, nodes, policy)
+    rows = len(past.step_W)
+    recent_WLNE = source_WLNE[max(0, rows - RECENT) : rows]
+    load_LNE = expected_load(recent_WLNE, forecast_share(past, origin, horizon))
     current = (
         first_placement(num_layers, num_experts, num_slots, num_ranks)
         if current is None
@@ -113,7 +113,7 @@ def place_trace(
             f"{'is' if rows == 1 else 'are'}; nothing is known of the load's stability"
         )
     else:
-        spare = spare_capacity(past.load_KLE[-RECENT:])
+        spare = spare_capacity(past.load_WLE[-RECENT:])
         factors = [
             None if step is not None and step <= origin else factor
             for step, factor in zip(found, spare)
@@ -124,13 +124,13 @@ def place_trace(
     result = replace(result, origin=origin, horizon=horizon, notes=notes)
     if stable_from is not None and found is None:
         result = replace(result, state=[UNKNOWN] * num_layers)
-    if not len(future.step_K):
+    if not len(future.step_W):
         return result
-    if future.step_K[-1] + trace.stride < origin + horizon:
+    if future.step_W[-1] + trace.stride < origin + horizon:
         notes.append(
-            f"recorded figures: the trace ends at step {future.step_K[-1]}, before the horizon does"
+            f"recorded figures: the trace ends at step {future.step_W[-1]}, before the horizon does"
         )
-    actual_LNE = source_KLNE[rows : rows + len(future.step_K)].mean(axis=0)
+    actual_LNE = source_WLNE[rows : rows + len(future.step_W)].mean(axis=0)
     oracle = plan(
         actual_LNE,
         ranks_per_node,
@@ -141,7 +141,7 @@ def place_trace(
         groups,
         min_gain,
         factors,
-        starts=(result.slots_LS,),
+        starts=(result.expert_of_slot_LP,),
     )
     return _with_recorded(result, current, oracle, actual_LNE)
 
@@ -153,20 +153,22 @@ def _with_recorded(result: Plan, current: Ints, oracle: Plan, actual_LNE: Floats
     num_ranks = result.nodes * result.ranks_per_node
     held_LRE = holdings(current, num_ranks, result.experts)
     now, after, best = (
-        Figures.of(evaluate(slots_LS, actual_LNE, num_ranks, result.costs, held_LRE), result.costs)
-        for slots_LS in (current, result.slots_LS, oracle.slots_LS)
+        Figures.of(
+            evaluate(expert_of_slot_LP, actual_LNE, num_ranks, result.costs, held_LRE), result.costs
+        )
+        for expert_of_slot_LP in (current, result.expert_of_slot_LP, oracle.expert_of_slot_LP)
     )
     return replace(result, actual_now=now, actual_after=after, actual_oracle=best)
 
 
-def expected_load(recent_KLNE: NDArray[Any], share_LE: NDArray[Any]) -> Floats:
+def expected_load(recent_WLNE: NDArray[Any], share_LE: NDArray[Any]) -> Floats:
     """Token rows of a step by source node and expert, [L, N, E]: recent tokens per step * share *
     recent split over nodes.
 
     The split of an expert that nobody used of late is that of all the layer's tokens.
     """
     share_LE = np.asarray(share_LE, dtype=np.float64)
-    mean_LNE = recent_KLNE.mean(axis=0)
+    mean_LNE = recent_WLNE.mean(axis=0)
     if share_LE.shape != mean_LNE[:, 0].shape or not (
         np.isfinite(share_LE).all() and (share_LE >= 0).all()
     ):
@@ -183,14 +185,14 @@ def expected_load(recent_KLNE: NDArray[Any], share_LE: NDArray[Any]) -> Floats:
     return total_L[:, None, None] * share_LE[:, None] * split_LNE
 
 
-def spare_capacity(load_KLE: NDArray[Any]) -> List[float]:
+def spare_capacity(load_WLE: NDArray[Any]) -> List[float]:
     """Per layer the capacity, as a multiple of the mean load of an expert in the same row, that
     holds 99% of the loads.
     """
-    mean_KL1 = np.maximum(load_KLE.mean(axis=2, keepdims=True), 1e-300)
+    mean_WL1 = np.maximum(load_WLE.mean(axis=2, keepdims=True), 1e-300)
     return [
-        float(np.quantile(load_KLE[:, layer] / mean_KL1[:, layer], COVERED))
-        for layer in range(load_KLE.shape[1])
+        float(np.quantile(load_WLE[:, layer] / mean_WL1[:, layer], COVERED))
+        for layer in range(load_WLE.shape[1])
     ]
 
 
@@ -198,29 +200,29 @@ def first_placement(num_layers: int, num_experts: int, num_slots: int, num_ranks
     """As training starts: contiguous blocks, int64 [L, E]; if ranks do not divide the experts,
     spread over the S slots.
     """
-    slots_S = (
+    expert_of_slot_P = (
         np.arange(num_experts)
         if num_experts % num_ranks == 0
         else np.arange(num_slots) * num_experts // num_slots
     )
-    return np.tile(slots_S.astype(np.int64), (num_layers, 1))
+    return np.tile(expert_of_slot_P.astype(np.int64), (num_layers, 1))
 
 
 def check_current(
-    current_LS: NDArray[Any], num_layers: int, num_experts: int, num_slots: int, num_ranks: int
+    current_LP: NDArray[Any], num_layers: int, num_experts: int, num_slots: int, num_ranks: int
 ) -> None:
     """Raises DataError if the current placement is not one of these layers and experts that fits
     into the slots.
     """
-    if current_LS.ndim != 2 or len(current_LS) != num_layers:
+    if current_LP.ndim != 2 or len(current_LP) != num_layers:
         raise DataError(f"the current placement must have {num_layers} layers, as the trace has")
-    if current_LS.shape[1] % num_ranks or current_LS.shape[1] > num_slots:
+    if current_LP.shape[1] % num_ranks or current_LP.shape[1] > num_slots:
         raise DataError(
-            f"the current placement has {current_LS.shape[1]} slots; {num_ranks} ranks "
+            f"the current placement has {current_LP.shape[1]} slots; {num_ranks} ranks "
             f"must divide them, and at most {num_slots} are planned"
         )
-    for layer, slots_S in enumerate(current_LS):
-        if set(slots_S.tolist()) != set(range(num_experts)):
+    for layer, expert_of_slot_P in enumerate(current_LP):
+        if set(expert_of_slot_P.tolist()) != set(range(num_experts)):
             raise DataError(
                 f"the current placement of layer {layer} must hold the experts 0 to "
                 f"{num_experts - 1}, each at least once"
@@ -229,13 +231,13 @@ def check_current(
 
 def _sources(trace: Trace, nodes: int, policy: str) -> Tuple[NDArray[Any], List[str]]:
     """Token rows by source node, [K, L, N, E], and what had to be assumed."""
-    recorded = None if trace.source_KLNE is None else trace.source_KLNE.shape[2]
-    if trace.source_KLNE is not None and recorded is not None and recorded % nodes == 0:
-        num_rows, num_layers, _, num_experts = trace.source_KLNE.shape
-        merged_KLNE = trace.source_KLNE.reshape(
+    recorded = None if trace.source_WLNE is None else trace.source_WLNE.shape[2]
+    if trace.source_WLNE is not None and recorded is not None and recorded % nodes == 0:
+        num_rows, num_layers, _, num_experts = trace.source_WLNE.shape
+        merged_WLNE = trace.source_WLNE.reshape(
             num_rows, num_layers, nodes, recorded // nodes, num_experts
         ).sum(axis=3)
-        return merged_KLNE, [] if recorded == nodes else [
+        return merged_WLNE, [] if recorded == nodes else [
             f"the trace's {recorded} nodes are merged into {nodes}"
         ]
     lacks = (
@@ -245,5 +247,5 @@ def _sources(trace: Trace, nodes: int, policy: str) -> Tuple[NDArray[Any], List[
     )
     if policy == "locality":
         raise DataError(f"the trace {lacks}: the locality policy needs that; eplb does not")
-    even_KLNE = np.repeat(trace.load_KLE[:, :, None] / nodes, nodes, axis=2)
-    return even_KLNE, [f"the trace {lacks}: every node is taken to send the same"]
+    even_WLNE = np.repeat(trace.load_WLE[:, :, None] / nodes, nodes, axis=2)
+    return even_WLNE, [f"the trace {lacks}: every node is taken to send the same"]

@@ -30,7 +30,7 @@ KICKS = 8
 def place(
     load_LNE: NDArray[np.floating],
     num_ranks: int,
-    current_LS: Ints,
+    current_LP: Ints,
     costs: Costs,
     num_slots: Optional[int] = None,
     num_groups: Optional[int] = None,
@@ -41,7 +41,7 @@ def place(
     Args:
         load_LNE: expected token rows of a step by source node and expert.
         num_ranks: R; a multiple of N, numbered node by node.
-        current_LS: the placement there is, int [L, slots]; may have fewer slots than the result.
+        current_LP: the placement there is, int [L, slots]; may have fewer slots than the result.
         costs: prices.
         num_slots: S of a layer, at least E; more than E: experts get copies. None: as many as the
             current placement.
@@ -57,38 +57,38 @@ def place(
     """
     load_LNE = np.asarray(load_LNE, dtype=np.float64)
     _, num_nodes, num_experts = load_LNE.shape
-    num_slots = num_slots or current_LS.shape[1]
+    num_slots = num_slots or current_LP.shape[1]
     check_sizes(num_experts, num_slots, num_groups or 1, num_nodes, num_ranks)
     if num_groups and num_groups % num_nodes:
         raise DataError(
             f"groups ({num_groups}) must be divisible by nodes ({num_nodes}) for each to "
             "stay within a node"
         )
-    held_LRE = holdings(current_LS, num_ranks, num_experts)
+    held_LRE = holdings(current_LP, num_ranks, num_experts)
     problem = Problem(load_LNE, held_LRE, num_ranks, costs)
 
     # The current placement comes first, so it wins every tie.
     load_LE = load_LNE.sum(axis=1)
-    eplb_LS = rebalance(load_LE, num_slots, num_groups or 1, num_nodes, num_ranks)[0]
-    kept = [extend(current_LS, load_LE, num_ranks, num_slots), eplb_LS, *starts]
+    eplb_LP = rebalance(load_LE, num_slots, num_groups or 1, num_nodes, num_ranks)[0]
+    kept = [extend(current_LP, load_LE, num_ranks, num_slots), eplb_LP, *starts]
     per_node = (num_slots - num_experts) // num_nodes
     visits = (0,) if num_groups or not per_node else (0, per_node)
     own = [
-        align(eplb_LS, problem),
+        align(eplb_LP, problem),
         *(nodes_first(problem, num_slots, num_groups, visiting) for visiting in visits),
     ]
     if num_groups is None:
         own.append(copy_by_copy(problem, num_slots))
     else:
         kept = [
-            slots_LS
-            for slots_LS in kept
-            if _keeps_groups(slots_LS, num_groups, num_nodes, num_experts)
+            expert_of_slot_LP
+            for expert_of_slot_LP in kept
+            if _keeps_groups(expert_of_slot_LP, num_groups, num_nodes, num_experts)
         ]
     return best_of(problem, [*kept, *_search(problem, np.stack([*kept, *own]), num_groups)])
 
 
-def _search(problem: Problem, starts_PLS: Ints, num_groups: Optional[int]) -> List[Ints]:
+def _search(problem: Problem, starts_ILP: Ints, num_groups: Optional[int]) -> List[Ints]:
     """Local search: in each layer from its best start, then from the next best, then from the best
     found with a few random changes, for as long as the work lasts. Large problems end with the
     first, small ones get them all.
@@ -97,45 +97,56 @@ def _search(problem: Problem, starts_PLS: Ints, num_groups: Optional[int]) -> Li
     found = []
     layers_L = np.arange(len(problem.load_LNE))
 
-    def search(row_B: Ints, slots_BS: Ints) -> None:
-        part = problem.rows(row_B)
+    def search(row_L: Ints, expert_of_slot_LP: Ints) -> None:
+        part = problem.rows(row_L)
         if num_groups is not None:
             part = replace(
-                part, allowed_LNE=_allowed_nodes(slots_BS, num_groups, *part.load_LNE.shape[1:])
+                part,
+                allowed_LNE=_allowed_nodes(expert_of_slot_LP, num_groups, *part.load_LNE.shape[1:]),
             )
-        found.extend(np.split(improve(part, slots_BS, work), len(row_B) // len(layers_L)))
+        found.extend(np.split(improve(part, expert_of_slot_LP, work), len(row_L) // len(layers_L)))
 
     for start_L in np.argsort(
-        [problem.value(slots_LS) for slots_LS in starts_PLS], axis=0, kind="stable"
+        [problem.value(expert_of_slot_LP) for expert_of_slot_LP in starts_ILP],
+        axis=0,
+        kind="stable",
     ):
         if work.left > 0:
-            search(layers_L, starts_PLS[start_L, layers_L])
+            search(layers_L, starts_ILP[start_L, layers_L])
     generator = np.random.default_rng(0)
     for _ in range(KICK_ROUNDS if num_groups is None else 0):
         if work.left > 0:
-            best_BS = np.tile(best_of(problem, found), (KICKS, 1))
-            search(np.tile(layers_L, KICKS), kick(best_BS, problem.load_LNE.shape[2], generator))
+            best_LP = np.tile(best_of(problem, found), (KICKS, 1))
+            search(np.tile(layers_L, KICKS), kick(best_LP, problem.load_LNE.shape[2], generator))
     return found
 
 
-def _keeps_groups(slots_LS: Ints, num_groups: int, num_nodes: int, num_experts: int) -> bool:
+def _keeps_groups(
+    expert_of_slot_LP: Ints, num_groups: int, num_nodes: int, num_experts: int
+) -> bool:
     """Whether every group is within one node in every layer."""
     return bool(
-        (_allowed_nodes(slots_LS, num_groups, num_nodes, num_experts).sum(axis=1) == 1).all()
+        (
+            _allowed_nodes(expert_of_slot_LP, num_groups, num_nodes, num_experts).sum(axis=1) == 1
+        ).all()
     )
 
 
 def best_of(problem: Problem, placements: Sequence[Ints]) -> Ints:
     """Layer by layer the first placement that is best by the objective, up to rounding."""
-    candidates_PLS = np.stack(placements)
-    seconds_PL = np.stack([problem.evaluate(slots_LS).seconds_L for slots_LS in candidates_PLS])
-    first_L = (seconds_PL <= seconds_PL.min(axis=0) * (1 + 1e-9)).argmax(axis=0)
-    return candidates_PLS[first_L, np.arange(len(first_L))]
+    candidates_ILP = np.stack(placements)
+    seconds_IL = np.stack(
+        [problem.evaluate(expert_of_slot_LP).seconds_L for expert_of_slot_LP in candidates_ILP]
+    )
+    first_L = (seconds_IL <= seconds_IL.min(axis=0) * (1 + 1e-9)).argmax(axis=0)
+    return candidates_ILP[first_L, np.arange(len(first_L))]
 
 
-def _allowed_nodes(slots_LS: Ints, num_groups: int, num_nodes: int, num_experts: int) -> Bools:
+def _allowed_nodes(
+    expert_of_slot_LP: Ints, num_groups: int, num_nodes: int, num_experts: int
+) -> Bools:
     """The nodes that hold something of an expert's group, bool [L, N, E]."""
-    held_LNE = holdings(slots_LS, num_nodes, num_experts)
+    held_LNE = holdings(expert_of_slot_LP, num_nodes, num_experts)
     return np.repeat(
         held_LNE.reshape(*held_LNE.shape[:2], num_groups, -1).any(axis=3),
         num_experts // num_groups,

@@ -104,7 +104,7 @@ class Plan:
     notes: List[str] = field(default_factory=list)
 
     @property
-    def slots_LS(self) -> Ints:
+    def expert_of_slot_LP(self) -> Ints:
         return np.asarray(self.slot_to_expert, dtype=np.int64)
 
     @property
@@ -162,7 +162,7 @@ class Plan:
 def plan(
     load_LNE: NDArray[Any],
     ranks_per_node: int,
-    current_LS: Ints,
+    current_LP: Ints,
     costs: Costs,
     policy: str = "locality",
     num_slots: Optional[int] = None,
@@ -176,7 +176,7 @@ def plan(
     Args:
         load_LNE: expected token rows of a step by source node and expert.
         ranks_per_node: R / N.
-        current_LS: the placement there is, int [L, slots], at most num_slots.
+        current_LP: the placement there is, int [L, slots], at most num_slots.
         costs: prices.
         policy: eplb or locality.
         num_slots: S of a layer; None: as many as now.
@@ -194,34 +194,36 @@ def plan(
     """
     load_LNE = np.asarray(load_LNE, dtype=np.float64)
     num_layers, num_nodes, num_experts = load_LNE.shape
-    num_ranks, num_slots = num_nodes * ranks_per_node, num_slots or current_LS.shape[1]
+    num_ranks, num_slots = num_nodes * ranks_per_node, num_slots or current_LP.shape[1]
     if policy == "locality":
-        slots_LS = place(load_LNE, num_ranks, current_LS, costs, num_slots, num_groups, starts)
+        expert_of_slot_LP = place(
+            load_LNE, num_ranks, current_LP, costs, num_slots, num_groups, starts
+        )
     elif policy == "eplb":
-        slots_LS = rebalance(
+        expert_of_slot_LP = rebalance(
             load_LNE.sum(axis=1), num_slots, num_groups or 1, num_nodes, num_ranks
         )[0]
     else:
         raise DataError(f"unknown policy {policy!r}: {' or '.join(POLICIES)}")
-    held_LRE = holdings(current_LS, num_ranks, num_experts)
-    now = evaluate(current_LS, load_LNE, num_ranks, costs)
+    held_LRE = holdings(current_LP, num_ranks, num_experts)
+    now = evaluate(current_LP, load_LNE, num_ranks, costs)
     factors: List[Optional[float]] = (
         [None] * num_layers if capacity_factor is None else list(capacity_factor)
     )
     keeps_L = np.array([factor is not None for factor in factors])
     if min_gain is not None:
-        after = evaluate(slots_LS, load_LNE, num_ranks, costs, held_LRE)
+        after = evaluate(expert_of_slot_LP, load_LNE, num_ranks, costs, held_LRE)
         keeps_L |= now.seconds_L - after.seconds_L <= min_gain * now.seconds_L
     if keeps_L.any():
-        slots_LS = np.where(
+        expert_of_slot_LP = np.where(
             keeps_L[:, None],
-            extend(current_LS, load_LNE.sum(axis=1), num_ranks, num_slots),
-            slots_LS,
+            extend(current_LP, load_LNE.sum(axis=1), num_ranks, num_slots),
+            expert_of_slot_LP,
         )
-    after = evaluate(slots_LS, load_LNE, num_ranks, costs, held_LRE)
+    after = evaluate(expert_of_slot_LP, load_LNE, num_ranks, costs, held_LRE)
     moved = int(after.moved_L.sum())
     return Plan(
-        slot_to_expert=slots_LS.tolist(),
+        slot_to_expert=expert_of_slot_LP.tolist(),
         experts=num_experts,
         nodes=num_nodes,
         ranks_per_node=ranks_per_node,

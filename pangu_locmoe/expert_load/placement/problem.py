@@ -43,19 +43,19 @@ class Problem:
     costs: Costs
     allowed_LNE: Optional[Bools] = None
 
-    def rows(self, row_B: Ints) -> Problem:
+    def rows(self, row_L: Ints) -> Problem:
         """The same of some layers, in this order; a layer may occur several times."""
-        allowed = None if self.allowed_LNE is None else self.allowed_LNE[row_B]
+        allowed = None if self.allowed_LNE is None else self.allowed_LNE[row_L]
         return Problem(
-            self.load_LNE[row_B], self.held_LRE[row_B], self.num_ranks, self.costs, allowed
+            self.load_LNE[row_L], self.held_LRE[row_L], self.num_ranks, self.costs, allowed
         )
 
-    def evaluate(self, slot_to_expert_LS: Ints) -> Evaluation:
-        return evaluate(slot_to_expert_LS, self.load_LNE, self.num_ranks, self.costs, self.held_LRE)
+    def evaluate(self, expert_of_slot_LP: Ints) -> Evaluation:
+        return evaluate(expert_of_slot_LP, self.load_LNE, self.num_ranks, self.costs, self.held_LRE)
 
-    def value(self, slot_to_expert_LS: Ints) -> Floats:
+    def value(self, expert_of_slot_LP: Ints) -> Floats:
         """Seconds of each layer plus the tie-break."""
-        return value_of(self.evaluate(slot_to_expert_LS), self.costs)
+        return value_of(self.evaluate(expert_of_slot_LP), self.costs)
 
 
 def value_of(now: Evaluation, costs: Costs) -> Floats:

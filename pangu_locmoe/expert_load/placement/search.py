@@ -39,7 +39,7 @@ class Work:
     left: int = 300_000
 
 
-def improve(problem: Problem, slot_to_expert_LS: Ints, work: Work) -> Ints:
+def improve(problem: Problem, initial_LP: Ints, work: Work) -> Ints:
     """Follow the best move of each layer until none has one or the work is spent.
 
     Only a move that touches the slowest rank or the busiest node can shorten either, so those slots
@@ -48,98 +48,100 @@ def improve(problem: Problem, slot_to_expert_LS: Ints, work: Work) -> Ints:
 
     Args:
         problem: loads, prices and limits of these layers.
-        slot_to_expert_LS: where to start; must respect problem.allowed_LNE.
+        initial_LP: where to start; must respect problem.allowed_LNE.
         work: is spent.
 
     Returns:
         int64 [L, S].
     """
-    slots_LS = slot_to_expert_LS.copy()
-    num_layers, num_slots = slots_LS.shape
+    expert_of_slot_LP = initial_LP.copy()
+    num_layers, num_slots = expert_of_slot_LP.shape
     for every_slot in (True,) if num_layers * num_slots**2 <= FULL_SEARCH else (False, True):
-        active_B = np.arange(num_layers)
-        while len(active_B) and work.left > 0:
-            slots_LS[active_B], better_B = _round(
-                problem.rows(active_B), slots_LS[active_B], every_slot, work
+        active_L = np.arange(num_layers)
+        while len(active_L) and work.left > 0:
+            expert_of_slot_LP[active_L], better_L = _round(
+                problem.rows(active_L), expert_of_slot_LP[active_L], every_slot, work
             )
-            active_B = active_B[better_B]
-    return slots_LS
+            active_L = active_L[better_L]
+    return expert_of_slot_LP
 
 
 def _round(
-    problem: Problem, slots_BS: Ints, every_slot: bool, work: Work
+    problem: Problem, expert_of_slot_LP: Ints, every_slot: bool, work: Work
 ) -> Tuple[Ints, np.ndarray]:
     """The best move of each layer, made where it lowers the value: slots [B, S] and whether it
     did, bool [B].
     """
-    now = problem.evaluate(slots_BS)
-    bound_B = value_of(now, problem.costs) * (1 - 1e-9)
-    spare = slots_BS.shape[1] > problem.load_LNE.shape[2]
-    start_BA = (
-        np.tile(np.arange(slots_BS.shape[1]), (len(slots_BS), 1))
+    now = problem.evaluate(expert_of_slot_LP)
+    bound_L = value_of(now, problem.costs) * (1 - 1e-9)
+    spare = expert_of_slot_LP.shape[1] > problem.load_LNE.shape[2]
+    start_LP = (
+        np.tile(np.arange(expert_of_slot_LP.shape[1]), (len(expert_of_slot_LP), 1))
         if every_slot
-        else _bottleneck(now, slots_BS.shape[1])
+        else _bottleneck(now, expert_of_slot_LP.shape[1])
     )
-    work.left -= start_BA.size * slots_BS.shape[1]
-    best_BS, best_B = _best(
-        problem, _exchanges(problem, slots_BS, now, start_BA, EXACT_EXCHANGES if spare else 1), work
+    work.left -= start_LP.size * expert_of_slot_LP.shape[1]
+    best_LP, best_L = _best(
+        problem,
+        _exchanges(problem, expert_of_slot_LP, now, start_LP, EXACT_EXCHANGES if spare else 1),
+        work,
     )
-    better_B = best_B < bound_B
-    stuck_B = np.flatnonzero(~better_B)
-    if spare and len(stuck_B):
-        part = problem.rows(stuck_B)
-        best_BS[stuck_B], best_B[stuck_B] = _best(
-            part, _replacements(part, slots_BS[stuck_B]), work
+    better_L = best_L < bound_L
+    stuck_L = np.flatnonzero(~better_L)
+    if spare and len(stuck_L):
+        part = problem.rows(stuck_L)
+        best_LP[stuck_L], best_L[stuck_L] = _best(
+            part, _replacements(part, expert_of_slot_LP[stuck_L]), work
         )
-        better_B = best_B < bound_B
-    return np.where(better_B[:, None], best_BS, slots_BS), better_B
+        better_L = best_L < bound_L
+    return np.where(better_L[:, None], best_LP, expert_of_slot_LP), better_L
 
 
-def _best(problem: Problem, moves_BMS: Ints, work: Work) -> Tuple[Ints, Floats]:
+def _best(problem: Problem, moves_LIP: Ints, work: Work) -> Tuple[Ints, Floats]:
     """The best of M placements of each layer, evaluated exactly, and its value."""
-    num_rows, num_moves, num_slots = moves_BMS.shape
-    rows_B = np.arange(num_rows)
+    num_rows, num_moves, num_slots = moves_LIP.shape
+    rows_L = np.arange(num_rows)
     work.left -= num_rows * num_moves * problem.load_LNE[0].size // 4
-    value_BM = (
-        problem.rows(np.repeat(rows_B, num_moves))
-        .value(moves_BMS.reshape(-1, num_slots))
+    value_LI = (
+        problem.rows(np.repeat(rows_L, num_moves))
+        .value(moves_LIP.reshape(-1, num_slots))
         .reshape(num_rows, num_moves)
     )
-    best_B = value_BM.argmin(axis=1)
-    return moves_BMS[rows_B, best_B], value_BM[rows_B, best_B]
+    best_L = value_LI.argmin(axis=1)
+    return moves_LIP[rows_L, best_L], value_LI[rows_L, best_L]
 
 
 def _exchanges(
-    problem: Problem, slots_BS: Ints, now: Evaluation, start_BA: Ints, num_moves: int
+    problem: Problem, expert_of_slot_LP: Ints, now: Evaluation, start_LP: Ints, num_moves: int
 ) -> Ints:
     """The placements after the exchanges of two slots that score best, int64 [B, M, S]."""
-    num_rows, num_slots = slots_BS.shape
-    score_BP = score_exchanges(problem, slots_BS, now, start_BA).reshape(num_rows, -1)
-    num_moves = min(num_moves, score_BP.shape[1])
-    chosen_BM = (
-        np.argpartition(score_BP, num_moves - 1, axis=1)[:, :num_moves]
+    num_rows, num_slots = expert_of_slot_LP.shape
+    score_LX = score_exchanges(problem, expert_of_slot_LP, now, start_LP).reshape(num_rows, -1)
+    num_moves = min(num_moves, score_LX.shape[1])
+    chosen_LI = (
+        np.argpartition(score_LX, num_moves - 1, axis=1)[:, :num_moves]
         if num_moves > 1
-        else score_BP.argmin(axis=1)[:, None]
+        else score_LX.argmin(axis=1)[:, None]
     )
-    row_B1 = np.arange(num_rows)[:, None]
-    move_M = np.arange(num_moves)
-    first_BM = start_BA[row_B1, chosen_BM // num_slots]
-    second_BM = np.where(
-        np.isfinite(score_BP[row_B1, chosen_BM]), chosen_BM % num_slots, first_BM
+    row_L1 = np.arange(num_rows)[:, None]
+    move_I = np.arange(num_moves)
+    first_LI = start_LP[row_L1, chosen_LI // num_slots]
+    second_LI = np.where(
+        np.isfinite(score_LX[row_L1, chosen_LI]), chosen_LI % num_slots, first_LI
     )  # not allowed: no move
-    moves_BMS = np.repeat(slots_BS[:, None], num_moves, axis=1)
-    moves_BMS[row_B1, move_M, first_BM] = slots_BS[row_B1, second_BM]
-    moves_BMS[row_B1, move_M, second_BM] = slots_BS[row_B1, first_BM]
-    return moves_BMS
+    moves_LIP = np.repeat(expert_of_slot_LP[:, None], num_moves, axis=1)
+    moves_LIP[row_L1, move_I, first_LI] = expert_of_slot_LP[row_L1, second_LI]
+    moves_LIP[row_L1, move_I, second_LI] = expert_of_slot_LP[row_L1, first_LI]
+    return moves_LIP
 
 
 def _bottleneck(now: Evaluation, num_slots: int) -> Ints:
     """The slots of the slowest rank and of the busiest node, int64 [B, A]; some may occur twice."""
     parts = []
-    for size_BP in (now.load_LR, np.maximum(now.in_LN, now.out_LN)):
-        if size_BP.shape[1] > 1:
-            width = num_slots // size_BP.shape[1]
-            parts.append(size_BP.argmax(axis=1)[:, None] * width + np.arange(width))
+    for size_LX in (now.load_LR, np.maximum(now.in_LN, now.out_LN)):
+        if size_LX.shape[1] > 1:
+            width = num_slots // size_LX.shape[1]
+            parts.append(size_LX.argmax(axis=1)[:, None] * width + np.arange(width))
     return (
         np.concatenate(parts, axis=1)
         if parts
@@ -147,43 +149,45 @@ def _bottleneck(now: Evaluation, num_slots: int) -> Ints:
     )
 
 
-def _replacements(problem: Problem, slots_BS: Ints) -> Ints:
+def _replacements(problem: Problem, expert_of_slot_LP: Ints) -> Ints:
     """The placements after giving a slot whose expert has other copies to another expert, int64 [B,
     M, S].
 
     Worth a copy: the experts that weigh most on the slowest rank and on the busiest node's link.
     Given away: the least loaded slots.
     """
-    now = problem.evaluate(slots_BS)
+    now = problem.evaluate(expert_of_slot_LP)
     costs = problem.costs
-    (num_rows, num_slots), num_nodes = slots_BS.shape, problem.load_LNE.shape[1]
-    rows_B = np.arange(num_rows)
-    row_B1 = np.arange(num_rows)[:, None]
-    busiest_B = np.maximum(now.in_LN, now.out_LN).argmax(axis=1)
-    load_BE = problem.load_LNE[rows_B, busiest_B]
-    copies_BE = now.copies_LNE[rows_B, busiest_B]
-    wish_BE = costs.row_seconds * (
-        np.where(copies_BE == 0, load_BE, 0.0) + copies_BE * now.inbound_LE
+    (num_rows, num_slots), num_nodes = expert_of_slot_LP.shape, problem.load_LNE.shape[1]
+    rows_L = np.arange(num_rows)
+    row_L1 = np.arange(num_rows)[:, None]
+    busiest_L = np.maximum(now.in_LN, now.out_LN).argmax(axis=1)
+    load_LE = problem.load_LNE[rows_L, busiest_L]
+    copies_LE = now.copies_LNE[rows_L, busiest_L]
+    wish_LE = costs.row_seconds * (
+        np.where(copies_LE == 0, load_LE, 0.0) + copies_LE * now.inbound_LE
     )
     width = num_slots // problem.num_ranks
-    slowest_BJ = now.load_LR.argmax(axis=1)[:, None] * width + np.arange(width)
-    wish_BE[row_B1, slots_BS[row_B1, slowest_BJ]] += (
-        costs.token_seconds * now.slot_load_LS[row_B1, slowest_BJ]
+    slowest_LP = now.load_LR.argmax(axis=1)[:, None] * width + np.arange(width)
+    wish_LE[row_L1, expert_of_slot_LP[row_L1, slowest_LP]] += (
+        costs.token_seconds * now.slot_load_LP[row_L1, slowest_LP]
     )
-    expert_BX = np.argsort(-wish_BE, axis=1)[:, :COPIED_EXPERTS]
+    expert_LX = np.argsort(-wish_LE, axis=1)[:, :COPIED_EXPERTS]
 
-    spare_BS = now.copies_LNE.sum(axis=1)[row_B1, slots_BS] > 1
-    slot_BJ = np.argsort(np.where(spare_BS, now.slot_load_LS, np.inf), axis=1)[:, :GIVEN_SLOTS]
-    allowed_BJX = np.repeat(spare_BS[row_B1, slot_BJ][:, :, None], expert_BX.shape[1], axis=2)
+    spare_LP = now.copies_LNE.sum(axis=1)[row_L1, expert_of_slot_LP] > 1
+    slot_LP = np.argsort(np.where(spare_LP, now.slot_load_LP, np.inf), axis=1)[:, :GIVEN_SLOTS]
+    allowed_LPX = np.repeat(spare_LP[row_L1, slot_LP][:, :, None], expert_LX.shape[1], axis=2)
     if problem.allowed_LNE is not None:
-        node_BJ = slot_BJ * num_nodes // num_slots
-        allowed_BJX &= problem.allowed_LNE[
-            row_B1[:, :, None], node_BJ[:, :, None], expert_BX[:, None]
+        node_LP = slot_LP * num_nodes // num_slots
+        allowed_LPX &= problem.allowed_LNE[
+            row_L1[:, :, None], node_LP[:, :, None], expert_LX[:, None]
         ]
-    new_BJX = np.where(allowed_BJX, expert_BX[:, None], slots_BS[row_B1, slot_BJ][:, :, None])
-    moves_BMS = np.repeat(slots_BS[:, None], new_BJX[0].size, axis=1)
-    move_M = np.arange(new_BJX[0].size)
-    moves_BMS[row_B1, move_M, np.repeat(slot_BJ, new_BJX.shape[2], axis=1)] = new_BJX.reshape(
+    new_LPX = np.where(
+        allowed_LPX, expert_LX[:, None], expert_of_slot_LP[row_L1, slot_LP][:, :, None]
+    )
+    moves_LIP = np.repeat(expert_of_slot_LP[:, None], new_LPX[0].size, axis=1)
+    move_I = np.arange(new_LPX[0].size)
+    moves_LIP[row_L1, move_I, np.repeat(slot_LP, new_LPX.shape[2], axis=1)] = new_LPX.reshape(
         num_rows, -1
     )
-    return moves_BMS
+    return moves_LIP

@@ -42,40 +42,40 @@ def nodes_first(
     if num_items % num_nodes:
         return copy_by_copy(problem, num_slots)
     size = num_experts // num_items
-    load_LNG = problem.load_LNE.reshape(num_layers, num_nodes, num_items, size).sum(axis=3)
-    held_LNG = (
+    load_LNJ = problem.load_LNE.reshape(num_layers, num_nodes, num_items, size).sum(axis=3)
+    held_LNJ = (
         problem.held_LRE.reshape(num_layers, num_nodes, -1, num_items, size).any(axis=2).all(axis=3)
     )
     seconds = problem.costs.token_seconds * num_nodes / problem.num_ranks
     per_group = problem.costs.expert_bytes * size
     upper = Problem(
-        load_LNG,
-        held_LNG,
+        load_LNJ,
+        held_LNJ,
         num_nodes,
         replace(problem.costs, token_seconds=seconds, expert_bytes=per_group),
     )
-    item_LNJ = improve(upper, copy_by_copy(upper, num_items), Work(150_000)).reshape(
+    item_LNP = improve(upper, copy_by_copy(upper, num_items), Work(150_000)).reshape(
         num_layers, num_nodes, -1
     )
-    expert_LNX = (item_LNJ[:, :, :, None] * size + np.arange(size)).reshape(
+    expert_LNE = (item_LNP[:, :, :, None] * size + np.arange(size)).reshape(
         num_layers, num_nodes, -1
     )
-    home_LNE = holdings(expert_LNX.reshape(num_layers, -1), num_nodes, num_experts)
+    home_LNE = holdings(expert_LNE.reshape(num_layers, -1), num_nodes, num_experts)
     away_LNE = np.where(home_LNE, -1.0, problem.load_LNE)
-    expert_LNX = np.concatenate(
-        (expert_LNX, np.argsort(-away_LNE, axis=2, kind="stable")[:, :, :visiting]), axis=2
+    expert_LNE = np.concatenate(
+        (expert_LNE, np.argsort(-away_LNE, axis=2, kind="stable")[:, :, :visiting]), axis=2
     )
     # A home also computes the rows of the nodes that the expert does not visit.
     local_LNE = np.where(
-        holdings(expert_LNX.reshape(num_layers, -1), num_nodes, num_experts), problem.load_LNE, 0.0
+        holdings(expert_LNE.reshape(num_layers, -1), num_nodes, num_experts), problem.load_LNE, 0.0
     )
     weight_LNE = local_LNE + np.where(
         home_LNE, (problem.load_LNE - local_LNE).sum(axis=1, keepdims=True), 0.0
     )
-    slots_LS, _ = fill_nodes(
-        np.take_along_axis(weight_LNE, expert_LNX, axis=2), expert_LNX, num_slots, problem.num_ranks
+    expert_of_slot_LP, _ = fill_nodes(
+        np.take_along_axis(weight_LNE, expert_LNE, axis=2), expert_LNE, num_slots, problem.num_ranks
     )
-    return align(slots_LS, problem)
+    return align(expert_of_slot_LP, problem)
 
 
 def copy_by_copy(problem: Problem, num_slots: int) -> Ints:
@@ -88,81 +88,84 @@ def copy_by_copy(problem: Problem, num_slots: int) -> Ints:
     num_ranks = problem.num_ranks
     room = num_slots // problem.num_ranks
     load_LE = load_LNE.sum(axis=1)
-    expert_LS, _, copies_LE = replicate(load_LE, num_slots)
+    expert_LP, _, copies_LE = replicate(load_LE, num_slots)
     rows_L = np.arange(num_layers)
     row_L1 = np.arange(num_layers)[:, None]
     node_R = np.arange(num_ranks) * num_nodes // num_ranks
-    copy_LS = (load_LE / copies_LE)[row_L1, expert_LS]
+    copy_LP = (load_LE / copies_LE)[row_L1, expert_LP]
     rank_load_LR = np.zeros((num_layers, num_ranks))
     used_LR = np.zeros((num_layers, num_ranks), dtype=np.int64)
     home_LNE = np.zeros(load_LNE.shape, dtype=bool)
-    slots_LRJ = np.empty((num_layers, num_ranks, room), dtype=np.int64)
-    for slot_L in np.argsort(-copy_LS, axis=1, kind="stable").T:
-        expert_L = expert_LS[rows_L, slot_L]
-        copy_L = copy_LS[rows_L, slot_L]
+    expert_of_slot_LRP = np.empty((num_layers, num_ranks, room), dtype=np.int64)
+    for slot_L in np.argsort(-copy_LP, axis=1, kind="stable").T:
+        expert_L = expert_LP[rows_L, slot_L]
+        copy_L = copy_LP[rows_L, slot_L]
         kept_LN = np.where(home_LNE[rows_L, :, expert_L], 0.0, load_LNE[rows_L, :, expert_L])
         price_LR = costs.token_seconds * rank_load_LR - costs.row_seconds * kept_LN[:, node_R]
         price_LR -= costs.move_seconds * problem.held_LRE[rows_L, :, expert_L]
         rank_L = np.where(used_LR < room, price_LR, np.inf).argmin(axis=1)
-        slots_LRJ[rows_L, rank_L, used_LR[rows_L, rank_L]] = expert_L
+        expert_of_slot_LRP[rows_L, rank_L, used_LR[rows_L, rank_L]] = expert_L
         rank_load_LR[rows_L, rank_L] += copy_L
         used_LR[rows_L, rank_L] += 1
         home_LNE[rows_L, node_R[rank_L], expert_L] = True
-    return slots_LRJ.reshape(num_layers, num_slots)
+    return expert_of_slot_LRP.reshape(num_layers, num_slots)
 
 
-def align(slots_LS: Ints, problem: Problem) -> Ints:
+def align(expert_of_slot_LP: Ints, problem: Problem) -> Ints:
     """The same placement with its nodes renamed to keep most tokens and experts, then the ranks
     of each node to keep most experts.
     """
     num_layers, num_nodes, num_experts = problem.load_LNE.shape
     per_node = problem.num_ranks // num_nodes
-    in_node_LNE = holdings(slots_LS, num_nodes, num_experts).astype(np.float64)
+    in_node_LNE = holdings(expert_of_slot_LP, num_nodes, num_experts).astype(np.float64)
     held_LNE = problem.held_LRE.reshape(num_layers, num_nodes, per_node, num_experts).any(axis=2)
     worth_LNE = problem.costs.row_seconds * problem.load_LNE + problem.costs.move_seconds * held_LNE
     node_LN = _match(in_node_LNE @ worth_LNE.swapaxes(1, 2))
-    blocks = slots_LS.reshape(num_layers, num_nodes, -1)[
+    blocks = expert_of_slot_LP.reshape(num_layers, num_nodes, -1)[
         np.arange(num_layers)[:, None], node_LN
     ].reshape(num_layers, -1)
     shape = (num_layers * num_nodes, per_node, num_experts)
-    in_rank_ARE = holdings(blocks, problem.num_ranks, num_experts).reshape(shape).astype(np.float64)
-    held_ARE = problem.held_LRE.reshape(shape).astype(np.float64)
-    rank_AR = _match(in_rank_ARE @ held_ARE.swapaxes(1, 2))
-    return blocks.reshape(len(rank_AR), per_node, -1)[
-        np.arange(len(rank_AR))[:, None], rank_AR
+    in_rank_LRE = holdings(blocks, problem.num_ranks, num_experts).reshape(shape).astype(np.float64)
+    held_LRE = problem.held_LRE.reshape(shape).astype(np.float64)
+    rank_LR = _match(in_rank_LRE @ held_LRE.swapaxes(1, 2))
+    return blocks.reshape(len(rank_LR), per_node, -1)[
+        np.arange(len(rank_LR))[:, None], rank_LR
     ].reshape(num_layers, -1)
 
 
-def _match(gain_APP: Floats) -> Ints:
+def _match(gain_LXX: Floats) -> Ints:
     """Greedily the largest gains first: for each column the row that takes its place, int64 [A,
     P].
     """
-    num_rows, num_parts, _ = gain_APP.shape
-    row_AP = np.empty((num_rows, num_parts), dtype=np.int64)
-    rows_A = np.arange(num_rows)
-    left = gain_APP.copy()
+    num_rows, num_parts, _ = gain_LXX.shape
+    row_LX = np.empty((num_rows, num_parts), dtype=np.int64)
+    rows_L = np.arange(num_rows)
+    left = gain_LXX.copy()
     for _ in range(num_parts):
-        row_A, column_A = np.divmod(left.reshape(num_rows, -1).argmax(axis=1), num_parts)
-        row_AP[rows_A, column_A] = row_A
-        left[rows_A, row_A], left[rows_A, :, column_A] = -np.inf, -np.inf
-    return row_AP
+        row_L, column_L = np.divmod(left.reshape(num_rows, -1).argmax(axis=1), num_parts)
+        row_LX[rows_L, column_L] = row_L
+        left[rows_L, row_L], left[rows_L, :, column_L] = -np.inf, -np.inf
+    return row_LX
 
 
-def extend(current_LS: Ints, load_LE: Floats, num_ranks: int, num_slots: int) -> Ints:
+def extend(current_LP: Ints, load_LE: Floats, num_ranks: int, num_slots: int) -> Ints:
     """The current placement with more slots: each rank keeps what it holds, its new slots get the
     experts with most load per copy.
 
     Raises DataError if there are fewer slots than now or the ranks do not divide them.
     """
-    num_layers, num_now = current_LS.shape
+    num_layers, num_now = current_LP.shape
     if num_slots < num_now or num_now % num_ranks:
         raise DataError(
             f"the current placement has {num_now} slots on {num_ranks} ranks; {num_slots} "
             "cannot keep them"
         )
-    blocks = [current_LS.reshape(num_layers, num_ranks, -1).astype(np.int64)]
+    blocks = [current_LP.reshape(num_layers, num_ranks, -1).astype(np.int64)]
     copies_LE = np.stack(
-        [np.bincount(slots_S, minlength=load_LE.shape[1]) for slots_S in current_LS]
+        [
+            np.bincount(expert_of_slot_P, minlength=load_LE.shape[1])
+            for expert_of_slot_P in current_LP
+        ]
     )
     rows_L = np.arange(num_layers)
     for _ in range((num_slots - num_now) // num_ranks):
@@ -174,22 +177,26 @@ def extend(current_LS: Ints, load_LE: Floats, num_ranks: int, num_slots: int) ->
     return np.concatenate(blocks, axis=2).reshape(num_layers, num_slots)
 
 
-def kick(slots_BS: Ints, num_experts: int, generator: np.random.Generator) -> Ints:
+def kick(expert_of_slot_LP: Ints, num_experts: int, generator: np.random.Generator) -> Ints:
     """The same with some pairs of slots exchanged at random and, where there are spare copies,
     some given to other experts.
     """
-    slots_BS, rows_B = slots_BS.copy(), np.arange(len(slots_BS))
+    expert_of_slot_LP, rows_L = expert_of_slot_LP.copy(), np.arange(len(expert_of_slot_LP))
     for _ in range(KICK_CHANGES):
-        first_B, second_B = generator.integers(0, slots_BS.shape[1], (2, len(slots_BS)))
-        slots_BS[rows_B, first_B], slots_BS[rows_B, second_B] = (
-            slots_BS[rows_B, second_B],
-            slots_BS[rows_B, first_B],
+        first_L, second_L = generator.integers(
+            0, expert_of_slot_LP.shape[1], (2, len(expert_of_slot_LP))
         )
-        if slots_BS.shape[1] > num_experts:
-            spare_B = (slots_BS == slots_BS[rows_B, first_B][:, None]).sum(axis=1) > 1
-            slots_BS[rows_B, first_B] = np.where(
-                spare_B,
-                generator.integers(0, num_experts, len(slots_BS)),
-                slots_BS[rows_B, first_B],
+        expert_of_slot_LP[rows_L, first_L], expert_of_slot_LP[rows_L, second_L] = (
+            expert_of_slot_LP[rows_L, second_L],
+            expert_of_slot_LP[rows_L, first_L],
+        )
+        if expert_of_slot_LP.shape[1] > num_experts:
+            spare_L = (expert_of_slot_LP == expert_of_slot_LP[rows_L, first_L][:, None]).sum(
+                axis=1
+            ) > 1
+            expert_of_slot_LP[rows_L, first_L] = np.where(
+                spare_L,
+                generator.integers(0, num_experts, len(expert_of_slot_LP)),
+                expert_of_slot_LP[rows_L, first_L],
             )
-    return slots_BS
+    return expert_of_slot_LP

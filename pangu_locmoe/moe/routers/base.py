@@ -36,15 +36,15 @@ class RouterContext:
     """What a router may know besides the configuration.
 
     layer: index of the MoE layer among the MoE layers, int; seeds what is random per layer.
-    allowed_KE: which experts each domain may use, bool [K, E].
+    allowed_JE: which experts each domain may use, bool [K, E].
     topology: which node holds which expert.
-    token_counts_KV: occurrences of each token in each domain's training text, int64 [K, V].
+    token_counts_JV: occurrences of each token in each domain's training text, int64 [K, V].
     """
 
     layer: int
-    allowed_KE: np.ndarray
+    allowed_JE: np.ndarray
     topology: Topology
-    token_counts_KV: np.ndarray
+    token_counts_JV: np.ndarray
 
 
 class Router(nn.Cell):
@@ -161,9 +161,9 @@ class GatedRouter(Router):
 
     def __init__(self, config: Config, context: RouterContext) -> None:
         super().__init__(config, context)
-        allowed_KE = context.allowed_KE
-        self.two_level = not allowed_KE.all()
-        self.group_mask_KE = Tensor(np.where(allowed_KE, 0.0, -1e9).astype(np.float32))
+        allowed_JE = context.allowed_JE
+        self.two_level = not allowed_JE.all()
+        self.group_mask_JE = Tensor(np.where(allowed_JE, 0.0, -1e9).astype(np.float32))
         self.has_z_loss = config.moe.z_loss > 0
         self.experts_E = Tensor(np.arange(self.num_experts, dtype=np.int32))
 
@@ -192,7 +192,7 @@ class GatedRouter(Router):
         logits_TE = self.logits(x_TD, noise, training)
         masked_TE = logits_TE
         if self.two_level:
-            masked_TE = logits_TE + ops.gather(self.group_mask_KE, domains_T, 0)
+            masked_TE = logits_TE + ops.gather(self.group_mask_JE, domains_T, 0)
         probs_TE = ops.softmax(masked_TE, -1)
         expert_A, one_hot_AE, weight_A, affinity_A = self.choose(logits_TE, probs_TE)
         # A token's first assignment is its best.

@@ -60,12 +60,12 @@ class HashRouter(Router, name="hash"):
         generator = np.random.default_rng([config.train.seed, 2, context.layer])
         # With one level every domain has the same table: a token's expert may not depend on its
         # domain.
-        single_level = bool(context.allowed_KE.all())
-        counts_KV = context.token_counts_KV
-        rows = [counts_KV.sum(axis=0)] if single_level else list(counts_KV)
+        single_level = bool(context.allowed_JE.all())
+        counts_JV = context.token_counts_JV
+        rows = [counts_JV.sum(axis=0)] if single_level else list(counts_JV)
         table = [
             balanced_table(counts_V, np.flatnonzero(allowed_E), generator)
-            for counts_V, allowed_E in zip(rows, context.allowed_KE)
+            for counts_V, allowed_E in zip(rows, context.allowed_JE)
         ]
         self.vocab_size = config.model.vocab_size
         self.single_level = single_level
@@ -78,8 +78,8 @@ class HashRouter(Router, name="hash"):
     def cut(
         cls, config: Config, name: str, array: np.ndarray, domain: int, experts: range
     ) -> np.ndarray:
-        table_KV = array.reshape(-1, config.model.vocab_size)
-        return table_KV[domain] - experts.start
+        table_JV = array.reshape(-1, config.model.vocab_size)
+        return table_JV[domain] - experts.start
 
     def construct(
         self, x_TD: Tensor, tokens_T: Tensor, domains_T: Tensor, noise: Noise, training: bool

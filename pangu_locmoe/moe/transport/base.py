@@ -26,7 +26,7 @@ from pangu_locmoe.parallel.exchange import Exchange
 from pangu_locmoe.parallel.topology import Topology
 
 Packed = Dict[str, Tensor]
-"""Rows on their way: rows_PD, the one-based maps token_of_slot_P and slot_of_token_A
+"""Rows on their way: rows_QD, the one-based maps row_of_slot_Q and slot_of_row_A
 (moe/dispatch.py), and what a transport adds for itself.
 """
 
@@ -87,7 +87,7 @@ class Transport(nn.Cell):
         """
         raise NotImplementedError
 
-    def share(self, load_ME: Tensor, probs_ME: Tensor) -> Shared:
+    def share(self, own_load_NE: Tensor, own_probs_NE: Tensor) -> Shared:
         """Tell everyone this process's counts and mean probabilities by node, and learn theirs."""
         raise NotImplementedError
 
@@ -104,15 +104,15 @@ class Transport(nn.Cell):
             training: a constant of the graph.
 
         Returns:
-            y_PD in the order in which rows left; the assignments to each expert that were dropped,
+            y_QD in the order in which rows left; the assignments to each expert that were dropped,
             as far as this process knows of them (over all ranks they add up), fp32 [E].
         """
         raise NotImplementedError
 
-    def unpack(self, y_PD: Tensor, weight_A: Tensor, packed: Packed) -> Tensor:
+    def unpack(self, y_QD: Tensor, weight_A: Tensor, packed: Packed) -> Tensor:
         """y_AD: weight times each assignment's row, zero where it was dropped."""
-        weight_A = ops.cast(weight_A, y_PD.dtype)
-        return self.combine(y_PD, weight_A, packed["token_of_slot_P"], packed["slot_of_token_A"])
+        weight_A = ops.cast(weight_A, y_QD.dtype)
+        return self.combine(y_QD, weight_A, packed["row_of_slot_Q"], packed["slot_of_row_A"])
 
 
 class RankTransport(Transport):
@@ -137,14 +137,14 @@ class RankTransport(Transport):
         own_N1[topology.node_of_rank(rank)] = topology.num_nodes
         self.own_N1 = Tensor(own_N1)
 
-    def place(self, expert_of_slot_E: np.ndarray) -> None:
+    def place(self, expert_of_slot_P: np.ndarray) -> None:
         """Say which expert each slot holds, int [E], a permutation; weights are not touched."""
-        self.expert_of_slot_E = expert_of_slot_E
-        self.slot_of_expert_E = Tensor(np.argsort(expert_of_slot_E).astype(np.int32))
+        self.expert_of_slot_P = expert_of_slot_P
+        self.slot_of_expert_E = Tensor(np.argsort(expert_of_slot_P).astype(np.int32))
 
     @property
     def held_experts(self) -> np.ndarray:
-        return self.expert_of_slot_E[self.held_slots.start : self.held_slots.stop]
+        return self.expert_of_slot_P[self.held_slots.start : self.held_slots.stop]
 
     def with_own_gradient(self, probs_NE: Any, probs_1E: Tensor) -> Tensor:
         """Everyone's means with the gradient of this rank's.

@@ -6,7 +6,7 @@ the routing; `pack`, which lies before it, is compiled.
 
 Letters: A assignments of this rank's tokens (moe/plan.py), D hidden, E experts (and as many slots
 of the group, in S), R ranks of the expert-parallel group, M rows received, N nodes, G local
-experts, C tokens an expert keeps, P = G*C slots (places of the world in counts_PE).
+experts, C tokens an expert keeps, P = G*C slots (places of the world in counts_UE).
 """
 
 from __future__ import annotations
@@ -65,39 +65,39 @@ class CountsTransport(RankTransport):
             slot_A = slot_A + float(self.num_experts) * (1.0 - proposed_A)
         order_A = ops.cast(ops.sort(slot_A)[1], ms.int32)
         token_of_slot_A = order_A + 1
-        slot_of_token_A = dispatch.token_of_slot(token_of_slot_A, order_A.shape[0])
+        slot_of_row_A = dispatch.token_of_slot(token_of_slot_A, order_A.shape[0])
         if self.choices > 1:
-            slot_of_token_A = slot_of_token_A * ops.cast(proposed_A, ms.int32)
+            slot_of_row_A = slot_of_row_A * ops.cast(proposed_A, ms.int32)
         return {
-            "rows_PD": self.dispatch(x_AD, token_of_slot_A, slot_of_token_A),
-            "token_of_slot_P": token_of_slot_A,
-            "slot_of_token_A": slot_of_token_A,
+            "rows_QD": self.dispatch(x_AD, token_of_slot_A, slot_of_row_A),
+            "row_of_slot_Q": token_of_slot_A,
+            "slot_of_row_A": slot_of_row_A,
             "affinity_A": ops.gather(plan["affinity_A"], order_A, 0),
         }
 
-    def share(self, load_ME: Tensor, probs_ME: Tensor) -> Shared:
-        own_2E = ops.concat((load_ME, ops.stop_gradient(probs_ME)), 0)
+    def share(self, own_load_NE: Tensor, own_probs_NE: Tensor) -> Shared:
+        own_2E = ops.concat((own_load_NE, ops.stop_gradient(own_probs_NE)), 0)
         # The ranks of a place have the same tokens: its first one speaks for it.
-        shared_P2E = self.exchange.communicator.all_gather(own_2E).asnumpy()
-        shared_P2E = shared_P2E[:: self.topology.tensor_parallel]
-        counts_PE = shared_P2E[:, 0].astype(np.int64)
+        shared_U2E = self.exchange.communicator.all_gather(own_2E).asnumpy()
+        shared_U2E = shared_U2E[:: self.topology.tensor_parallel]
+        counts_UE = shared_U2E[:, 0].astype(np.int64)
         by_node = (self.topology.num_nodes, -1, self.num_experts)
-        probs_NE = shared_P2E[:, 1].reshape(by_node).mean(axis=1)
+        probs_NE = shared_U2E[:, 1].reshape(by_node).mean(axis=1)
         return {
-            "load_NE": Tensor(counts_PE.reshape(by_node).sum(axis=1).astype(np.float32)),
-            "probs_NE": self.with_own_gradient(Tensor(probs_NE), probs_ME),
+            "load_NE": Tensor(counts_UE.reshape(by_node).sum(axis=1).astype(np.float32)),
+            "probs_NE": self.with_own_gradient(Tensor(probs_NE), own_probs_NE),
             # NumPy's: in PyNative, MindSpore tries ways to share a logarithm out over threads, and
             # they differ in the last bit.
             "log_probs_NE": Tensor(np.log(probs_NE + np.float32(1e-20))),
-            "counts_PE": counts_PE,
+            "counts_UE": counts_UE,
         }
 
     def carry(
         self, experts: Experts, packed: Packed, shared: Shared, capacity: int, training: bool
     ) -> Tuple[Tensor, Tensor]:
-        counts_RS = shared["counts_PE"][self.group][:, self.expert_of_slot_E]
-        sent_RR = counts_RS.reshape(len(self.group), len(self.group), -1).sum(axis=2)
-        rows_AD = packed["rows_PD"]
+        counts_RP = shared["counts_UE"][self.group][:, self.expert_of_slot_P]
+        sent_RR = counts_RP.reshape(len(self.group), len(self.group), -1).sum(axis=2)
+        rows_AD = packed["rows_QD"]
         affinity_A = packed["affinity_A"]
         if self.choices > 1:  # what was not proposed is last, and stays
             proposed = int(sent_RR[self.exchange.place].sum())
@@ -107,7 +107,7 @@ class CountsTransport(RankTransport):
         if self.by_affinity and capacity != DROPLESS:
             affinity_M1 = self.exchange.move(ops.expand_dims(affinity_A, 1), sent_RR)
             affinity_M = affinity_M1.asnumpy()[:, 0]
-        counts_RG = counts_RS[:, self.held_slots.start : self.held_slots.stop]
+        counts_RG = counts_RP[:, self.held_slots.start : self.held_slots.stop]
         slot_of_row_M, slots, dropped_G = assign_slots(counts_RG, affinity_M, capacity)
         # A rank to which no token came has no rows to compute; its part in the exchange is the
         # same.
@@ -116,10 +116,10 @@ class CountsTransport(RankTransport):
         dropped_E[self.held_experts] = dropped_G
         return ExchangeRows(self.exchange, sent_RR.T)(y_MD), Tensor(dropped_E)
 
-    def unpack(self, y_PD: Tensor, weight_A: Tensor, packed: Packed) -> Tensor:
+    def unpack(self, y_QD: Tensor, weight_A: Tensor, packed: Packed) -> Tensor:
         if self.choices > 1:  # without what stayed
-            packed = {**packed, "token_of_slot_P": packed["token_of_slot_P"][: y_PD.shape[0]]}
-        return super().unpack(y_PD, weight_A, packed)
+            packed = {**packed, "row_of_slot_Q": packed["row_of_slot_Q"][: y_QD.shape[0]]}
+        return super().unpack(y_QD, weight_A, packed)
 
     def _apply(
         self, experts: Experts, rows_MD: Tensor, slot_of_row_M: np.ndarray, slots: int
@@ -128,14 +128,14 @@ class CountsTransport(RankTransport):
             return fused.apply_grouped(experts, rows_MD, slot_of_row_M, slots)
         num_groups = self.topology.experts_per_rank
         hidden_size = rows_MD.shape[1]
-        row_of_slot_P = np.zeros(num_groups * slots + 1, dtype=np.int32)
-        row_of_slot_P[slot_of_row_M] = np.arange(1, len(slot_of_row_M) + 1)
-        row_of_slot = Tensor(row_of_slot_P[1:])
+        row_of_slot_Q = np.zeros(num_groups * slots + 1, dtype=np.int32)
+        row_of_slot_Q[slot_of_row_M] = np.arange(1, len(slot_of_row_M) + 1)
+        row_of_slot = Tensor(row_of_slot_Q[1:])
         slot_of_row = Tensor(slot_of_row_M)
-        x_PD = self.dispatch(rows_MD, row_of_slot, slot_of_row)
-        x_GCD = ops.reshape(x_PD, (num_groups, slots, hidden_size))
-        y_PD = ops.reshape(experts(x_GCD, None), (-1, hidden_size))
-        return self.dispatch(y_PD, slot_of_row, row_of_slot)
+        x_QD = self.dispatch(rows_MD, row_of_slot, slot_of_row)
+        x_GCD = ops.reshape(x_QD, (num_groups, slots, hidden_size))
+        y_QD = ops.reshape(experts(x_GCD, None), (-1, hidden_size))
+        return self.dispatch(y_QD, slot_of_row, row_of_slot)
 
 
 def assign_slots(

@@ -51,39 +51,45 @@ class LocalTransport(Transport):
         """Also dropped_E, and expert_of_group_G where every token finds room."""
         groups, slots = self._groups(x_AD.shape[0], room)
         if room == DROPLESS:
-            rank_A = dispatch.rank_within_expert(plan["one_hot_AE"], None)
-            slot_of_A, expert_of_group_G = dispatch.block_slots(plan["expert_A"], rank_A, load_E)
-            token_of_slot_P = dispatch.token_of_slot(slot_of_A, groups * slots)
+            position_A = dispatch.rank_within_expert(plan["one_hot_AE"], None)
+            slot_of_row_A, expert_of_group_G = dispatch.block_slots(
+                plan["expert_A"], position_A, load_E
+            )
+            row_of_slot_Q = dispatch.token_of_slot(slot_of_row_A, groups * slots)
             return {
-                "rows_PD": self.dispatch(x_AD, token_of_slot_P, slot_of_A),
-                "token_of_slot_P": token_of_slot_P,
-                "slot_of_token_A": slot_of_A,
+                "rows_QD": self.dispatch(x_AD, row_of_slot_Q, slot_of_row_A),
+                "row_of_slot_Q": row_of_slot_Q,
+                "slot_of_row_A": slot_of_row_A,
                 "expert_of_group_G": expert_of_group_G,
                 "dropped_E": ops.zeros_like(load_E),
             }
         affinity_A = plan["affinity_A"] if self.by_affinity else None
-        rank_A = dispatch.rank_within_expert(plan["one_hot_AE"], affinity_A)
-        slot_of_A = dispatch.capacity_slots(plan["expert_A"], rank_A, room)
-        token_of_slot_P = dispatch.token_of_slot(slot_of_A, groups * slots)
+        position_A = dispatch.rank_within_expert(plan["one_hot_AE"], affinity_A)
+        slot_of_row_A = dispatch.capacity_slots(plan["expert_A"], position_A, room)
+        row_of_slot_Q = dispatch.token_of_slot(slot_of_row_A, groups * slots)
         return {
-            "rows_PD": self.dispatch(x_AD, token_of_slot_P, slot_of_A),
-            "token_of_slot_P": token_of_slot_P,
-            "slot_of_token_A": slot_of_A,
+            "rows_QD": self.dispatch(x_AD, row_of_slot_Q, slot_of_row_A),
+            "row_of_slot_Q": row_of_slot_Q,
+            "slot_of_row_A": slot_of_row_A,
             "dropped_E": ops.relu(load_E - float(room)),
         }
 
-    def share(self, load_ME: Tensor, probs_ME: Tensor) -> Shared:
-        return {"load_NE": load_ME, "probs_NE": probs_ME, "log_probs_NE": log_of(probs_ME)}
+    def share(self, own_load_NE: Tensor, own_probs_NE: Tensor) -> Shared:
+        return {
+            "load_NE": own_load_NE,
+            "probs_NE": own_probs_NE,
+            "log_probs_NE": log_of(own_probs_NE),
+        }
 
     def carry(
         self, experts: Experts, packed: Packed, shared: Shared, capacity: int, training: bool
     ) -> Tuple[Tensor, Tensor]:
-        rows_PD = packed["rows_PD"]
-        groups, slots = self._groups(packed["slot_of_token_A"].shape[0], capacity)
-        x_GCD = ops.reshape(rows_PD, (groups, slots, rows_PD.shape[1]))
+        rows_QD = packed["rows_QD"]
+        groups, slots = self._groups(packed["slot_of_row_A"].shape[0], capacity)
+        x_GCD = ops.reshape(rows_QD, (groups, slots, rows_QD.shape[1]))
         expert_of_group_G = packed["expert_of_group_G"] if capacity == DROPLESS else None
         y_GCD = experts(x_GCD, expert_of_group_G)
-        return ops.reshape(y_GCD, rows_PD.shape), packed["dropped_E"]
+        return ops.reshape(y_GCD, rows_QD.shape), packed["dropped_E"]
 
     def _groups(self, num_assignments: int, capacity: int) -> Tuple[int, int]:
         """G and C."""

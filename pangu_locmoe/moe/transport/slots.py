@@ -15,7 +15,7 @@ computed and sent back as it arrives, so that a device that exchanges and comput
 has the exchange of one under the computation of another.
 
 Letters: A assignments of this rank's tokens (moe/plan.py), D hidden, E experts, R ranks of the
-expert-parallel group, P slots of this rank (places of the world in shared_P2E), N nodes, G local
+expert-parallel group, P slots of this rank (places of the world in shared_U2E), N nodes, G local
 experts, C slots of all sources for one expert.
 """
 
@@ -77,15 +77,15 @@ class SlotExchange(nn.Cell):
         self.place_of_row = Tensor((np.argsort(row_of_place) + 1).astype(np.int32))
         self.reorder = dispatch.Dispatch()
 
-    def to_experts(self, rows_PD: Tensor) -> Tensor:
+    def to_experts(self, rows_QD: Tensor) -> Tensor:
         """x_GCD on the experts' ranks."""
-        rows = self.there(rows_PD)
+        rows = self.there(rows_QD)
         if not self.sorted_by_source:
             rows = self.reorder(rows, self.row_of_place, self.place_of_row)
         return ops.reshape(rows, self.buffers)
 
     def from_experts(self, y_GCD: Tensor) -> Tensor:
-        """rows_PD on the tokens' ranks, in the order in which they left."""
+        """rows_QD on the tokens' ranks, in the order in which they left."""
         rows = ops.reshape(y_GCD, (-1, y_GCD.shape[2]))
         if not self.sorted_by_source:
             rows = self.reorder(rows, self.place_of_row, self.row_of_place)
@@ -145,36 +145,36 @@ class SlotsTransport(RankTransport):
         start_E = layout[1]
         chunks = self.chunks if training else 1
         affinity_A = plan["affinity_A"] if self.by_affinity else None
-        rank_A = dispatch.rank_within_expert(plan["one_hot_AE"], affinity_A)
+        position_A = dispatch.rank_within_expert(plan["one_hot_AE"], affinity_A)
         expert_A = plan["expert_A"]
         width_A = ops.gather(slots_E, expert_A, 0)
-        kept_A = ops.cast(ops.less(rank_A, width_A * chunks), ms.int32)
-        place_A = rank_A
+        kept_A = ops.cast(ops.less(position_A, width_A * chunks), ms.int32)
+        place_A = position_A
         if chunks > 1:  # the best tokens are in the first chunk; what was not proposed has rank -1
-            chunk_A = ops.floor_div(ops.maximum(rank_A, 0), ops.maximum(width_A, 1))
-            place_A = rank_A + chunk_A * (room - width_A)
-        slot_of_A = (ops.gather(start_E, expert_A, 0) + place_A + 1) * kept_A
-        token_of_slot_P = dispatch.token_of_slot(slot_of_A, room * chunks)
+            chunk_A = ops.floor_div(ops.maximum(position_A, 0), ops.maximum(width_A, 1))
+            place_A = position_A + chunk_A * (room - width_A)
+        slot_of_row_A = (ops.gather(start_E, expert_A, 0) + place_A + 1) * kept_A
+        row_of_slot_Q = dispatch.token_of_slot(slot_of_row_A, room * chunks)
         return {
-            "rows_PD": self.dispatch(x_AD, token_of_slot_P, slot_of_A),
-            "token_of_slot_P": token_of_slot_P,
-            "slot_of_token_A": slot_of_A,
+            "rows_QD": self.dispatch(x_AD, row_of_slot_Q, slot_of_row_A),
+            "row_of_slot_Q": row_of_slot_Q,
+            "slot_of_row_A": slot_of_row_A,
             "dropped_E": ops.relu(load_E - ops.cast(slots_E * chunks, ms.float32)),
         }
 
-    def share(self, load_ME: Tensor, probs_ME: Tensor) -> Shared:
-        own_X = ops.reshape(ops.concat((load_ME, probs_ME), 0), (-1,))
-        shared_PX = ops.stop_gradient(self.gather(ops.stop_gradient(own_X)))
+    def share(self, own_load_NE: Tensor, own_probs_NE: Tensor) -> Shared:
+        own_X = ops.reshape(ops.concat((own_load_NE, own_probs_NE), 0), (-1,))
+        shared_UX = ops.stop_gradient(self.gather(ops.stop_gradient(own_X)))
         if (
             self.place_ranks > 1
         ):  # the ranks of a place have the same tokens: its first one speaks for it
-            shared_PX = shared_PX[:: self.place_ranks]
+            shared_UX = shared_UX[:: self.place_ranks]
         by_node = (self.num_nodes, self.places_per_node, 2, self.num_experts)
-        shared_N2E = ops.reduce_sum(ops.reshape(shared_PX, by_node), 1)
+        shared_N2E = ops.reduce_sum(ops.reshape(shared_UX, by_node), 1)
         probs_NE = shared_N2E[:, 1] * (1.0 / self.places_per_node)
         return {
             "load_NE": shared_N2E[:, 0],
-            "probs_NE": self.with_own_gradient(probs_NE, probs_ME),
+            "probs_NE": self.with_own_gradient(probs_NE, own_probs_NE),
             "log_probs_NE": log_of(probs_NE),
         }
 
@@ -182,14 +182,14 @@ class SlotsTransport(RankTransport):
         self, experts: Experts, packed: Packed, shared: Shared, capacity: int, training: bool
     ) -> Tuple[Tensor, Tensor]:
         """While training `capacity` is of no account; evaluation has a slot for every token."""
-        num_tokens = packed["slot_of_token_A"].shape[0] // self.choices
+        num_tokens = packed["slot_of_row_A"].shape[0] // self.choices
         way = self.trained if training else self._for_evaluation(num_tokens, capacity)
-        rows_PD = packed["rows_PD"]
+        rows_QD = packed["rows_QD"]
         if way.chunks == 1:
-            y_GCD = experts(way.to_experts(rows_PD), None)
+            y_GCD = experts(way.to_experts(rows_QD), None)
             return way.from_experts(y_GCD), packed["dropped_E"]
         arrived = []
-        for chunk in ops.split(rows_PD, way.slots, 0):
+        for chunk in ops.split(rows_QD, way.slots, 0):
             arrived.append(way.to_experts(chunk))
         returned = []
         for x_GCD in arrived:

@@ -43,13 +43,13 @@ def share_figures(trace: Trace, states: States) -> list[Figure]:
     """For each layer every expert's share over the steps, the transient shaded; one layer after
     the other.
     """
-    layers, experts = trace.load_KLE.shape[1:]
+    layers, experts = trace.load_WLE.shape[1:]
     drawn = min(layers, LAYERS)
     points = min(POINTS, max(24, ALL_POINTS // (drawn * min(experts, LINES))))
     figures = []
     for layer, begin in enumerate(states.layers_stable_from[:drawn]):
         title = f"MoE layer {layer}: {states.says(begin)}"
-        shaded_to = begin if states.known else int(trace.step_K[0])
+        shaded_to = begin if states.known else int(trace.step_W[0])
         svg, left_out = _shares(title, trace, layer, shaded_to, points)
         caption = (
             f"The {LINES} experts whose share moves most; {left_out} are left out."
@@ -65,14 +65,14 @@ def statistic_figure(states: States) -> Figure:
     logarithmic scale.
     """
     title = "How restless each layer is"
-    known_K = np.isfinite(states.statistic_KL).all(axis=1)
-    layers = states.statistic_KL.shape[1]
-    if not known_K.any():
+    known_W = np.isfinite(states.statistic_WL).all(axis=1)
+    layers = states.statistic_WL.shape[1]
+    if not known_W.any():
         return Figure(title, None)
-    step_K = np.asarray(states.step_K[known_K], float)
-    statistic_KL = states.statistic_KL[known_K]
+    step_W = np.asarray(states.step_W[known_W], float)
+    statistic_WL = states.statistic_WL[known_W]
     if layers > COLOURS:
-        names, statistic_KL = ["the most restless layer"], statistic_KL.max(axis=1, keepdims=True)
+        names, statistic_WL = ["the most restless layer"], statistic_WL.max(axis=1, keepdims=True)
     else:
         names = [f"MoE layer {layer}" for layer in range(layers)]
     figure, axes = canvas(186, RIGHT, STEP, "statistic / limit")
@@ -80,9 +80,9 @@ def statistic_figure(states: States) -> Figure:
     for limit, dashes in ((1.0, "-"), (EXIT, "--")):
         axes.axhline(limit, color=INK["ink"], linewidth=1, linestyle=dashes, clip_on=False)
     for index in range(len(names)):
-        line = thin(step_K, np.maximum(statistic_KL[:, index], 0.1), POINTS)
+        line = thin(step_W, np.maximum(statistic_WL[:, index], 0.1), POINTS)
         axes.plot(*line, color=INK[f"c{index}"], linewidth=1.3, clip_on=False, gid=f"line-{index}")
-    _span(axes, step_K)
+    _span(axes, step_W)
     _plain_log(axes)
     caption = (
         "Quiet is below the line at 1. A stable layer is transient again above the dashed "
@@ -98,21 +98,21 @@ def local_figure(trace: Trace) -> Figure:
     where training starts.
     """
     title = "Tokens that stay in their node"
-    local_KL = local_fraction(trace)
-    if local_KL is None:
+    local_WL = local_fraction(trace)
+    if local_WL is None:
         return Figure(title, None)
-    rows, layers = local_KL.shape
+    rows, layers = local_WL.shape
     window = max(1, min(AVERAGED, rows // 10))
     names = [f"MoE layer {layer}" for layer in range(layers)]
     if layers > COLOURS:
-        names, local_KL = ["mean of all layers"], local_KL.mean(axis=1, keepdims=True)
-    step_K = np.asarray(trace.step_K, float)
+        names, local_WL = ["mean of all layers"], local_WL.mean(axis=1, keepdims=True)
+    step_W = np.asarray(trace.step_W, float)
     lines = [
         Line(
             name,
             *pick(
-                step_K,
-                moving_mean(np.asarray(100 * local_KL[:, index], np.float64), window),
+                step_W,
+                moving_mean(np.asarray(100 * local_WL[:, index], np.float64), window),
                 POINTS,
             ),
             index,
@@ -120,7 +120,7 @@ def local_figure(trace: Trace) -> Figure:
         )
         for index, name in enumerate(names)
     ]
-    nodes = 0 if trace.source_KLNE is None else trace.source_KLNE.shape[2]
+    nodes = 0 if trace.source_WLNE is None else trace.source_WLNE.shape[2]
     caption = (
         f"Experts in equal contiguous blocks on {nodes} nodes, as training starts; alike nodes "
         f"would give {100 / nodes:.3g} %."
@@ -139,32 +139,32 @@ def local_fraction(trace: Trace) -> Array | None:
 
     None where the trace cannot tell: no source, one node, or uneven blocks.
     """
-    if trace.source_KLNE is None:
+    if trace.source_WLNE is None:
         return None
-    nodes, experts = trace.source_KLNE.shape[2:]
+    nodes, experts = trace.source_WLNE.shape[2:]
     if nodes < 2 or experts % nodes:
         return None
     held = experts // nodes
-    local_KL = sum(
-        trace.source_KLNE[:, :, node, node * held : (node + 1) * held].sum(axis=2)
+    local_WL = sum(
+        trace.source_WLNE[:, :, node, node * held : (node + 1) * held].sum(axis=2)
         for node in range(nodes)
     )
-    all_KL = trace.load_KLE.sum(axis=2)
-    return np.asarray(np.where(all_KL > 0, local_KL / np.maximum(all_KL, 1), np.nan))
+    all_WL = trace.load_WLE.sum(axis=2)
+    return np.asarray(np.where(all_WL > 0, local_WL / np.maximum(all_WL, 1), np.nan))
 
 
 def _shares(
     title: str, trace: Trace, layer: int, begin: int | None, points: int
 ) -> tuple[str, int]:
     """The SVG, and how many experts are not in it."""
-    one_layer = Trace(trace.step_K, trace.load_KLE[:, layer : layer + 1])
-    weight_P = bin_rows(np.ones(len(trace.step_K)), points)
-    step_P = bin_rows(np.asarray(trace.step_K, float), points) / weight_P
-    share_PE = 100 * bin_rows(one_layer.share_KLE[:, 0], points) / weight_P[:, None]
-    shown = np.sort(np.argsort(-np.ptp(share_PE, axis=0), kind="stable")[:LINES])
+    one_layer = Trace(trace.step_W, trace.load_WLE[:, layer : layer + 1])
+    weight_X = bin_rows(np.ones(len(trace.step_W)), points)
+    step_X = bin_rows(np.asarray(trace.step_W, float), points) / weight_X
+    share_XE = 100 * bin_rows(one_layer.share_WLE[:, 0], points) / weight_X[:, None]
+    shown = np.sort(np.argsort(-np.ptp(share_XE, axis=0), kind="stable")[:LINES])
     figure, axes = canvas(186, RIGHT, STEP, "% of the layer's tokens")
-    first = float(trace.step_K[0])
-    last = float(trace.step_K[-1])
+    first = float(trace.step_W[0])
+    last = float(trace.step_W[-1])
     axes.axvspan(
         first,
         last if begin is None else begin,
@@ -176,29 +176,29 @@ def _shares(
     )
     axes.grid(axis="y", color=INK["grid"], linewidth=1, clip_on=False)
     for index, expert in enumerate(shown):
-        style: dict[str, Any] = {"marker": "o", "markersize": 4} if len(step_P) == 1 else {}
+        style: dict[str, Any] = {"marker": "o", "markersize": 4} if len(step_X) == 1 else {}
         axes.plot(
-            step_P,
-            share_PE[:, expert],
+            step_X,
+            share_XE[:, expert],
             color=INK[f"c{expert % COLOURS}"],
             linewidth=0.9,
             clip_on=False,
             gid=f"line-{index}",
             **style,
         )
-    high = float(share_PE.max())
+    high = float(share_XE.max())
     axes.set_ylim(0, 1.06 * high if high else 1.0)
     _span(axes, np.array([first, last]))
     set_ticks(axes.yaxis, high, False)
-    return figure_svg(title, figure, [f"expert {expert}" for expert in shown]), share_PE.shape[
+    return figure_svg(title, figure, [f"expert {expert}" for expert in shown]), share_XE.shape[
         1
     ] - len(shown)
 
 
-def _span(axes: Any, step_K: Array) -> None:
-    one = float(step_K[0] == step_K[-1])
-    axes.set_xlim(step_K[0] - one, step_K[-1] + one)
-    set_ticks(axes.xaxis, float(step_K[-1]), True)
+def _span(axes: Any, step_W: Array) -> None:
+    one = float(step_W[0] == step_W[-1])
+    axes.set_xlim(step_W[0] - one, step_W[-1] + one)
+    set_ticks(axes.xaxis, float(step_W[-1]), True)
 
 
 def _plain_log(axes: Any) -> None:

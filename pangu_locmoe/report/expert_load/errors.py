@@ -58,12 +58,12 @@ def rolling_origins(trace: Trace, horizon: int, stable_from: int | None) -> list
     """Evenly spaced steps, as many in either state, from which MIN_PAST rows lie behind and the
     whole horizon ahead.
     """
-    if len(trace.step_K) <= MIN_PAST or horizon < trace.stride:
+    if len(trace.step_W) <= MIN_PAST or horizon < trace.stride:
         return []
-    first = int(trace.step_K[MIN_PAST])
-    last = int(trace.step_K[-1]) + trace.stride - horizon
+    first = int(trace.step_W[MIN_PAST])
+    last = int(trace.step_W[-1]) + trace.stride - horizon
     change = last + 1 if stable_from is None else min(max(stable_from, first), last + 1)
-    most = max(1, min(ORIGINS, ORIGINS * CELLS // trace.load_KLE.size))
+    most = max(1, min(ORIGINS, ORIGINS * CELLS // trace.load_WLE.size))
     parts = [
         np.linspace(low, high, most).round().astype(int)
         for low, high in ((first, change - 1), (change, last))
@@ -91,7 +91,7 @@ def errors_html(cases: list[Case], trace: Trace, says: str) -> str:
         "every layer weighs the same.</p>"
     )
     rows = table(cases)
-    experts = trace.load_KLE.shape[2]
+    experts = trace.load_WLE.shape[2]
     parts = [
         _measure(
             "WAPE, %",
@@ -288,7 +288,7 @@ def _find(
 
 def _too_short(trace: Trace) -> str:
     stride = trace.stride
-    covered = int(trace.step_K[-1]) - int(trace.step_K[0]) + stride
+    covered = int(trace.step_W[-1]) - int(trace.step_W[0]) + stride
     wide = f", one row every {stride:,}" if stride > 1 else ""
     return (
         f"the trace covers {covered:,} steps{wide}; a horizon needs {MIN_PAST} rows before it, "

@@ -71,9 +71,9 @@ def _name(trace_file: Path) -> str:
 
 
 def _subtitle(trace: Trace) -> str:
-    layers, experts = trace.load_KLE.shape[1:]
+    layers, experts = trace.load_WLE.shape[1:]
     return (
-        f"pangu_locmoe, load trace: {_count(len(trace.step_K), 'row')}, "
+        f"pangu_locmoe, load trace: {_count(len(trace.step_W), 'row')}, "
         f"{_count(layers, 'sparse layer')}, {_count(experts, 'expert')} each"
     )
 
@@ -87,17 +87,17 @@ def _notes(trace: Trace, found: States) -> str:
     lines = []
     if not found.known:
         lines.append(
-            f"States: {_count(len(trace.step_K), 'row')} cannot tell, the rule needs "
+            f"States: {_count(len(trace.step_W), 'row')} cannot tell, the rule needs "
             f"{found.needed}; nothing is known of the load's stability."
         )
-    if trace.source_KLNE is None:
+    if trace.source_WLNE is None:
         lines.append("Locality: the trace does not say which node tokens come from (no source).")
-    if (np.diff(trace.step_K) != trace.stride).any():
+    if (np.diff(trace.step_W) != trace.stride).any():
         lines.append(
             f"Steps: the rows are not evenly spaced; {trace.stride:,} is the median distance."
         )
-    if trace.load_KLE.shape[1] > LAYERS:
-        lines.append(f"Shares: the first {LAYERS} of {trace.load_KLE.shape[1]} layers are drawn.")
+    if trace.load_WLE.shape[1] > LAYERS:
+        lines.append(f"Shares: the first {LAYERS} of {trace.load_WLE.shape[1]} layers are drawn.")
     return (
         '<div class="notes">' + "".join(f"<p>{html.escape(line)}</p>" for line in lines) + "</div>"
         if lines
@@ -106,18 +106,18 @@ def _notes(trace: Trace, found: States) -> str:
 
 
 def _tiles(trace: Trace, found: States) -> str:
-    rows, layers, experts = trace.load_KLE.shape
-    tokens_KL = trace.load_KLE.sum(axis=2)
-    low = float(tokens_KL.min())
-    high = float(tokens_KL.max())
+    rows, layers, experts = trace.load_WLE.shape
+    tokens_WL = trace.load_WLE.sum(axis=2)
+    low = float(tokens_WL.min())
+    high = float(tokens_WL.max())
     spread = "in every step and layer" if low == high else f"median; {text(low)} to {text(high)}"
     dropped = (
-        float(trace.dropped_KLE.sum() / max(1, tokens_KL.sum()))
-        if trace.dropped_KLE is not None
+        float(trace.dropped_WLE.sum() / max(1, tokens_WL.sum()))
+        if trace.dropped_WLE is not None
         else np.nan
     )
     nodes = (
-        "not recorded" if trace.source_KLNE is None else _count(trace.source_KLNE.shape[2], "node")
+        "not recorded" if trace.source_WLNE is None else _count(trace.source_WLNE.shape[2], "node")
     )
     tiles = (
         (
@@ -127,7 +127,7 @@ def _tiles(trace: Trace, found: States) -> str:
         ),
         (
             "Steps",
-            f"{trace.step_K[0]:,} – {trace.step_K[-1]:,}" if rows > 1 else f"{trace.step_K[0]:,}",
+            f"{trace.step_W[0]:,} – {trace.step_W[-1]:,}" if rows > 1 else f"{trace.step_W[0]:,}",
             "first and last" if rows > 1 else "the only one",
         ),
         (
@@ -135,12 +135,12 @@ def _tiles(trace: Trace, found: States) -> str:
             f"{experts:,}",
             f"in {_count(layers, 'sparse layer')}; a mean share is {percent(1 / experts)}",
         ),
-        ("Tokens per step", text(float(np.median(tokens_KL))), f"of a layer, {spread}"),
+        ("Tokens per step", text(float(np.median(tokens_WL))), f"of a layer, {spread}"),
         ("Sources", nodes, "where tokens come from"),
         (
             "Dropped tokens",
             percent(dropped),
-            "of all" if trace.dropped_KLE is not None else "not recorded",
+            "of all" if trace.dropped_WLE is not None else "not recorded",
         ),
         (
             "Stable from",
@@ -176,13 +176,13 @@ def _states(trace: Trace, found: States) -> str:
         "neighbouring rows are alike. It is transient again when one of these "
         f"exceeds {EXIT:g} times its limit or the noise itself changes.</p>"
     )
-    last = tail(len(trace.step_K))
-    recent_LE = trace.load_KLE[-last:].sum(axis=0)
+    last = tail(len(trace.step_W))
+    recent_LE = trace.load_WLE[-last:].sum(axis=0)
     lines = []
     for layer, begin in enumerate(found.layers_stable_from):
         load_E = recent_LE[layer]
         total = max(1, int(load_E.sum()))
-        never = int((trace.load_KLE[:, layer].sum(axis=0) == 0).sum())
+        never = int((trace.load_WLE[:, layer].sum(axis=0) == 0).sum())
         since = DASH if begin is None else f"{begin:,}"
         numbers = [
             text(load_E.max() / max(load_E.mean(), 1e-9), 3),
@@ -214,9 +214,9 @@ def _states(trace: Trace, found: States) -> str:
 
 
 def _locality(trace: Trace) -> str:
-    if trace.source_KLNE is None:
+    if trace.source_WLNE is None:
         return "<p>Not recorded: the trace has no <code>source</code>.</p>"
-    nodes, experts = trace.source_KLNE.shape[2:]
+    nodes, experts = trace.source_WLNE.shape[2:]
     reason = (
         "there is one node"
         if nodes == 1

@@ -34,7 +34,7 @@ def plot_states(trace: Trace, states: States, path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    layers = trace.load_KLE.shape[1]
+    layers = trace.load_WLE.shape[1]
     columns = min(COLUMNS, layers)
     figure = Figure((WIDTH * columns, HEIGHT * -(-layers // columns)), layout="constrained")
     with matplotlib.rc_context(style("states")):
@@ -47,16 +47,16 @@ def plot_states(trace: Trace, states: States, path: Path) -> None:
 
 
 def _shares(axes: Axes, trace: Trace, states: States, layer: int) -> None:
-    count_KE = trace.load_KLE[:, layer]
-    step_K = np.asarray(trace.step_K, float)
-    weight = bin_rows(np.ones(len(step_K)), POINTS)
-    middle_K = bin_rows(step_K, POINTS) / weight
-    mean_KE = bin_rows(trace.share_KLE[:, layer], POINTS) / weight[:, None]
-    pixels = trace.load_KLE[0].size > LINES
-    for expert in range(count_KE.shape[1]):
+    count_WE = trace.load_WLE[:, layer]
+    step_W = np.asarray(trace.step_W, float)
+    weight = bin_rows(np.ones(len(step_W)), POINTS)
+    middle_W = bin_rows(step_W, POINTS) / weight
+    mean_WE = bin_rows(trace.share_WLE[:, layer], POINTS) / weight[:, None]
+    pixels = trace.load_WLE[0].size > LINES
+    for expert in range(count_WE.shape[1]):
         axes.plot(
-            middle_K,
-            100 * mean_KE[:, expert],
+            middle_W,
+            100 * mean_WE[:, expert],
             color=SERIES[expert % len(SERIES)],
             linewidth=0.6,
             rasterized=pixels,
@@ -64,8 +64,8 @@ def _shares(axes: Axes, trace: Trace, states: States, layer: int) -> None:
     begin = states.layers_stable_from[layer]
     if states.known:
         axes.axvspan(
-            step_K[0],
-            step_K[-1] if begin is None else begin,
+            step_W[0],
+            step_W[-1] if begin is None else begin,
             color=SOFT,
             alpha=0.13,
             linewidth=0,
@@ -81,11 +81,11 @@ def _shares(axes: Axes, trace: Trace, states: States, layer: int) -> None:
 def _statistic(axes: Axes, states: States, layer: int) -> None:
     from matplotlib.ticker import FixedLocator, NullFormatter, StrMethodFormatter
 
-    step_K = np.asarray(states.step_K, float)
-    statistic_K = states.statistic_KL[:, layer]
-    known = np.isfinite(statistic_K)
+    step_W = np.asarray(states.step_W, float)
+    statistic_W = states.statistic_WL[:, layer]
+    known = np.isfinite(statistic_W)
     axes.plot(
-        *pick(*thin(step_K[known], statistic_K[known], POINTS), POINTS),
+        *pick(*thin(step_W[known], statistic_W[known], POINTS), POINTS),
         color=SERIES[0],
         linewidth=1,
     )

@@ -58,7 +58,7 @@ class Placement:
             yield from self._place_experts(step)
 
     def state(self) -> Dict[str, Any]:
-        return {"slot_to_expert": self._expert_of_slot_LE.tolist()}
+        return {"slot_to_expert": self._expert_of_slot_LP.tolist()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         if "slot_to_expert" not in state:
@@ -68,20 +68,22 @@ class Placement:
             layer.transport.place(np.asarray(slots))
 
     @property
-    def _expert_of_slot_LE(self) -> np.ndarray:
-        now_LE = self._stepper.expert_of_slot_LE
-        assert now_LE is not None
-        return now_LE
+    def _expert_of_slot_LP(self) -> np.ndarray:
+        expert_of_slot_LP = self._stepper.expert_of_slot_LP
+        assert expert_of_slot_LP is not None
+        return expert_of_slot_LP
 
     def _place_experts(self, step: int) -> Iterator[Row]:
         """Plan from the trace, and move what the plan moves."""
         started = time.perf_counter()
-        now_LE = self._expert_of_slot_LE
+        expert_of_slot_LP = self._expert_of_slot_LP
         world = self._stepper.world
         plan = None
         if world.is_first:
-            plan = plan_placement(self._config, world.topology, self._trace(), step, now_LE)
-        self._stepper.move_experts(agree(plan, now_LE, world.communicator))
+            plan = plan_placement(
+                self._config, world.topology, self._trace(), step, expert_of_slot_LP
+            )
+        self._stepper.move_experts(agree(plan, expert_of_slot_LP, world.communicator))
         if plan is not None:
             yield event(step, plan, started)
 
@@ -102,7 +104,7 @@ def starting_slots(config: Config) -> np.ndarray:
         plan = load_plan(Path(start))
     except DataError as error:
         raise DataError(f"placement.start = {start!r}: {error}") from None
-    has = (*plan.slots_LS.shape, plan.nodes * plan.ranks_per_node)
+    has = (*plan.expert_of_slot_LP.shape, plan.nodes * plan.ranks_per_node)
     needs = (model.num_moe_layers, moe.num_experts, config.parallel.expert_parallel)
     if has != needs:
         (layers, slots, ranks), (own_layers, own_slots, own_ranks) = has, needs
@@ -110,11 +112,11 @@ def starting_slots(config: Config) -> np.ndarray:
             f"placement.start = {start!r}: the plan has {layers} layers of {slots} slots "
             f"on {ranks} ranks, the run {own_layers} of {own_slots} on {own_ranks}"
         )
-    return plan.slots_LS
+    return plan.expert_of_slot_LP
 
 
 def plan_placement(
-    config: Config, topology: Topology, trace: Trace, step: int, now_LE: np.ndarray
+    config: Config, topology: Topology, trace: Trace, step: int, expert_of_slot_LP: np.ndarray
 ) -> Plan:
     """The plan after `step` for the steps up to the next one, from the trace so far.
 
@@ -128,7 +130,7 @@ def plan_placement(
             their loads.
         trace: rows up to `step`, with their sources.
         step: the last one made.
-        now_LE: an expert for each slot now.
+        expert_of_slot_LP: an expert for each slot now.
     """
     wishes = config.placement
     model = config.model
@@ -150,7 +152,7 @@ def plan_placement(
         wishes.policy,
         origin=step + 1,
         horizon=wishes.every,
-        current=now_LE,
+        current=expert_of_slot_LP,
         stable_from=None
         if wishes.while_transient
         else lambda past: states(past).layers_stable_from,
@@ -162,25 +164,29 @@ def _of_a_group(trace: Trace, topology: Topology, nodes: int) -> Trace:
     """Tokens by node of an expert-parallel group, all groups together: node n of the job is node
     n mod M of its group.
     """
-    assert trace.source_KLNE is not None
-    rows, layers, job_nodes, experts = trace.source_KLNE.shape
+    assert trace.source_WLNE is not None
+    rows, layers, job_nodes, experts = trace.source_WLNE.shape
     groups = topology.num_places // topology.expert_parallel
-    source_KLME = (
-        trace.source_KLNE.reshape(rows, layers, job_nodes // nodes, nodes, experts).sum(axis=2)
+    merged_WLNE = (
+        trace.source_WLNE.reshape(rows, layers, job_nodes // nodes, nodes, experts).sum(axis=2)
         // groups
     )
-    return replace(trace, load_KLE=source_KLME.sum(axis=2), source_KLNE=source_KLME)
+    return replace(trace, load_WLE=merged_WLNE.sum(axis=2), source_WLNE=merged_WLNE)
 
 
-def agree(plan: Optional[Plan], now_LE: np.ndarray, communicator: Communicator) -> np.ndarray:
+def agree(
+    plan: Optional[Plan], expert_of_slot_LP: np.ndarray, communicator: Communicator
+) -> np.ndarray:
     """The placement of rank 0's plan, on all ranks; the others have no plan, because the trace
     is rank 0's.
     """
-    own = now_LE if plan is None else plan.slots_LS
+    own = expert_of_slot_LP if plan is None else plan.expert_of_slot_LP
     shared = communicator.all_gather(
         Tensor(own.reshape(-1).astype(np.int32), mstype.int32)
     ).asnumpy()
-    first: np.ndarray = shared.reshape(communicator.size, *now_LE.shape)[0].astype(np.int64)
+    first: np.ndarray = shared.reshape(communicator.size, *expert_of_slot_LP.shape)[0].astype(
+        np.int64
+    )
     return first
 
 

@@ -113,16 +113,16 @@ class Stepper(ABC):
         self._use_step()
 
     @property
-    def expert_of_slot_LE(self) -> Optional[np.ndarray]:
+    def expert_of_slot_LP(self) -> Optional[np.ndarray]:
         """Where experts are, int [L, E]; None in a single process, and without MoE layers."""
         if self.world.exchange is None or not self.model.moe_layers:
             return None
         return moving.expert_of_slot(self.model)
 
-    def move_experts(self, wanted_LE: np.ndarray) -> None:
+    def move_experts(self, next_expert_of_slot_LP: np.ndarray) -> None:
         """Bring experts and their moments to other ranks: an expert for each slot, int [L, E]."""
         assert self.world.exchange is not None
-        moving.move_experts(self.model, self.optimizer, self.world.exchange, wanted_LE)
+        moving.move_experts(self.model, self.optimizer, self.world.exchange, next_expert_of_slot_LP)
 
     def __call__(self, batch: Batch, step: int, learning_rate: float) -> StepResult:
         """Train on one global batch.

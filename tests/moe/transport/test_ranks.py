@@ -80,11 +80,11 @@ def layer_of(config, transport, communicator=None):
     """The layer with a transport; its router's experts are spread over the nodes, whoever
     computes them.
     """
-    allowed_KE = allowed_experts(config)
+    allowed_JE = allowed_experts(config)
     topology = Topology(PLACES, PLACES // NODES, PLACES, EXPERTS)
     if transport is LocalTransport:
         topology = Topology.emulated(NODES, EXPERTS)
-    context = RouterContext(0, allowed_KE, topology, np.ones((len(allowed_KE), 300), np.int64))
+    context = RouterContext(0, allowed_JE, topology, np.ones((len(allowed_JE), 300), np.int64))
     experts = Experts(*expert_weights(config, 0, range(EXPERTS)), TensorGroup.alone())
     router = router_class(config)(config, context)
     if communicator is None:

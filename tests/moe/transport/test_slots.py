@@ -45,9 +45,9 @@ def with_factors(local: float, remote: float, **moe):
 
 def one_source(config):
     """The static layer of a world of one, and the ordinary one."""
-    allowed_KE = allowed_experts(config)
+    allowed_JE = allowed_experts(config)
     context = RouterContext(
-        0, allowed_KE, Topology(1, 1, 1, EXPERTS), np.ones((len(allowed_KE), 300), np.int64)
+        0, allowed_JE, Topology(1, 1, 1, EXPERTS), np.ones((len(allowed_JE), 300), np.int64)
     )
     return MoELayer.of(config, context, Exchange(SingleProcess(), [0], [0])), MoELayer.of(
         config, context

@@ -31,18 +31,18 @@ class OnPaper:
         self.num_tokens = 32
         self.capacities = (10,)
         self.factors = starting_factors(config.moe.capacity)
-        self.expert_of_slot_LE = np.arange(4)[None]
+        self.expert_of_slot_LP = np.arange(4)[None]
         self.model = SimpleNamespace(
             moe_layers={
                 "blocks.1.moe": SimpleNamespace(transport=SimpleNamespace(place=self.place))
             }
         )
 
-    def place(self, expert_of_slot_E):
-        self.expert_of_slot_LE = expert_of_slot_E[None]
+    def place(self, expert_of_slot_P):
+        self.expert_of_slot_LP = expert_of_slot_P[None]
 
-    def move_experts(self, wanted_LE):
-        self.expert_of_slot_LE = np.asarray(wanted_LE)
+    def move_experts(self, next_expert_of_slot_LP):
+        self.expert_of_slot_LP = np.asarray(next_expert_of_slot_LP)
 
     def set_capacities(self, capacities):
         self.capacities = capacities
@@ -103,7 +103,7 @@ def test_experts_begin_where_they_are_put(start):
     stepper = OnPaper(config, SimpleNamespace())
     policies = make_policies(config, stepper, no_trace)
     assert len(policies) == 1 + (start is not None)
-    assert stepper.expert_of_slot_LE.tolist() == (start or [[0, 1, 2, 3]])
+    assert stepper.expert_of_slot_LP.tolist() == (start or [[0, 1, 2, 3]])
     for policy in policies:  # without a policy they stay
         assert list(policy(1000, SimpleNamespace(cosine_LT=[]))) == []
 
