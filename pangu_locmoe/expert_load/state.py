@@ -4,7 +4,7 @@ or its stable state. NumPy only.
 The paper (arXiv 2404.16914) names the two states and their statistics, variance and range of a
 share in a sliding window, but no rule. This one asks of the last W recorded rows: do the shares of
 a layer move by more than their own step-to-step noise explains?
-Letters: K rows, R rows of one block, W window, L layers, E experts.
+Letters: W rows (of a trace, a block, a window), L layers, E experts.
 """
 
 from __future__ import annotations

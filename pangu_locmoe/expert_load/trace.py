@@ -28,7 +28,7 @@ _FIELDS = {"step": "step_W", "load": "load_WLE", "dropped": "dropped_WLE", "sour
 
 @dataclass(frozen=True)
 class Trace:
-    """Tokens of every expert over a run. K rows, L sparse layers, N nodes, E experts.
+    """Tokens of every expert over a run. W rows, L sparse layers, N nodes, E experts.
 
     Attributes:
         step_W: int64, rising; the steps the rows are of. Steps between two rows were not recorded.

@@ -7,7 +7,8 @@ Four statistics, each over its limit, so that up to 1 is quiet:
   spread  variance in the window, all experts together, against the variance that the differences of
   neighbours explain; drift   squared difference of the means of the window's halves, all experts
   together, against the same noise; range   max - min of each expert against its own noise.
-Letters: R rows of one block, W window, L layers, E experts, C columns of running sums.
+Letters: W rows of one block, and the windows that end in them, L layers, E experts, X columns of
+running sums.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Multi-head attention with an additive mask.
 
-Letters: B batch, S sequence, T = B*S tokens, D hidden, H heads, K features of one head.
+Letters: B batch, S sequence, T = B*S tokens, D hidden, or one head's part of it, H heads.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def attention_mask(segments_BS: Tensor, causal_SS: Tensor, num_heads: int) -> Te
 
 
 class Attention(nn.Cell):
-    """softmax(Q K^T / sqrt(K) + mask) V, projected.
+    """softmax(Q K^T / sqrt(d) + mask) V, projected.
 
     Queries come from `query_TD`, keys and values from `x_TD`.
 

@@ -1,7 +1,7 @@
 """The two kinds of layers: the decoder block (dense or sparse) and PanGu-alpha's query layer on
 top.
 
-Letters: B batch, S sequence, T = B*S tokens, X of them on this rank (all without sequence
+Letters: B batch, S sequence, T = B*S tokens, M of them on this rank (all without sequence
 parallelism), D hidden, F inner width.
 """
 

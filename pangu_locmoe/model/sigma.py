@@ -5,8 +5,8 @@
 
 The LayerNorm between the blocks and the query layer is `model.final_norm`.
 
-Letters: B batch, S sequence, T = B*S tokens, X of them on this rank (all without sequence
-parallelism), D hidden, V vocabulary, L MoE layers, N source nodes, E experts, K domains.
+Letters: B batch, S sequence, T = B*S tokens, M of them on this rank (all without sequence
+parallelism), D hidden, V vocabulary, L MoE layers, N source nodes, E experts, J domains.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class PanguSigma(nn.Cell):
 
     Args:
         config: every size comes from here.
-        token_counts_JV: occurrences of each token in each domain's training text, int64 [K, V],
+        token_counts_JV: occurrences of each token in each domain's training text, int64 [J, V],
             which balance the hash router's table; None: all alike.
         topology: where the experts are; None: in this process.
         exchange: the way to experts in other processes; None: there are none. With it the model

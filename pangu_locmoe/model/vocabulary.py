@@ -2,8 +2,8 @@
 
 A tensor-parallel group divides its rows.
 
-Letters: T tokens, D hidden, V vocabulary, W rows of it on this rank (V without tensor parallelism),
-R ranks of the place, B rows of logits.
+Letters: T tokens, D hidden, V vocabulary (this rank's rows of it; all without tensor parallelism),
+R ranks of the replica, B prompts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pangu_locmoe.parallel.tensor import TensorGroup
 
 
 class Vocabulary(nn.Cell):
-    """The rank's rows of the vocabulary, W = V / R from W * place on.
+    """The rank's rows of the vocabulary, vocab_size / R, from that times its position on.
 
     Args:
         vocab_size: V.
@@ -40,7 +40,7 @@ class Vocabulary(nn.Cell):
             )
 
     def embed(self, table_VD: Tensor, tokens_T: Tensor, domains_T: Tensor) -> Tensor:
-        """Embeddings [T, D] from this rank's part of the table, whose domains have W rows each;
+        """Embeddings [T, D] from this rank's part of the table, whose domains have V rows each;
         int32 ids.
 
         Each token is on one rank; the others add zero. With sequence parallelism, of this rank's
@@ -56,7 +56,7 @@ class Vocabulary(nn.Cell):
         return self.leave(rows_TD * ops.expand_dims(ops.cast(inside_T, rows_TD.dtype), 1))
 
     def cross_entropy(self, logits_TV: Tensor, targets_T: Tensor) -> Tensor:
-        """Mean next-token loss, an fp32 scalar, the same on all ranks of the place. fp32 logits,
+        """Mean next-token loss, an fp32 scalar, the same on all ranks of the replica. fp32 logits,
         int32 targets.
         """
         if not self.divided:

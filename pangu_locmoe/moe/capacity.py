@@ -2,7 +2,7 @@
 
 NumPy and SciPy only.
 
-Letters: n experts, d hidden size.
+Letters: n experts, d hidden size; E experts, X parts of a step.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def factor_capacity(factor: float, num_tokens: float, num_experts: int) -> int:
     return max(1, math.ceil(factor * num_tokens / num_experts - 1e-9))
 
 
-def drop_floor(load_PE: np.ndarray, num_tokens: int, max_drop: float) -> int:
+def drop_floor(load_XE: np.ndarray, num_tokens: int, max_drop: float) -> int:
     """The smallest capacity with which experts take (1 - max_drop) * num_tokens assignments of a
     measured load, at least 1.
 
@@ -92,18 +92,18 @@ def drop_floor(load_PE: np.ndarray, num_tokens: int, max_drop: float) -> int:
     enough.
 
     Args:
-        load_PE: assignments to each expert in each part of the step whose tokens share slots.
+        load_XE: assignments to each expert in each part of the step whose tokens share slots.
         num_tokens: of all parts together. A token of most routers is one assignment; of several the
             experts may refuse some.
         max_drop: the share that may be dropped.
     """
     needed = (1 - max_drop - 1e-9) * num_tokens
     low = 1
-    high = max(1, math.ceil(load_PE.max(initial=0)))
+    high = max(1, math.ceil(load_XE.max(initial=0)))
     while low < high:
         middle = (low + high) // 2
         low, high = (
-            (low, middle) if np.minimum(load_PE, middle).sum() >= needed else (middle + 1, high)
+            (low, middle) if np.minimum(load_XE, middle).sum() >= needed else (middle + 1, high)
         )
     return low
 

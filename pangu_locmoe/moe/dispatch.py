@@ -1,17 +1,18 @@
 """Tokens to expert buffers and back.
 
-Every token has one slot, or none; where a router gives a token up to K experts, read "assignment"
-for "token" here (moe/plan.py), with `repeat_rows` before and `sum_choices` after. Buffers are [G,
-C, D]: G groups of C slots, all tokens of a group for one expert. With a fixed capacity there is one
-group for each expert, and tokens ranked C or later are dropped. Dropless, C is the block size and G
-= E + T // C blocks always suffice: an expert takes as many blocks as its tokens need, and
-`expert_of_group_G` says whose a block is. A slot has at most one token and a token at most one
-slot, so both directions are gathers, and so are both gradients.
+An assignment (moe/plan.py: a token's way to one of its experts) has one slot, or none;
+`repeat_rows` makes a row of it, and `sum_choices` a token's output of its assignments'. Buffers are
+[G, C, D]: G groups of C slots, all rows of a group for one expert. With a fixed capacity there is
+one group for each expert, and assignments at position C or later are dropped. Dropless, C is the
+block size and G = E + A // C blocks always suffice: an expert takes as many blocks as its
+assignments need, and `expert_of_group_G` says whose a block is. A slot has at most one row and a
+row at most one slot, so both directions are gathers, and so are both gradients.
 
 Two index maps say all of it. Both are one-based with 0 for "none", so that row 0 can be the zero
-row: `row_of_slot_Q` int32 [P = G*C] and `slot_of_row_A` int32 [T].
+row: `row_of_slot_Q` int32 [Q = G*C] and `slot_of_row_A` int32 [A].
 
-Letters: T tokens, D hidden, E experts, G groups, C slots in a group, P = G*C slots.
+Letters: T tokens, A assignments (or received rows), D hidden, E experts, G groups, C slots in a
+group, Q = G*C slots.
 """
 
 from __future__ import annotations
@@ -23,29 +24,27 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 
-def rank_within_expert(one_hot_AE: Tensor, affinity_A: Optional[Tensor]) -> Tensor:
-    """How many tokens of the same expert come before each token, int32 [T].
+def position_within_expert(one_hot_AE: Tensor, affinity_A: Optional[Tensor]) -> Tensor:
+    """How many assignments of the same expert come before each, int32 [A].
 
     Args:
-        one_hot_AE: the expert of each token as fp32 ones and zeros.
+        one_hot_AE: the expert of each assignment as fp32 ones and zeros.
         affinity_A: highest first, ties by position (the sort is stable); None: by position.
     """
     if affinity_A is None:
-        return _position_within_expert(one_hot_AE)
+        return _count_before(one_hot_AE)
     order_A = ops.cast(ops.sort(-affinity_A)[1], ms.int32)
-    position_A = _position_within_expert(ops.gather(one_hot_AE, order_A, 0))
+    position_A = _count_before(ops.gather(one_hot_AE, order_A, 0))
     return ops.scatter_nd(ops.expand_dims(order_A, 1), position_A, order_A.shape)
 
 
-def _position_within_expert(one_hot_AE: Tensor) -> Tensor:
+def _count_before(one_hot_AE: Tensor) -> Tensor:
     # Counts are exact in fp32 up to 2^24 tokens.
     return ops.cast(ops.reduce_sum(ops.cumsum(one_hot_AE, 0) * one_hot_AE, 1), ms.int32) - 1
 
 
 def capacity_slots(expert_A: Tensor, position_A: Tensor, capacity: int) -> Tensor:
-    """`slot_of_row_A` with a fixed capacity: the first `capacity` tokens of each expert get
-    one.
-    """
+    """`slot_of_row_A` with a fixed capacity: the first `capacity` of each expert get one."""
     return (expert_A * capacity + position_A + 1) * ops.cast(
         ops.less(position_A, capacity), ms.int32
     )
@@ -64,7 +63,7 @@ def num_blocks(num_tokens: int, num_experts: int) -> int:
 
 
 def block_slots(expert_A: Tensor, position_A: Tensor, load_E: Tensor) -> Tuple[Tensor, Tensor]:
-    """`slot_of_row_A` with room for every token, and the expert of each block, int32 [G]
+    """`slot_of_row_A` with room for every assignment, and the expert of each block, int32 [G]
     (spare ones: the last).
     """
     num_tokens = expert_A.shape[0]
@@ -84,10 +83,10 @@ def block_slots(expert_A: Tensor, position_A: Tensor, load_E: Tensor) -> Tuple[T
     return slot_of_row_A, expert_of_group_G
 
 
-def token_of_slot(slot_of_row_A: Tensor, num_slots: int) -> Tensor:
+def row_of_slot(slot_of_row_A: Tensor, num_slots: int) -> Tensor:
     """`row_of_slot_Q`, the inverse of `slot_of_row_A`."""
     one_based_A = Tensor(np.arange(1, slot_of_row_A.shape[0] + 1, dtype=np.int32))
-    # ScatterNd adds: all dropped tokens land in place 0, which is cut off. Half of
+    # ScatterNd adds: all dropped rows land at index 0, which is cut off. Half of
     # TensorScatterUpdate's time.
     return ops.scatter_nd(ops.expand_dims(slot_of_row_A, 1), one_based_A, (num_slots + 1,))[1:]
 
@@ -104,8 +103,8 @@ def sum_choices(y_AD: Tensor, choices: int) -> Tensor:
     )
 
 
-def unrouted_share(y_TD: Tensor) -> Tensor:
-    """Share of the tokens without any expert, whose output is zero: an expert's is not. fp32
+def unrouted_fraction(y_TD: Tensor) -> Tensor:
+    """Fraction of the tokens without any expert, whose output is zero: an expert's is not. fp32
     scalar.
     """
     largest_T = ops.reduce_max(ops.abs(ops.stop_gradient(y_TD)), 1)
@@ -113,14 +112,14 @@ def unrouted_share(y_TD: Tensor) -> Tensor:
 
 
 class Dispatch(nn.Cell):
-    """x_TD -> slots_QD, zero in empty slots; a dropped token gets a zero gradient."""
+    """x_AD -> slots_QD, zero in empty slots; a dropped row gets a zero gradient."""
 
-    def construct(self, x_TD: Tensor, row_of_slot_Q: Tensor, slot_of_row_A: Tensor) -> Tensor:
-        return _rows(x_TD, row_of_slot_Q)
+    def construct(self, x_AD: Tensor, row_of_slot_Q: Tensor, slot_of_row_A: Tensor) -> Tensor:
+        return _rows(x_AD, row_of_slot_Q)
 
     def bprop(
         self,
-        x_TD: Tensor,
+        x_AD: Tensor,
         row_of_slot_Q: Tensor,
         slot_of_row_A: Tensor,
         out: Tensor,
@@ -134,7 +133,7 @@ class Dispatch(nn.Cell):
 
 
 class Combine(nn.Cell):
-    """slots_QD -> y_TD = weight_A * slots[slot_of_row_A], zero for dropped tokens."""
+    """slots_QD -> y_AD = weight_A * slots[slot_of_row_A], zero for dropped rows."""
 
     def __init__(self) -> None:
         super().__init__()

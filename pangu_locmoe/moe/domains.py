@@ -21,7 +21,7 @@ def group_sizes(config: Config) -> tuple[int, ...]:
 
 
 def allowed_experts(config: Config) -> np.ndarray:
-    """Which experts each domain may use, bool [K, E]: contiguous groups with `levels: 2`, all with
+    """Which experts each domain may use, bool [J, E]: contiguous groups with `levels: 2`, all with
     `levels: 1`.
 
     Without any data source there is one nameless domain that may use every expert.

@@ -8,8 +8,8 @@ With constant sizes every expert has as many slots, and one batched product is t
 nothing here is used then. None of it has run: what is handed to the operators is tested, what they
 do with it is their documentation's.
 
-Letters: T tokens, D hidden, F inner width, G local experts, M rows received, P rows handed to the
-grouped products.
+Letters: A assignments, D hidden, F inner width, G local experts, M rows received, Q slots handed to
+the grouped products.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from pangu_locmoe.moe.experts import Experts
 
 
 class PermuteTokens(nn.Cell):
-    """`dispatch.Dispatch` where every token has a place and every place a token."""
+    """`dispatch.Dispatch` where every assignment has a position and every position an assignment."""
 
     def construct(
         self, x_AD: Tensor, assignment_of_position_A: Tensor, position_of_assignment_A: Tensor
     ) -> Tensor:
-        # The operator sorts tokens by a number each; its place is such a number.
+        # The operator sorts tokens by a number each; its position is such a number.
         return ops.moe_token_permute(x_AD, position_of_assignment_A - 1)[0]
 
 
 class UnpermuteTokens(nn.Cell):
-    """`dispatch.Combine` where every token has a place and every place a token."""
+    """`dispatch.Combine` where every assignment has a position and every position an assignment."""
 
     def construct(
         self,
@@ -64,8 +64,8 @@ def grouped_rows(
         num_experts: G.
 
     Returns:
-        one-based rows int32 [P], 0 for a zero row; one-based places int32 [M], 0 for a dropped row;
-        where each expert's rows end, int64 [G].
+        one-based rows int32 [Q], 0 for a zero row; one-based positions int32 [M], 0 for a dropped
+        row; where each expert's rows end, int64 [G].
     """
     kept = np.flatnonzero(slot_of_row_M)
     expert_of_kept = (slot_of_row_M[kept] - 1) // slots

@@ -1,8 +1,8 @@
 """The MoE layer: router -> transport -> experts -> transport back.
 
 Letters: T tokens of this process, A assignments (moe/plan.py; most routers: A = T), D hidden, E
-experts, P slots (rows that travel), N source nodes of the job, M of them whose tokens this process
-has.
+experts, Q token slots (rows that travel), N source nodes of the job (own_*_NE: those whose tokens
+this process has).
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class MoELayer(nn.Cell):
         """Route, compute, combine.
 
         Args:
-            x_TD: LayerNormed hidden states; while training, M equal contiguous runs of tokens, one
+            x_TD: LayerNormed hidden states; while training, equal contiguous runs of tokens, one
                 for each node whose tokens are here.
             tokens_T, domains_T: token and domain ids, int32.
             noise: keys of this step's randomness.
@@ -116,7 +116,7 @@ class MoELayer(nn.Cell):
             "load_NE": shared["load_NE"],
             "dropped_E": dropped_E,
             "cosine_T": routed["cosine_T"],
-            "unrouted": dispatch.unrouted_share(y_TD) if self.router.choices > 1 else None,
+            "unrouted": dispatch.unrouted_fraction(y_TD) if self.router.choices > 1 else None,
         }
         return y_TD, {name: value for name, value in stats.items() if value is not None}
 
@@ -188,6 +188,6 @@ class MoELayer(nn.Cell):
 
 
 def _sum_by_node(values_XE: Tensor, nodes: int) -> Tensor:
-    """Sums over equal contiguous runs of rows, one for each node, [M, E]."""
+    """Sums over equal contiguous runs of rows, one for each node, [N, E]."""
     rows, num_experts = values_XE.shape
     return ops.reduce_sum(ops.reshape(values_XE, (nodes, rows // nodes, num_experts)), 1)

@@ -78,7 +78,7 @@ class _Shared(TypedDict):
 
 
 class Shared(_Shared, total=False):
-    """What all ranks know of a layer in a step. Letters: N source nodes, E experts, P places.
+    """What all ranks know of a layer in a step. Letters: N source nodes, E experts, U replicas.
 
     load_NE: assignments from each node to each expert before drops, fp32; no gradient.
     probs_NE: mean of probs_TE over each node's tokens, fp32. Its gradient is that of this rank's
@@ -86,7 +86,7 @@ class Shared(_Shared, total=False):
         probs_NE has the
         value and, averaged over ranks, the gradient that one process has.
     log_probs_NE: logarithm of probs_NE, finite, fp32; no gradient.
-    counts_UE: where exactly the routed tokens travel, assignments of each place's tokens to each
+    counts_UE: where exactly the routed tokens travel, assignments of each replica's tokens to each
         expert, int64, on the host.
     """
 

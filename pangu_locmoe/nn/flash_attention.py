@@ -7,7 +7,7 @@ the portable layers: the weights are the same.
 It has never run: what is handed to the operator is tested, what it does with it is its
 documentation's.
 
-Letters: B batch, S sequence, H heads, d features of one head.
+Letters: B batch, S sequence, H heads, D hidden: one head's part.
 """
 
 from __future__ import annotations
@@ -48,25 +48,25 @@ class FlashAttention(nn.Cell):
     """
 
     def construct(
-        self, q_BHSd: Tensor, k_BHSd: Tensor, v_BHSd: Tensor, mask_B1SS: Tensor
+        self, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask_B1SS: Tensor
     ) -> Tensor:
         """Attend.
 
         Args:
-            q_BHSd: scaled queries, fp16 or bf16; d is a multiple of 16 up to 512.
-            k_BHSd: keys.
-            v_BHSd: values.
+            q_BHSD: scaled queries, fp16 or bf16; D is a multiple of 16 up to 512.
+            k_BHSD: keys.
+            v_BHSD: values.
             mask_B1SS: of `discard_mask`.
 
         Returns:
-            [B, H, S, d], in q's dtype.
+            [B, H, S, D], in q's dtype.
         """
         # Sparse mode 0 reads the whole mask: a document's beginning is nowhere else.
         return ops.flash_attention_score(
-            q_BHSd,
-            k_BHSd,
-            v_BHSd,
-            q_BHSd.shape[1],
+            q_BHSD,
+            k_BHSD,
+            v_BHSD,
+            q_BHSD.shape[1],
             attn_mask=mask_B1SS,
             scalar_value=1.0,
             input_layout="BNSD",

@@ -100,7 +100,7 @@ class LayerNorm(nn.Cell):
 
 
 class _AttentionCore(nn.Cell):
-    """(q_BHSd, k_BHKd, v_BHKd, mask) -> (o_BHSd, p_BHSK in v's dtype); q is scaled already.
+    """(q_BHSD, k_BHXD, v_BHXD, mask) -> (o_BHSD, p_BHSX in v's dtype); q is scaled already.
 
     A CPU's products are in float32, and so is o. Ascend's matrix unit takes half precision and adds
     up in float32; what it writes is half again, so that scores beyond fp16 are infinite there.
@@ -131,10 +131,9 @@ class _AttentionCore(nn.Cell):
         o = out[0]
         p = self._enter(out[1])
         do = dout[0]
-        # Softmax's gradient is p * (dp - sum_K(p * dp)). The row sum equals sum_d(o * do), which is
-        # K/d times smaller, and its
-        # subtraction rides in the matrix product as one more column: two passes over [B, H, S, K]
-        # less.
+        # Softmax's gradient is p * (dp - sum_X(p * dp)). The row sum equals sum_D(o * do), which is
+        # X/D times smaller, and its subtraction rides in the matrix product as one more column: two
+        # passes over [B, H, S, X] less.
         rows = (*do.shape[:-1], 1)
         correction = (
             self.sum((_wide(do) * _wide(o)).reshape(-1, o.shape[-1]), -1)
@@ -170,21 +169,21 @@ class Attention(nn.Cell):
         super().__init__()
         self.core = _AttentionCore()
 
-    def construct(self, q_BHSd: Tensor, k_BHKd: Tensor, v_BHKd: Tensor, mask: Tensor) -> Tensor:
+    def construct(self, q_BHSD: Tensor, k_BHXD: Tensor, v_BHXD: Tensor, mask: Tensor) -> Tensor:
         """Attend.
 
         Args:
-            q_BHSd: scaled queries.
-            k_BHKd: keys.
-            v_BHKd: values.
+            q_BHSD: scaled queries.
+            k_BHXD: keys.
+            v_BHXD: values.
             mask: float32, added to the scores: 0 where attending is allowed and very negative where
-                not. [B, H, S, K] is fastest (a smaller one is broadcast, 2 times slower); it gets
+                not. [B, H, S, X] is fastest (a smaller one is broadcast, 2 times slower); it gets
                 no gradient.
 
         Returns:
-            [B, H, S, d], in v's dtype.
+            [B, H, S, D], in v's dtype.
         """
-        return self.core(q_BHSd, k_BHKd, v_BHKd, mask)[0].astype(v_BHKd.dtype)
+        return self.core(q_BHSD, k_BHXD, v_BHXD, mask)[0].astype(v_BHXD.dtype)
 
 
 class _GeluCore(nn.Cell):

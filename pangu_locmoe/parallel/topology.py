@@ -8,7 +8,7 @@ once; places at the same position of different such blocks hold the same ones. A
 tokens with the ranks of its block that hold the same part of their matrices, its expert-parallel
 group.
 
-Letters: N nodes, R ranks, P places, E experts, K domains.
+Letters: N nodes, R ranks, U replicas, E experts, P expert slots, J domains.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class Topology:
 
     @property
     def num_places(self) -> int:
-        """P, among which a batch is divided."""
+        """U, among which a batch is divided."""
         return self.num_ranks // self.tensor_parallel
 
     @property
@@ -199,7 +199,7 @@ class Topology:
         routing: all do), the domains are dealt to those in order, in equal contiguous runs.
 
         Args:
-            allowed_JE: bool [K, E], which experts a domain may use.
+            allowed_JE: bool [J, E], which experts a domain may use.
         """
         held_JN = allowed_JE.astype(np.int64) @ self.local_NE.T.astype(np.int64)
         num_domains = len(held_JN)

@@ -3,14 +3,14 @@ whom. NumPy only.
 
     step      = dense + experts + straggler + tensor + exchange + reduction - hidden
     dense     = tokens * dense_flops / t / speed                    of one place; speed = peak_flops * efficiency
-    experts   = M * tokens * expert_flops / t / speed               if every place computed as many rows as it has tokens
-    straggler = M * max_p rows_p * expert_flops / t / speed - experts     rows_p: padding included; may be negative with drops
-    exchange  = M * 4 * (inter + intra + messages)                  rows there and back, forward and backward
+    experts   = L * tokens * expert_flops / t / speed               if every replica computed as many rows as it has tokens
+    straggler = L * max_u rows_u * expert_flops / t / speed - experts     rows_u: padding included; may be negative with drops
+    exchange  = L * 4 * (inter + intra + messages)                  rows there and back, forward and backward
       inter     = row_bytes * max_n max(in_n, out_n) / (node_link * all_to_all_efficiency)
       intra     = row_bytes * max_n inside_n / (ranks of a node * rank_link)   [+ copying, where processors do it]
-      messages  = A * (overhead + inter_latency * i + intra_latency * j)       i, j: messages that one rank sends
+      messages  = micro_batches * (overhead + inter_latency * i + intra_latency * j)       i, j: messages that one rank sends
     tensor    = 4 (6 with recomputation) all-reduces a layer inside the node, 2 (t-1)/t * tokens * row_bytes / rank_link each
-    reduction = 2 (P-1)/P * dense_bytes / node_link  +  2 (g-1)/g * q * expert_bytes / node_link      rings; + their latency
+    reduction = 2 (U-1)/U * dense_bytes / node_link  +  2 (Z-1)/Z * q * expert_bytes / node_link      rings; + their latency
     hidden    = min(overlap * exchange, experts + straggler) + min(overlap * reduction, 2/3 of all computation)
 
 A place is one tensor-parallel group of t ranks (t = 1: a rank); it holds one copy of the dense
@@ -20,8 +20,8 @@ and from the rank that speaks for them. With t > 1 all ranks of a place hold the
 hierarchical send all of them from each rank, groupwise a share of 1/t, which is gathered again
 inside the node.
 
-Letters: N nodes, P places, E experts, M sparse layers, A micro-batches, g expert-parallel groups, q
-places of a node that work in one group, X samples of routing (layout.py).
+Letters: N nodes, U replicas, E experts, L sparse layers, Z expert-parallel groups, q replicas of a
+node that work in one group, I samples of routing (layout.py).
 """
 
 from __future__ import annotations
@@ -43,11 +43,10 @@ class Work:
         dense_flops: of one token in everything but experts, forward, backward and recomputation.
         expert_flops: of one row in one sparse layer, likewise.
         row_bytes: one token's row on a link.
-        layers, sparse_layers: all of them, and M.
+        layers, sparse_layers: all of them, and L.
         dense_bytes, expert_bytes: gradients of all but experts, and of one expert in all sparse
             layers.
-        recompute: whether the forward pass runs twice.
-        micro_batches: A.
+        recompute: whether the forward pass runs twice. micro_batches: of a step.
         sequence_parallel: whether a place divides its tokens outside of the matrices.
     """
 

@@ -3,8 +3,8 @@
 A place is one tensor-parallel group of ranks; its ranks are in one node. Places are numbered node
 by node.
 
-Letters: N nodes, P places, E experts, q places of a node that work in one group, X samples of
-routing, G copies of the experts that differ in what they get.
+Letters: N nodes, U replicas, E experts, q replicas of a node that work in one
+group, I samples of routing, Z expert-parallel groups that differ in what they get.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class Layout:
         return self.home_NE == np.arange(self.nodes)[:, None]
 
     def load_IZE(self, rows_INE: Floats) -> Floats:
-        """Rows that each copy of each expert gets, [X, copies that differ, E]; groups inside one
+        """Rows that each copy of each expert gets, [I, groups that differ, E]; groups inside one
         node share its rows evenly.
         """
         if not self.copies:

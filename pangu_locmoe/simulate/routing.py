@@ -8,7 +8,7 @@ tokens find in their node, the share of n's tokens for expert e is
 
 and w_e by chance, or where a node has none of the experts or all.
 
-Letters: N nodes, E experts, K steps, L sparse layers, X samples (steps times layers).
+Letters: N nodes, E experts, W rows of a trace, L sparse layers, I samples (rows times layers).
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def assumed_shares(layout: Layout, routing: Routing) -> Floats:
 
 
 def trace_shares(trace: Trace, layout: Layout) -> Tuple[Floats, str]:
-    """The same from the second half of a trace, a sample for each step and layer, [X, N, E], and
+    """The same from the second half of a trace, a sample for each step and layer, [I, N, E], and
     how it was made.
 
     A trace of as many nodes and experts is taken as it is. Of other sizes only its local fraction,

@@ -6,7 +6,7 @@ counts: the routed tokens travel. An expert keeps at most ceil(factor * tokens /
 and the experts of a place are padded to the fullest of them. static: every slot travels and is
 computed, filled or not.
 
-Letters: N nodes, E experts, P places of a group, X samples, G copies that differ.
+Letters: N nodes, E experts, U replicas of a group, I samples, Z expert-parallel groups that differ.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def rows_of(
 
 
 def _by_place(layout: Layout, load_IZE: Floats) -> Floats:
-    """[X, G, P, experts of a place]."""
+    """[I, Z, U, experts of a replica]."""
     return load_IZE.reshape(*load_IZE.shape[:2], layout.group, -1)
 
 

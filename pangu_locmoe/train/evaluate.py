@@ -135,15 +135,15 @@ class Evaluator:
         return self._row(sums, read)
 
     def _row(self, sums: Dict[str, np.ndarray], read: Dict[str, int]) -> Dict[str, Any]:
-        """`sums`: nats, tokens and bytes of each document of a domain, [D, 3]; `read`:
+        """`sums`: nats, tokens and bytes of each document of a domain, [B, 3]; `read`:
         sequences.
         """
         counts = self.prepared.counts["validation"]
         self.blocks = {
-            name: {"weight": counts[name]["tokens"], "sums": in_blocks(sums_D3[:, :2])}
-            for name, sums_D3 in sums.items()
+            name: {"weight": counts[name]["tokens"], "sums": in_blocks(sums_B3[:, :2])}
+            for name, sums_B3 in sums.items()
         }
-        totals = {name: sums_D3.sum(axis=0).tolist() for name, sums_D3 in sums.items()}
+        totals = {name: sums_B3.sum(axis=0).tolist() for name, sums_B3 in sums.items()}
         nats = {name: loss / tokens for name, (loss, tokens, _) in totals.items()}
         bits = {
             name: loss / (math.log(2) * size) if size else math.nan
@@ -151,11 +151,11 @@ class Evaluator:
         }
         measured_on = {
             name: {
-                "documents": int((sums_D3[:, 1] > 0).sum()),
+                "documents": int((sums_B3[:, 1] > 0).sum()),
                 "sequences": read[name],
                 "tokens": int(totals[name][1]),
             }
-            for name, sums_D3 in sums.items()
+            for name, sums_B3 in sums.items()
         }
         return {
             "validation_loss": _weighted(

@@ -6,7 +6,7 @@ which are often alike too, form blocks. A domain's loss is a ratio, nats over to
 is that of its blocks' residuals (the linearised ratio estimator); domains are independent, and
 Student's t has Satterthwaite's degrees of freedom.
 
-Letters: K blocks, D documents.
+Letters: I blocks, B documents.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ MOST_BLOCKS = 32
 LEVEL = 0.95
 
 
-def in_blocks(sums_D2: Floats) -> list[list[float]]:
+def in_blocks(sums_B2: Floats) -> list[list[float]]:
     """[nats, tokens] of documents in their order -> of blocks of them.
 
     Documents without tokens count for nothing.
     """
-    kept_D2 = sums_D2[sums_D2[:, 1] > 0]
-    parts = np.array_split(kept_D2, min(len(kept_D2), MOST_BLOCKS) or 1)
+    kept_B2 = sums_B2[sums_B2[:, 1] > 0]
+    parts = np.array_split(kept_B2, min(len(kept_B2), MOST_BLOCKS) or 1)
     return [
         [round(float(nats), 4), int(tokens)]
         for nats, tokens in (part.sum(axis=0) for part in parts)
@@ -49,15 +49,15 @@ def interval(blocks: Blocks) -> Optional[Tuple[float, float]]:
     variances = []
     freedoms = []
     for domain in blocks.values():
-        nats_K, tokens_K = np.asarray(domain["sums"], float).T
-        count = len(nats_K)
+        nats_I, tokens_I = np.asarray(domain["sums"], float).T
+        count = len(nats_I)
         share = domain["weight"] / total
         if count < 2:
             return None
-        ratio = nats_K.sum() / tokens_K.sum()
-        residual_K = (nats_K - ratio * tokens_K) / tokens_K.sum()
+        ratio = nats_I.sum() / tokens_I.sum()
+        residual_I = (nats_I - ratio * tokens_I) / tokens_I.sum()
         mean += share * ratio
-        variances.append(share**2 * count / (count - 1) * float(np.square(residual_K).sum()))
+        variances.append(share**2 * count / (count - 1) * float(np.square(residual_I).sum()))
         freedoms.append(count - 1)
     variance = sum(variances)
     if variance == 0.0:

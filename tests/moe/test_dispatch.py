@@ -65,7 +65,7 @@ def plans(draw):
 def test_dispatch_then_combine_is_the_identity_for_any_plan(plan):
     expert_A, num_experts, affinity_A, capacity = plan
     tokens = len(expert_A)
-    position_A = dispatch.rank_within_expert(
+    position_A = dispatch.position_within_expert(
         tensor(one_hot(expert_A, num_experts)), None if affinity_A is None else tensor(affinity_A)
     )
     wanted_T = ranks(expert_A, affinity_A)
@@ -103,7 +103,7 @@ def test_dispatch_then_combine_is_the_identity_for_any_plan(plan):
             assert not lost.any() or affinity_A[lost].max() <= affinity_A[mine].min()
 
     # the inverse map, and the way there and back
-    row_of_slot_Q = dispatch.token_of_slot(slot_of_row_A, num_slots)
+    row_of_slot_Q = dispatch.row_of_slot(slot_of_row_A, num_slots)
     inverse = np.zeros(num_slots, int)
     inverse[slots[kept_T] - 1] = np.flatnonzero(kept_T) + 1
     np.testing.assert_array_equal(row_of_slot_Q.asnumpy(), inverse)
@@ -118,15 +118,15 @@ def test_dispatch_then_combine_is_the_identity_for_any_plan(plan):
 def test_ties_in_affinity_go_by_position():
     expert_A = np.zeros(6, int)
     affinity_A = np.array([0.5, 0.7, 0.5, 0.7, 0.1, 0.5])
-    position_A = dispatch.rank_within_expert(tensor(one_hot(expert_A, 2)), tensor(affinity_A))
+    position_A = dispatch.position_within_expert(tensor(one_hot(expert_A, 2)), tensor(affinity_A))
     np.testing.assert_array_equal(position_A.asnumpy(), [2, 0, 3, 1, 5, 4])
 
 
 class Ranks(nn.Cell):
     def construct(self, one_hot_AE, affinity_A):
-        return dispatch.rank_within_expert(one_hot_AE, affinity_A), dispatch.rank_within_expert(
-            one_hot_AE, None
-        )
+        return dispatch.position_within_expert(
+            one_hot_AE, affinity_A
+        ), dispatch.position_within_expert(one_hot_AE, None)
 
 
 @pytest.mark.parametrize(("tokens", "ties"), [(7, True), (4096, True), (4096, False)])
@@ -145,7 +145,7 @@ class Blocks(nn.Cell):
         groups = dispatch.num_blocks(expert_A.shape[0], load_E.shape[0]) * dispatch.block_size(
             expert_A.shape[0], load_E.shape[0]
         )
-        return slot_of_row_A, expert_of_group_G, dispatch.token_of_slot(slot_of_row_A, groups)
+        return slot_of_row_A, expert_of_group_G, dispatch.row_of_slot(slot_of_row_A, groups)
 
 
 def test_blocks_by_hand(mode):
@@ -153,13 +153,13 @@ def test_blocks_by_hand(mode):
     one is spare.
     """
     expert_A = np.array([1, 0, 1, 2, 1, 1, 2])
-    slots, owner, token_of_slot = Blocks()(
+    slots, owner, row_of_slot = Blocks()(
         integers(expert_A), integers([0, 0, 1, 0, 2, 3, 1]), tensor([1, 4, 2])
     )
     np.testing.assert_array_equal(slots.asnumpy(), [4, 1, 5, 10, 6, 7, 11])
     np.testing.assert_array_equal(owner.asnumpy(), [0, 1, 1, 2, 2])
     np.testing.assert_array_equal(
-        token_of_slot.asnumpy(), [2, 0, 0, 1, 3, 5, 6, 0, 0, 4, 7, 0, 0, 0, 0]
+        row_of_slot.asnumpy(), [2, 0, 0, 1, 3, 5, 6, 0, 0, 4, 7, 0, 0, 0, 0]
     )
 
 

@@ -8,7 +8,7 @@ NumPy only, but for arima and lstm.
     auto.py     the choice by rolling back-test
     score.py    errors of a forecast, and back-tests over a trace
 
-The paper is arXiv 2404.16914, section 5. Letters: K past rows, F future rows, L sparse layers, E
+The paper is arXiv 2404.16914, section 5. Letters: W past rows, Y rows to come, L sparse layers, E
 experts.
 """
 
@@ -33,7 +33,7 @@ __all__ = ["METHODS", "Forecast", "forecast", "mean_share", "options_of", "save_
 
 @dataclass(frozen=True)
 class Forecast:
-    """Shares of future steps. F rows, L layers, E experts.
+    """Shares of future steps. Y rows, L layers, E experts.
 
     Attributes:
         step_Y: int64, the steps forecast.
@@ -114,7 +114,7 @@ def mean_share(past: Trace, origin: int, horizon: int) -> NDArray[np.float64]:
 
 
 def save_forecast(path: Path, forecast: Forecast) -> None:
-    """Write `step` int64 [F] and `share` float64 [F, L, E] as .npz, whole or not at all.
+    """Write `step` int64 [Y] and `share` float64 [Y, L, E] as .npz, whole or not at all.
 
     Raises DataError if it cannot.
     """

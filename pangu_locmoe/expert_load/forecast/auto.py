@@ -8,7 +8,7 @@ whose lead is often luck, the candidates are averaged with weights that fall off
 error / TEMPERATURE): clear losers vanish, near ties share.
 
 One choice for all layers: per layer there is less to judge by, and on the recorded traces it chose
-worse. M candidates, B stretches, S series (layers x experts), K rows.
+worse. I candidates, B stretches, X series (layers x experts), W rows, Y rows to come.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def _stable_from(past: Past) -> tuple[int | None, str]:
 def _excess(
     step_W: NDArray[Any], share_WX: NDArray[Any], origin: int, horizon: int
 ) -> NDArray[np.float64]:
-    """How much worse than the best candidate each is [M], 0.1 for a tenth: error of the stretches'
+    """How much worse than the best candidate each is [I], 0.1 for a tenth: error of the stretches'
     mean shares, forecast from the rows before `origin`.
     """
     bounds = np.unique(
@@ -174,7 +174,7 @@ def _blend(
     share_WX: NDArray[Any],
     step_Y: NDArray[Any],
 ) -> NDArray[np.float64]:
-    """The weighted mean of the lines [F, S]: a level, and for each clock a slope."""
+    """The weighted mean of the lines [Y, X]: a level, and for each clock a slope."""
     weights_W = [weight_I @ np.stack([line.level_W for line in lines])]
     times_Y = [np.ones(len(step_Y))]
     for clock in dict.fromkeys(line.clock for line in lines if line.slope_W is not None):

@@ -4,7 +4,7 @@ NumPy only.
 
 Window means, exponential smoothing, drift, Theta and the trends differ only in the two weight
 vectors and in the clock the slope runs on, so one method is one function from the steps of the past
-to a `Line`, and `auto` can try many of them with one matrix product. K rows of the past, F rows of
+to a `Line`, and `auto` can try many of them with one matrix product. W rows of the past, Y rows of
 the future, L layers, E experts.
 
 The weights of a level add up to 1 and those of a slope to 0, so the shares of a layer keep adding
@@ -51,13 +51,13 @@ class Line:
     clock: Clock = linear_clock
 
     def ahead(self, last: int, step_Y: NDArray[Any]) -> NDArray[np.float64]:
-        """Time from the last past step to the future ones [F], on this line's clock."""
+        """Time from the last past step to the future ones [Y], on this line's clock."""
         return self.clock(step_Y) - self.clock(np.asarray(last))
 
     def extend(
         self, step_W: NDArray[Any], share_WLE: NDArray[Any], step_Y: NDArray[Any]
     ) -> NDArray[np.float64]:
-        """The line at step_Y: float64 [F, L, E], not yet clipped."""
+        """The line at step_Y: float64 [Y, L, E], not yet clipped."""
         share_WX = share_WLE.reshape(len(step_W), -1)
         level_X = self.level_W @ share_WX
         if self.slope_W is None:

@@ -59,7 +59,7 @@ class ShareNetwork(nn.Cell):
             )
 
     def construct(self, history_BWX: ms.Tensor, base_BLE: ms.Tensor) -> ms.Tensor:
-        """Log shares [B, P, L, E] from the history (1: uniform share) and the logits of its
+        """Log shares [B, Y, L, E] from the history (1: uniform share) and the logits of its
         mean.
         """
         state_BWD, _ = self.lstm(history_BWX)
@@ -159,7 +159,7 @@ def _origins(rows: int, window: int, ahead: int) -> NDArray[np.int64]:
 
 
 def _samples(share_WLE: NDArray[Any], row_B: NDArray[Any], window: int, ahead: int) -> Samples:
-    """History [B, T, L, E] and what came [B, P, L, E]."""
+    """History [B, W, L, E] and what came [B, Y, L, E]."""
     return _stretches(share_WLE, row_B, -window, STEPS), _stretches(share_WLE, row_B, ahead, POINTS)
 
 

@@ -2,7 +2,7 @@
 
 A new straight-line method is one function in lines.py; any other is one function here.
 
-A method takes the past, the future steps [F] and its options, and returns a `Prediction`; its
+A method takes the past, the future steps [Y] and its options, and returns a `Prediction`; its
 keyword parameters are the options a user may set.
 """
 

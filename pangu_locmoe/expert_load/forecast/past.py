@@ -18,7 +18,7 @@ MIN_ROWS = 2  # a slope needs two
 class Past:
     """The rows before the origin; nothing later can be reached from here.
 
-    K rows, L layers, E experts.
+    W rows, L layers, E experts.
 
     Attributes:
         trace: those rows as recorded.
@@ -61,7 +61,7 @@ class Past:
         return self.trace.stride
 
     def future(self, origin: int, horizon: int) -> NDArray[np.int64]:
-        """int64 [F]: the steps >= origin and < origin + horizon that the trace will record if it
+        """int64 [Y]: the steps >= origin and < origin + horizon that the trace will record if it
         goes on as it did, last row + stride, + 2 strides, ... Raises DataError if there is none.
         """
         if horizon < self.stride:
@@ -74,7 +74,7 @@ class Past:
         return np.arange(first, origin + horizon, self.stride, dtype=np.int64)
 
     def rows_ahead(self, step_Y: NDArray[Any]) -> NDArray[np.int64]:
-        """int64 [F]: how many rows after the last one each future step is, from 1."""
+        """int64 [Y]: how many rows after the last one each future step is, from 1."""
         return np.asarray((step_Y - self.step_W[-1]) // self.stride, dtype=np.int64)
 
 
@@ -82,7 +82,7 @@ class Prediction(NamedTuple):
     """What a method returns.
 
     Attributes:
-        share_YLE: float [F, L, E]; `forecast` clips it at 0 and makes each layer sum to 1.
+        share_YLE: float [Y, L, E]; `forecast` clips it at 0 and makes each layer sum to 1.
         chosen: what `auto` weighed, the heaviest first: (method as it can be typed, weight).
         notes: what the user should know, JSON-able.
     """

@@ -13,7 +13,7 @@ after the other (an upper bound), and are paid off over the horizon. Layers run 
 step's seconds are the sum over the layers. Not modelled: transfers inside a node, overlap of
 computing and sending, and the gradients that copies of an expert share.
 
-Letters: L layers, N nodes, R ranks, E experts, S slots, J slots of a rank.
+Letters: L layers, N nodes, R ranks, E experts, P slots (of all ranks, or of one).
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ The algorithm that DeepSeek published with its EPLB (hierarchical and global), i
 for all layers at once. It looks neither at where the tokens come from nor at the placement there
 is, so it prices no bytes and no moves.
 
-Letters: L layers, E experts, G expert groups, N nodes, S slots, P packs, I items, X experts of a
-node.
+Letters: L layers (or each layer's nodes, one after the other), N nodes, E experts (or those of a
+node), J expert groups, P slots, I items, X packs.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ def rebalance(
 
     Args:
         weight_LE: load of each expert, any unit.
-        num_slots: S of a layer, over all ranks.
+        num_slots: P of a layer, over all ranks.
         num_groups: consecutive runs of experts that a node should hold together.
         num_nodes, num_ranks: ranks are numbered node by node.
 
     Returns:
-        slot_to_expert int64 [L, S], rank r holds the r-th contiguous block of slots;
+        expert_of_slot int64 [L, P], rank r holds the r-th contiguous block of slots;
         expert_to_slots int64 [L, E, most copies of any expert], its slots in the order they were
         given out, padded with -1; copies int64 [L, E].
 
@@ -82,11 +82,11 @@ def fill_nodes(
         num_slots, num_ranks: over all nodes.
 
     Returns:
-        slot_to_expert int64 [L, S]; which of the node's copies of the expert that is, from 0, int64
-        [L, S].
+        expert_of_slot int64 [L, P]; which of the node's copies of the expert that is, from 0, int64
+        [L, P].
     """
     num_layers, num_nodes, per_node = expert_LNE.shape
-    weight_LE = weight_LNE.reshape(-1, per_node).astype(np.float32)  # A: a node of a layer
+    weight_LE = weight_LNE.reshape(-1, per_node).astype(np.float32)  # L: a node of a layer
     item_LP, number_LP, copies_LE = replicate(weight_LE, num_slots // num_nodes)
     row_L1 = np.arange(len(weight_LE))[:, None]
     slot_LP = pack(
@@ -103,7 +103,7 @@ def replicate(weight_LE: NDArray[Any], num_slots: int) -> Tuple[Ints, Ints, Ints
     """Every expert once, then each spare slot to the expert with the most load per copy.
 
     Returns:
-        expert of each slot int64 [A, S], which copy of it that is int64 [A, S], copies int64 [A,
+        expert of each slot int64 [L, P], which copy of it that is int64 [L, P], copies int64 [L,
         E].
     """
     num_rows, num_experts = weight_LE.shape
@@ -123,7 +123,7 @@ def pack(weight_LI: NDArray[Any], num_packs: int) -> Ints:
     room.
 
     Returns:
-        int64 [A, I]: pack by pack, the item at each place, in the order in which they went in.
+        int64 [L, I]: pack by pack, the item at each position, in the order in which they went in.
     """
     num_rows, num_items = weight_LI.shape
     room = num_items // num_packs

@@ -3,8 +3,8 @@
 Exact where both experts have one copy. Otherwise it leaves out what the move does to the experts'
 other copies.
 
-Letters: B layers being searched, N nodes, R ranks, S slots, A slots that may start an exchange, P
-parts (nodes or ranks).
+Letters: L layers being searched, N nodes, R ranks, E experts, P slots (the first P of two: those
+that may start an exchange), X nodes or ranks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pangu_locmoe.expert_load.placement.problem import TIE_WEIGHT, Problem
 def score_exchanges(
     problem: Problem, expert_of_slot_LP: Ints, now: Evaluation, start_LP: Ints
 ) -> Floats:
-    """What each exchange adds to the value of its layer, seconds [B, A, S]; infinite where it is
+    """What each exchange adds to the value of its layer, seconds [L, P, P]; infinite where it is
     not allowed.
     """
     costs = problem.costs
@@ -56,7 +56,7 @@ def score_exchanges(
         ), np.ascontiguousarray(value_LPX.swapaxes(1, 2))[row_L1, part_P[start_LP]]
 
     def without(size_LX: Floats, part_P: Ints) -> Floats:
-        """The largest of the parts other than the pair's two, [B, A, S]."""
+        """The largest of the parts other than the pair's two, [L, P, P]."""
         top_L3 = np.argsort(-size_LX, axis=1)[:, :3]
         size_L3 = np.pad(
             np.take_along_axis(size_LX, top_L3, axis=1), ((0, 0), (0, 3 - top_L3.shape[1]))

@@ -6,7 +6,7 @@ split is not forecast by itself: shares are what the forecasters were compared o
 node and one expert are N times fewer and noisier; and the split changes with which node reads what,
 which is fixed during a run.
 
-Letters: K rows, L layers, N nodes, E experts, S slots.
+Letters: W rows, L layers, N nodes, R ranks, E experts, P slots.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def place_trace(
         replicas: spare slots of each layer over all ranks.
         origin: first step of the horizon; None: the step after the trace.
         horizon: steps.
-        current: slot_to_expert now, [L, slots]; None: as training starts, rank r has the r-th
+        current: expert_of_slot now, [L, P]; None: as training starts, rank r has the r-th
             contiguous block of experts.
         stable_from: (trace of the past) -> each layer's first step of the stable state or None, or
             None altogether where the past is too short to tell: then layers are placed by what
@@ -198,7 +198,7 @@ def spare_capacity(load_WLE: NDArray[Any]) -> List[float]:
 
 def first_placement(num_layers: int, num_experts: int, num_slots: int, num_ranks: int) -> Ints:
     """As training starts: contiguous blocks, int64 [L, E]; if ranks do not divide the experts,
-    spread over the S slots.
+    spread over the P slots.
     """
     expert_of_slot_P = (
         np.arange(num_experts)
@@ -230,7 +230,7 @@ def check_current(
 
 
 def _sources(trace: Trace, nodes: int, policy: str) -> Tuple[NDArray[Any], List[str]]:
-    """Token rows by source node, [K, L, N, E], and what had to be assumed."""
+    """Token rows by source node, [W, L, N, E], and what had to be assumed."""
     recorded = None if trace.source_WLNE is None else trace.source_WLNE.shape[2]
     if trace.source_WLNE is not None and recorded is not None and recorded % nodes == 0:
         num_rows, num_layers, _, num_experts = trace.source_WLNE.shape

@@ -4,7 +4,7 @@ The starts are the current placement, EPLB's and our own (starts.py). The result
 the current placement or EPLB's by the objective of costs.py, and a layer that would gain nothing
 stays as it is.
 
-Letters: L layers, N nodes, R ranks, E experts, S slots, G expert groups, P placements.
+Letters: L layers, N nodes, R ranks, E experts, P slots, I candidates to choose from.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ def place(
     Args:
         load_LNE: expected token rows of a step by source node and expert.
         num_ranks: R; a multiple of N, numbered node by node.
-        current_LP: the placement there is, int [L, slots]; may have fewer slots than the result.
+        current_LP: the placement there is, int [L, P]; may have fewer slots than the result.
         costs: prices.
-        num_slots: S of a layer, at least E; more than E: experts get copies. None: as many as the
+        num_slots: P of a layer, at least E; more than E: experts get copies. None: as many as the
             current placement.
-        num_groups: G consecutive runs of experts, each of which must stay within one node; None: no
+        num_groups: consecutive runs of experts, each of which must stay within one node; None: no
             such limit.
-        starts: further placements [L, S] to start from.
+        starts: further placements [L, P] to start from.
 
     Returns:
-        slot_to_expert int64 [L, S]; each layer is the current one's where nothing is gained.
+        expert_of_slot int64 [L, P]; each layer is the current one's where nothing is gained.
 
     Raises:
         DataError: sizes do not fit each other.

@@ -1,7 +1,7 @@
 """The plan: where every copy of every expert goes, what that is expected to bring, and the file it
 is kept in.
 
-Letters: L layers, N nodes, R ranks, E experts, S slots.
+Letters: L layers, N nodes, R ranks, E experts, P slots.
 """
 
 from __future__ import annotations
@@ -176,10 +176,10 @@ def plan(
     Args:
         load_LNE: expected token rows of a step by source node and expert.
         ranks_per_node: R / N.
-        current_LP: the placement there is, int [L, slots], at most num_slots.
+        current_LP: the placement there is, int [L, P], at most num_slots.
         costs: prices.
         policy: eplb or locality.
-        num_slots: S of a layer; None: as many as now.
+        num_slots: P of a layer; None: as many as now.
         num_groups: locality: each group stays within a node; eplb: hierarchical if a multiple of N;
             None: no groups.
         min_gain: a layer keeps its placement unless its modelled seconds, moves paid, fall by more

@@ -1,6 +1,6 @@
 """What to place, for what, and the value the search lowers.
 
-Letters: L layers, N nodes, R ranks, E experts, S slots.
+Letters: L layers, N nodes, R ranks, E experts, P slots.
 """
 
 from __future__ import annotations

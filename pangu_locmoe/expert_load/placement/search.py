@@ -5,8 +5,8 @@ All layers are searched at once: each round takes the best move of every layer. 
 made only if the exact value falls, so where scores are estimates (see exchange.py) they only choose
 what is evaluated.
 
-Letters: B layers being searched, N nodes, E experts, S slots, A slots that may start an exchange, M
-moves, X experts to copy, J slots to give away.
+Letters: L layers being searched, N nodes, R ranks, E experts, P slots (all, those that may start an
+exchange, or those to give away), I moves, X experts to copy, or nodes, or ranks.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def improve(problem: Problem, initial_LP: Ints, work: Work) -> Ints:
         work: is spent.
 
     Returns:
-        int64 [L, S].
+        int64 [L, P].
     """
     expert_of_slot_LP = initial_LP.copy()
     num_layers, num_slots = expert_of_slot_LP.shape
@@ -69,8 +69,8 @@ def improve(problem: Problem, initial_LP: Ints, work: Work) -> Ints:
 def _round(
     problem: Problem, expert_of_slot_LP: Ints, every_slot: bool, work: Work
 ) -> Tuple[Ints, np.ndarray]:
-    """The best move of each layer, made where it lowers the value: slots [B, S] and whether it
-    did, bool [B].
+    """The best move of each layer, made where it lowers the value: slots [L, P] and whether it
+    did, bool [L].
     """
     now = problem.evaluate(expert_of_slot_LP)
     bound_L = value_of(now, problem.costs) * (1 - 1e-9)
@@ -98,7 +98,7 @@ def _round(
 
 
 def _best(problem: Problem, moves_LIP: Ints, work: Work) -> Tuple[Ints, Floats]:
-    """The best of M placements of each layer, evaluated exactly, and its value."""
+    """The best of I placements of each layer, evaluated exactly, and its value."""
     num_rows, num_moves, num_slots = moves_LIP.shape
     rows_L = np.arange(num_rows)
     work.left -= num_rows * num_moves * problem.load_LNE[0].size // 4
@@ -114,7 +114,7 @@ def _best(problem: Problem, moves_LIP: Ints, work: Work) -> Tuple[Ints, Floats]:
 def _exchanges(
     problem: Problem, expert_of_slot_LP: Ints, now: Evaluation, start_LP: Ints, num_moves: int
 ) -> Ints:
-    """The placements after the exchanges of two slots that score best, int64 [B, M, S]."""
+    """The placements after the exchanges of two slots that score best, int64 [L, I, P]."""
     num_rows, num_slots = expert_of_slot_LP.shape
     score_LX = score_exchanges(problem, expert_of_slot_LP, now, start_LP).reshape(num_rows, -1)
     num_moves = min(num_moves, score_LX.shape[1])
@@ -136,7 +136,7 @@ def _exchanges(
 
 
 def _bottleneck(now: Evaluation, num_slots: int) -> Ints:
-    """The slots of the slowest rank and of the busiest node, int64 [B, A]; some may occur twice."""
+    """The slots of the slowest rank and of the busiest node, int64 [L, P]; some may occur twice."""
     parts = []
     for size_LX in (now.load_LR, np.maximum(now.in_LN, now.out_LN)):
         if size_LX.shape[1] > 1:
@@ -150,8 +150,8 @@ def _bottleneck(now: Evaluation, num_slots: int) -> Ints:
 
 
 def _replacements(problem: Problem, expert_of_slot_LP: Ints) -> Ints:
-    """The placements after giving a slot whose expert has other copies to another expert, int64 [B,
-    M, S].
+    """The placements after giving a slot whose expert has other copies to another expert, int64 [L,
+    I, P].
 
     Worth a copy: the experts that weigh most on the slowest rank and on the busiest node's link.
     Given away: the least loaded slots.

@@ -5,8 +5,9 @@
 which, so `align` renames the nodes and ranks of a placement to those that send it most and hold
 most of it already. `extend` keeps a placement and fills new slots.
 
-Letters: L layers, N nodes, R ranks, E experts, S slots, G expert groups, X experts of a node, J
-slots of a node or a rank, A rows, P parts.
+Letters: L layers (in `align` also each layer's nodes, one after the other), N nodes, R ranks, E
+experts (or those of a node), P slots (or those of a node or of a rank), J expert groups, X nodes,
+or ranks of a node.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ def nodes_first(
     EPLB's way to copies and ranks.
 
     Args:
-        num_slots: S, over all ranks.
-        num_groups: G; None: every expert may be in any node.
+        num_slots: P, over all ranks.
+        num_groups: J; None: every expert may be in any node.
         visiting: slots of each node for copies of other nodes' experts, those it sends most rows
             to; the node's further spare slots go to second copies of what it has.
     """
@@ -134,8 +135,8 @@ def align(expert_of_slot_LP: Ints, problem: Problem) -> Ints:
 
 
 def _match(gain_LXX: Floats) -> Ints:
-    """Greedily the largest gains first: for each column the row that takes its place, int64 [A,
-    P].
+    """Greedily the largest gains first: for each column the row that is matched with it, int64 [L,
+    X].
     """
     num_rows, num_parts, _ = gain_LXX.shape
     row_LX = np.empty((num_rows, num_parts), dtype=np.int64)

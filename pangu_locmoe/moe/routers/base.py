@@ -5,7 +5,7 @@ loss that follows from everybody's counts and mean probabilities is computed by 
 what all ranks have shared; a loss that is a mean over tokens may be in the plan. Either is the same
 on any number of ranks.
 
-Letters: T tokens, D hidden, E experts, A assignments (moe/plan.py), N source nodes, K domains, V
+Letters: T tokens, D hidden, E experts, A assignments (moe/plan.py), N source nodes, J domains, V
 vocabulary.
 """
 
@@ -36,9 +36,9 @@ class RouterContext:
     """What a router may know besides the configuration.
 
     layer: index of the MoE layer among the MoE layers, int; seeds what is random per layer.
-    allowed_JE: which experts each domain may use, bool [K, E].
+    allowed_JE: which experts each domain may use, bool [J, E].
     topology: which node holds which expert.
-    token_counts_JV: occurrences of each token in each domain's training text, int64 [K, V].
+    token_counts_JV: occurrences of each token in each domain's training text, int64 [J, V].
     """
 
     layer: int

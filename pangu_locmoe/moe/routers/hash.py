@@ -1,7 +1,7 @@
 """Hash: a fixed random table from token to expert (PanGu-Sigma's RRE, level 2), balanced by token
 frequency.
 
-Letters: T tokens, E experts, K domains, V vocabulary.
+Letters: T tokens, E experts, J domains, V vocabulary.
 """
 
 from __future__ import annotations

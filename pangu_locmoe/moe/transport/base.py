@@ -7,7 +7,8 @@
 runs in PyNative, because its sizes follow the routing.
 
 Letters: T tokens of this process, A their assignments (moe/plan.py; most routers: A = T), D hidden,
-E experts, P slots (rows that leave), N nodes of the job, M of them whose tokens this process has.
+E experts, Q token slots (rows that leave), P expert slots, N nodes of the job (own_*_NE: those
+whose tokens this process has).
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ class Transport(nn.Cell):
         self.dispatch: nn.Cell = dispatch.Dispatch()
         self.combine: nn.Cell = dispatch.Combine()
         self.nodes_here = 1
-        """M while training; otherwise tokens have no node, and it is 1."""
+        """Nodes whose tokens this process has while training; otherwise tokens have no node, and it
+        is 1.
+        """
 
     @property
     def held_experts(self) -> np.ndarray:
@@ -138,7 +141,7 @@ class RankTransport(Transport):
         self.own_N1 = Tensor(own_N1)
 
     def place(self, expert_of_slot_P: np.ndarray) -> None:
-        """Say which expert each slot holds, int [E], a permutation; weights are not touched."""
+        """Say which expert each slot holds, int [P], a permutation; weights are not touched."""
         self.expert_of_slot_P = expert_of_slot_P
         self.slot_of_expert_E = Tensor(np.argsort(expert_of_slot_P).astype(np.int32))
 

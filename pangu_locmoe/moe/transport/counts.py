@@ -4,9 +4,9 @@ An expert sees the tokens of all sources in its group and keeps the best of them
 does not depend on the number of processes. The exchange runs in PyNative, because its sizes follow
 the routing; `pack`, which lies before it, is compiled.
 
-Letters: A assignments of this rank's tokens (moe/plan.py), D hidden, E experts (and as many slots
-of the group, in S), R ranks of the expert-parallel group, M rows received, N nodes, G local
-experts, C tokens an expert keeps, P = G*C slots (places of the world in counts_UE).
+Letters: A assignments of this rank's tokens (moe/plan.py), D hidden, E experts, P their slots in
+the group, R ranks of the expert-parallel group, M rows received, N nodes, G local experts, C tokens
+an expert keeps, Q = G*C token slots, U replicas of the world.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ class CountsTransport(RankTransport):
             proposed_A = ops.reduce_sum(plan["one_hot_AE"], 1)
             slot_A = slot_A + float(self.num_experts) * (1.0 - proposed_A)
         order_A = ops.cast(ops.sort(slot_A)[1], ms.int32)
-        token_of_slot_A = order_A + 1
-        slot_of_row_A = dispatch.token_of_slot(token_of_slot_A, order_A.shape[0])
+        row_of_slot_A = order_A + 1
+        slot_of_row_A = dispatch.row_of_slot(row_of_slot_A, order_A.shape[0])
         if self.choices > 1:
             slot_of_row_A = slot_of_row_A * ops.cast(proposed_A, ms.int32)
         return {
-            "rows_QD": self.dispatch(x_AD, token_of_slot_A, slot_of_row_A),
-            "row_of_slot_Q": token_of_slot_A,
+            "rows_QD": self.dispatch(x_AD, row_of_slot_A, slot_of_row_A),
+            "row_of_slot_Q": row_of_slot_A,
             "slot_of_row_A": slot_of_row_A,
             "affinity_A": ops.gather(plan["affinity_A"], order_A, 0),
         }

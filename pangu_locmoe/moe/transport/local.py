@@ -1,7 +1,7 @@
 """Everything in this process, which may stand for several nodes: rows go into their experts'
 buffers.
 
-Letters: T tokens, A assignments (moe/plan.py), D hidden, E experts, G groups of C slots, P = G*C
+Letters: T tokens, A assignments (moe/plan.py), D hidden, E experts, G groups of C slots, Q = G*C
 slots, N nodes.
 """
 
@@ -51,11 +51,11 @@ class LocalTransport(Transport):
         """Also dropped_E, and expert_of_group_G where every token finds room."""
         groups, slots = self._groups(x_AD.shape[0], room)
         if room == DROPLESS:
-            position_A = dispatch.rank_within_expert(plan["one_hot_AE"], None)
+            position_A = dispatch.position_within_expert(plan["one_hot_AE"], None)
             slot_of_row_A, expert_of_group_G = dispatch.block_slots(
                 plan["expert_A"], position_A, load_E
             )
-            row_of_slot_Q = dispatch.token_of_slot(slot_of_row_A, groups * slots)
+            row_of_slot_Q = dispatch.row_of_slot(slot_of_row_A, groups * slots)
             return {
                 "rows_QD": self.dispatch(x_AD, row_of_slot_Q, slot_of_row_A),
                 "row_of_slot_Q": row_of_slot_Q,
@@ -64,9 +64,9 @@ class LocalTransport(Transport):
                 "dropped_E": ops.zeros_like(load_E),
             }
         affinity_A = plan["affinity_A"] if self.by_affinity else None
-        position_A = dispatch.rank_within_expert(plan["one_hot_AE"], affinity_A)
+        position_A = dispatch.position_within_expert(plan["one_hot_AE"], affinity_A)
         slot_of_row_A = dispatch.capacity_slots(plan["expert_A"], position_A, room)
-        row_of_slot_Q = dispatch.token_of_slot(slot_of_row_A, groups * slots)
+        row_of_slot_Q = dispatch.row_of_slot(slot_of_row_A, groups * slots)
         return {
             "rows_QD": self.dispatch(x_AD, row_of_slot_Q, slot_of_row_A),
             "row_of_slot_Q": row_of_slot_Q,

@@ -15,7 +15,7 @@ computed and sent back as it arrives, so that a device that exchanges and comput
 has the exchange of one under the computation of another.
 
 Letters: A assignments of this rank's tokens (moe/plan.py), D hidden, E experts, R ranks of the
-expert-parallel group, P slots of this rank (places of the world in shared_U2E), N nodes, G local
+expert-parallel group, Q token slots of this rank, U replicas of the world, N nodes, G local
 experts, C slots of all sources for one expert.
 """
 
@@ -145,7 +145,7 @@ class SlotsTransport(RankTransport):
         start_E = layout[1]
         chunks = self.chunks if training else 1
         affinity_A = plan["affinity_A"] if self.by_affinity else None
-        position_A = dispatch.rank_within_expert(plan["one_hot_AE"], affinity_A)
+        position_A = dispatch.position_within_expert(plan["one_hot_AE"], affinity_A)
         expert_A = plan["expert_A"]
         width_A = ops.gather(slots_E, expert_A, 0)
         kept_A = ops.cast(ops.less(position_A, width_A * chunks), ms.int32)
@@ -154,7 +154,7 @@ class SlotsTransport(RankTransport):
             chunk_A = ops.floor_div(ops.maximum(position_A, 0), ops.maximum(width_A, 1))
             place_A = position_A + chunk_A * (room - width_A)
         slot_of_row_A = (ops.gather(start_E, expert_A, 0) + place_A + 1) * kept_A
-        row_of_slot_Q = dispatch.token_of_slot(slot_of_row_A, room * chunks)
+        row_of_slot_Q = dispatch.row_of_slot(slot_of_row_A, room * chunks)
         return {
             "rows_QD": self.dispatch(x_AD, row_of_slot_Q, slot_of_row_A),
             "row_of_slot_Q": row_of_slot_Q,

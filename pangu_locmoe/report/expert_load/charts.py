@@ -3,7 +3,7 @@ stay in their node.
 
 They are drawn in the frame of report/plots.py, so that they look like those of a run's report, in
 light and in dark. Needs matplotlib.
-Letters: K rows, L layers, N nodes, E experts.
+Letters: W rows, L layers, N nodes, E experts.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def local_figure(trace: Trace) -> Figure:
 
 
 def local_fraction(trace: Trace) -> Array | None:
-    """float [K, L], NaN where a layer had no tokens.
+    """float [W, L], NaN where a layer had no tokens.
 
     None where the trace cannot tell: no source, one node, or uneven blocks.
     """

@@ -5,7 +5,7 @@ A change follows from the step, its result and the capacities there are, which c
 interrupted run goes on as it would have.
 
 Letters: T tokens that share the experts of a layer in one micro-batch, L MoE layers, N source
-nodes, E experts, M micro-batches, G expert-parallel groups, P = M*G parts of a step.
+nodes, E experts, I micro-batches, Z expert-parallel groups, X parts of a step: I * Z.
 """
 
 from __future__ import annotations
@@ -85,13 +85,13 @@ class Capacity:
         capacities = []
         first = model.num_layers - 1 - model.num_moe_layers
         layers: List[Dict[str, Any]] = []
-        loads_LPE = self._loads(result)
+        loads_LXE = self._loads(result)
         for index, cosines_T in enumerate(result.cosine_LT):
             delta = cosine_statistic(np.clip(cosines_T, -1, 1), self._capacity.statistic)
             bounds = capacity_bounds(model.hidden_size, self._config.moe.num_experts, delta)
-            parts_PE = loads_LPE[index]
-            tokens = len(parts_PE) * self._stepper.num_tokens
-            floor = drop_floor(parts_PE, tokens, self._capacity.allowed_drop)
+            parts_XE = loads_LXE[index]
+            tokens = len(parts_XE) * self._stepper.num_tokens
+            floor = drop_floor(parts_XE, tokens, self._capacity.allowed_drop)
             capacities.append(self._next(bounds, self._stepper.capacities[index], floor))
             wanted = bounds.exact if self._capacity.policy == "bound" else bounds.exponential
             layers.append(
@@ -119,20 +119,20 @@ class Capacity:
         return dynamic_capacity(bounds, self._upper, now, self._hysteresis, floor)
 
     def _loads(self, result: StepResult) -> np.ndarray:
-        """Assignments to each expert in each part of the step, [L, P, E]: only the tokens of a part
+        """Assignments to each expert in each part of the step, [L, X, E]: only the tokens of a part
         share slots.
 
         Groups are runs of nodes; those inside of one node, whose counts come as one, are taken to
         be alike.
         """
-        loads_MLNE = result.load_LNE[None] if result.loads_MLNE is None else result.loads_MLNE
-        micro_batches, layers, nodes, experts = loads_MLNE.shape
+        loads_ILNE = result.load_LNE[None] if result.loads_ILNE is None else result.loads_ILNE
+        micro_batches, layers, nodes, experts = loads_ILNE.shape
         groups = max(
             1, self._config.micro_batch * self._config.model.seq_length // self._stepper.num_tokens
         )
         runs = groups if nodes % groups == 0 else 1
-        loads_MLGE = loads_MLNE.reshape(micro_batches, layers, runs, nodes // runs, experts).sum(
+        loads_ILZE = loads_ILNE.reshape(micro_batches, layers, runs, nodes // runs, experts).sum(
             axis=3
         )
-        loads_MLGE = np.repeat(loads_MLGE / (groups // runs), groups // runs, axis=2)
-        return loads_MLGE.transpose(1, 0, 2, 3).reshape(layers, -1, experts)
+        loads_ILZE = np.repeat(loads_ILZE / (groups // runs), groups // runs, axis=2)
+        return loads_ILZE.transpose(1, 0, 2, 3).reshape(layers, -1, experts)

@@ -1,7 +1,7 @@
 """Experts follow their tokens (`placement` in the YAML), by plans made from the load trace.
 
-Letters: L MoE layers, E experts and as many slots of an expert-parallel group, K rows of the trace,
-N nodes of the job, M nodes of a group.
+Letters: L MoE layers, E experts, P as many slots of an expert-parallel group, W rows of the trace,
+N nodes of the job (merged_WLNE: of a group).
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Placement:
 
 
 def starting_slots(config: Config) -> np.ndarray:
-    """The placement that `placement.start` asks for: an expert for each slot, int [L, E].
+    """The placement that `placement.start` asks for: an expert for each slot, int [L, P].
 
     Raises:
         DataError: it is a file, but no plan, or one for other layers, experts or ranks.
@@ -161,8 +161,8 @@ def plan_placement(
 
 
 def _of_a_group(trace: Trace, topology: Topology, nodes: int) -> Trace:
-    """Tokens by node of an expert-parallel group, all groups together: node n of the job is node
-    n mod M of its group.
+    """Tokens by node of an expert-parallel group, all groups together: node n of the job is node n
+    mod `nodes` of its group.
     """
     assert trace.source_WLNE is not None
     rows, layers, job_nodes, experts = trace.source_WLNE.shape

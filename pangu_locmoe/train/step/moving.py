@@ -1,8 +1,7 @@
 """Experts change ranks at a step boundary, with their optimizer state: who computes them changes,
 never what is computed.
 
-Letters: L MoE layers, E experts and as many slots of an expert-parallel group, R its ranks, G = E /
-R slots of a rank.
+Letters: L MoE layers, E experts, P slots of an expert-parallel group, or of one rank, R its ranks.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from pangu_locmoe.parallel.exchange import Exchange
 
 
 def expert_of_slot(model: PanguSigma) -> np.ndarray:
-    """Which expert is in each slot of an expert-parallel group, int [L, E]."""
+    """Which expert is in each slot of an expert-parallel group, int [L, P]."""
     return np.stack([layer.transport.expert_of_slot_P for layer in model.moe_layers.values()])
 
 
@@ -29,7 +28,7 @@ def move_experts(
         model: this rank's part.
         optimizer: its AdamW.
         exchange: the way to the ranks that share the experts; its ledger counts what moves.
-        next_expert_of_slot_LP: an expert for each slot, int [L, E], each row a permutation.
+        next_expert_of_slot_LP: an expert for each slot, int [L, P], each row a permutation.
     """
     state = {parameter.name: parameter for parameter in optimizer.get_parameters()}
     for layer, next_expert_of_slot_P in zip(model.moe_layers.values(), next_expert_of_slot_LP):
@@ -68,14 +67,14 @@ def _route(
             it; int32.
     """
     own = len(expert_of_slot_P) // num_ranks
-    target_E = (
+    target_P = (
         np.argsort(next_expert_of_slot_P)[expert_of_slot_P] // own
     )  # where the expert in each slot goes
-    source_E = np.arange(len(expert_of_slot_P)) // own
+    source_P = np.arange(len(expert_of_slot_P)) // own
     matrix_RR = np.zeros((num_ranks, num_ranks), dtype=np.int64)
-    np.add.at(matrix_RR, (source_E, target_E), 1)
-    leaving_P = np.argsort(target_E[place * own : (place + 1) * own], kind="stable")
-    arrivals_P = expert_of_slot_P[target_E == place]  # by source, and in the source's order
+    np.add.at(matrix_RR, (source_P, target_P), 1)
+    leaving_P = np.argsort(target_P[place * own : (place + 1) * own], kind="stable")
+    arrivals_P = expert_of_slot_P[target_P == place]  # by source, and in the source's order
     arriving_P = np.argsort(arrivals_P)[
         np.searchsorted(np.sort(arrivals_P), next_expert_of_slot_P[place * own : (place + 1) * own])
     ]

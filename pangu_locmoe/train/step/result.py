@@ -1,6 +1,7 @@
 """What a step reports, put together from all micro-batches and all ranks.
 
-Letters: T tokens, L MoE layers, N source nodes, E experts.
+Letters: T tokens, L MoE layers, N source nodes, E experts, U
+replicas, I micro-batches.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class StepResult:
     unrouted: share of the tokens without any expert, where one may have several; else None.
     traffic: what all ranks exchanged; None in a single process.
     spans: what each rank did when, in the step of trace.timeline.
-    loads_MLNE: load_LNE of each micro-batch; None: of the only one.
+    loads_ILNE: load_LNE of each micro-batch; None: of the only one.
     """
 
     losses: Dict[str, float]
@@ -48,7 +49,7 @@ class StepResult:
     unrouted: Optional[float] = None
     traffic: Optional[Ledger] = None
     spans: Optional[List[List[Span]]] = None
-    loads_MLNE: Optional[np.ndarray] = None
+    loads_ILNE: Optional[np.ndarray] = None
 
 
 def step_result(
@@ -97,7 +98,7 @@ def step_result(
         skipped=skipped,
         unrouted=float(places["unrouted"].mean()) if "unrouted" in places else None,
         traffic=traffic,
-        loads_MLNE=np.stack([s["load_LNE"] for s in stats]) if sparse else None,
+        loads_ILNE=np.stack([s["load_LNE"] for s in stats]) if sparse else None,
     )
 
 
@@ -105,9 +106,9 @@ def _total(counts: Iterable[np.ndarray]) -> np.ndarray:
     return np.sum(np.stack(list(counts)), axis=0).astype(np.int64)
 
 
-def _join(cosine_PLT: np.ndarray) -> np.ndarray:
+def _join(cosine_ULT: np.ndarray) -> np.ndarray:
     """The tokens of all places in one row for each layer."""
-    return np.concatenate(list(cosine_PLT), axis=1)
+    return np.concatenate(list(cosine_ULT), axis=1)
 
 
 def _gather(own: Dict[str, np.ndarray], communicator: Communicator) -> Dict[str, np.ndarray]:

@@ -114,13 +114,13 @@ class Stepper(ABC):
 
     @property
     def expert_of_slot_LP(self) -> Optional[np.ndarray]:
-        """Where experts are, int [L, E]; None in a single process, and without MoE layers."""
+        """Where experts are, int [L, P]; None in a single process, and without MoE layers."""
         if self.world.exchange is None or not self.model.moe_layers:
             return None
         return moving.expert_of_slot(self.model)
 
     def move_experts(self, next_expert_of_slot_LP: np.ndarray) -> None:
-        """Bring experts and their moments to other ranks: an expert for each slot, int [L, E]."""
+        """Bring experts and their moments to other ranks: an expert for each slot, int [L, P]."""
         assert self.world.exchange is not None
         moving.move_experts(self.model, self.optimizer, self.world.exchange, next_expert_of_slot_LP)
 

@@ -79,10 +79,10 @@ def test_capacity_shrinks_by_halves():
     assert [transition_capacity(step, 4, 100, 100) for step in range(5)] == [100] * 5
 
 
-def result_of(*deltas: float, loads_MLNE=None) -> StepResult:
+def result_of(*deltas: float, loads_ILNE=None) -> StepResult:
     """One cosine for each layer; no load where none is given."""
-    loads_MLNE = np.zeros((1, len(deltas), 1, 4), np.int64) if loads_MLNE is None else loads_MLNE
-    load_LNE = loads_MLNE.sum(axis=0)
+    loads_ILNE = np.zeros((1, len(deltas), 1, 4), np.int64) if loads_ILNE is None else loads_ILNE
+    load_LNE = loads_ILNE.sum(axis=0)
     return StepResult(
         {},
         0.0,
@@ -90,24 +90,24 @@ def result_of(*deltas: float, loads_MLNE=None) -> StepResult:
         load_LNE[:, 0],
         np.array(deltas)[:, None],
         np.zeros(1),
-        loads_MLNE=loads_MLNE,
+        loads_ILNE=loads_ILNE,
     )
 
 
-def dropped(load_PE, capacity):
-    return int(np.maximum(np.asarray(load_PE) - capacity, 0).sum())
+def dropped(load_XE, capacity):
+    return int(np.maximum(np.asarray(load_XE) - capacity, 0).sum())
 
 
 @given(
     st.lists(st.lists(st.integers(0, 50), min_size=4, max_size=4), min_size=1, max_size=3),
     st.floats(0, 1),
 )
-def test_the_floor_is_the_smallest_capacity_that_drops_no_more(load_PE, max_drop):
-    load_PE = np.array(load_PE)
-    tokens = int(load_PE.sum())
-    floor = drop_floor(load_PE, tokens, max_drop)
-    assert floor >= 1 and dropped(load_PE, floor) <= max_drop * tokens + 1e-6
-    assert floor == 1 or dropped(load_PE, floor - 1) > max_drop * tokens - 1e-6
+def test_the_floor_is_the_smallest_capacity_that_drops_no_more(load_XE, max_drop):
+    load_XE = np.array(load_XE)
+    tokens = int(load_XE.sum())
+    floor = drop_floor(load_XE, tokens, max_drop)
+    assert floor >= 1 and dropped(load_XE, floor) <= max_drop * tokens + 1e-6
+    assert floor == 1 or dropped(load_XE, floor - 1) > max_drop * tokens - 1e-6
 
 
 def test_a_floor_in_numbers():
@@ -226,12 +226,12 @@ def even_and_uneven() -> np.ndarray:
 
 @pytest.mark.parametrize("policy", ["bound", "dynamic"])
 @pytest.mark.parametrize(
-    ("num_tokens", "parts_PE"),
+    ("num_tokens", "parts_XE"),
     [(2048, [[256] * 8, [704, *[192] * 7]]), (1024, [[128] * 8] * 3 + [[576, *[64] * 7]])],
     ids=["one group", "two groups, each in a node"],
 )
 @pytest.mark.parametrize("max_drop", [None, 0.02])
-def test_drops_of_the_measured_step_stay_below_the_share(policy, num_tokens, parts_PE, max_drop):
+def test_drops_of_the_measured_step_stay_below_the_share(policy, num_tokens, parts_XE, max_drop):
     """The bound is 1: what is dropped at the step is counted by micro-batch and group."""
     config = config_of(
         router="locmoe",
@@ -244,11 +244,11 @@ def test_drops_of_the_measured_step_stay_below_the_share(policy, num_tokens, par
         },
     )
     train = config.train.model_copy(update={"batch_size": 128, "accumulation_steps": 2})
-    result = result_of(0.01, 0.01, loads_MLNE=even_and_uneven())
+    result = result_of(0.01, 0.01, loads_ILNE=even_and_uneven())
     now, event = measured(config.model_copy(update={"train": train}), result, num_tokens)
     share = 0.05 if max_drop is None else max_drop
     for capacity, layer in zip(now, event["layers"]):
-        assert dropped(parts_PE, capacity) <= share * 4096 < dropped(parts_PE, layer["floor"] - 1)
+        assert dropped(parts_XE, capacity) <= share * 4096 < dropped(parts_XE, layer["floor"] - 1)
         assert (
             layer["set_by"] == "max_drop"
             and layer["exact"] < 1
@@ -258,9 +258,9 @@ def test_drops_of_the_measured_step_stay_below_the_share(policy, num_tokens, par
 
 def test_the_factor_is_the_ceiling_and_one_the_bound_alone():
     """All tokens to one expert would need 2,048 slots."""
-    loads_MLNE = np.zeros((1, 2, 1, EXPERTS), np.int64)
-    loads_MLNE[..., 0] = TOKENS
-    result = result_of(0.01, 0.2, loads_MLNE=loads_MLNE)
+    loads_ILNE = np.zeros((1, 2, 1, EXPERTS), np.int64)
+    loads_ILNE[..., 0] = TOKENS
+    result = result_of(0.01, 0.2, loads_ILNE=loads_ILNE)
     for max_drop, capacities, reasons in (
         (None, (320, 320), ["factor"] * 2),
         (1.0, (1, bound_capacity(capacity_bounds(HIDDEN, EXPERTS, 0.2), 320)), ["bound"] * 2),
