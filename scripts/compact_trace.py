@@ -32,9 +32,9 @@ def compact(path: Path, output: Path) -> int:
     """
     trace = read_trace(path)
     counts = {
-        "load": trace.load_KLE,
-        "source": trace.source_KLNE,
-        "dropped": trace.dropped_KLE,
+        "load": trace.load_WLE,
+        "source": trace.source_WLNE,
+        "dropped": trace.dropped_WLE,
     }
     known = {name: count for name, count in counts.items() if count is not None}
     largest = max(int(count.max()) for count in known.values())
@@ -42,9 +42,9 @@ def compact(path: Path, output: Path) -> int:
         raise DataError(f"{path}: an expert has {largest} tokens in a step: more than 16 bits hold")
     small = {name: count.astype(np.uint16) for name, count in known.items()}
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, step=trace.step_K, **small)
+    np.savez_compressed(buffer, step=trace.step_W, **small)
     write_atomic(output, buffer.getvalue())
-    return len(trace.step_K)
+    return len(trace.step_W)
 
 
 def main(arguments: Optional[List[str]] = None) -> int:

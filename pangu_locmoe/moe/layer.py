@@ -164,7 +164,7 @@ class MoELayer(nn.Cell):
             own_losses = {name: loss[0] for name, loss in zip(LOSSES, own) if loss}
             return dict(zip(names, packed)), dict(zip(ROUTED, routed)), own_losses
 
-        self.route = route
+        self.route = route  # type: ignore[method-assign,assignment]
 
     def _route_in_tuples(self, *arguments: Any) -> Tuple[Tuple[Any, ...], ...]:
         """What `route` returns without the names; for each of LOSSES a tuple of it, or an empty one.
