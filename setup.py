@@ -64,5 +64,5 @@ setup(
         "forecast": ["statsforecast>=2.0,<3", "pyarrow<21"],
         "bench": ["torch>=2.3", "transformers>=5.0", "psutil"],
     },
-    entry_points={"console_scripts": ["pangu-locmoe = pangu_locmoe.cli.main:main"]},
+    entry_points={"console_scripts": ["pangu-locmoe = pangu_locmoe.cli:main"]},
 )

@@ -1,3 +1,3 @@
-from pangu_locmoe.cli.main import main
+from pangu_locmoe.cli import main
 
 raise SystemExit(main())

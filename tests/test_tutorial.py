@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pangu_locmoe.cli.main import main
+from pangu_locmoe.cli import main
 from pangu_locmoe.config.routers import ROUTER_TRAITS
 from pangu_locmoe.moe.routers import ROUTERS
 

@@ -1,6 +1,6 @@
 """What msrun starts: it takes a file, not a module or a command."""
 
-from pangu_locmoe.cli.main import main
+from pangu_locmoe.cli import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -14,7 +14,7 @@ import yaml
 
 from pangu_locmoe.check import check as checking
 from pangu_locmoe.check.check import check
-from pangu_locmoe.cli.main import main
+from pangu_locmoe.cli import main
 from pangu_locmoe.config import parse_config
 from pangu_locmoe.model.size import num_params
 from pangu_locmoe.simulate.devices import Device

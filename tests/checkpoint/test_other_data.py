@@ -13,7 +13,7 @@ from support import tiny
 
 from pangu_locmoe.checkpoint.format import read_identity, read_state
 from pangu_locmoe.checkpoint.restore import restore_generator
-from pangu_locmoe.cli.main import main
+from pangu_locmoe.cli import main
 from pangu_locmoe.config import Config
 from pangu_locmoe.errors import CheckpointError, ConfigError
 from pangu_locmoe.report.page import build_report

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pangu_locmoe.cli.main import main
+from pangu_locmoe.cli import main
 from pangu_locmoe.expert_load.trace import Trace, read_trace, write_trace
 
 TRACE = Path(__file__).resolve().parents[1] / "data" / "traces" / "switch-1.npz"
@@ -175,7 +175,7 @@ def test_the_verbs_do_without_mindspore(tmp_path):
     """As on a machine where it is not installed."""
     script = (
         "import sys; sys.modules['mindspore'] = None\n"
-        "from pangu_locmoe.cli.main import main\n"
+        "from pangu_locmoe.cli import main\n"
         f"assert main(['load', 'states', {str(TRACE)!r}]) == 0\n"
         f"assert main(['load', 'forecast', {str(TRACE)!r}, '--origin', '2001', "
         "'--horizon', '50']) == 0\n"

@@ -15,7 +15,7 @@ from support import runs, tiny
 
 from pangu_locmoe.checkpoint import format as checkpoints
 from pangu_locmoe.checkpoint import shards
-from pangu_locmoe.cli.main import main
+from pangu_locmoe.cli import main
 from pangu_locmoe.errors import CheckpointError
 from pangu_locmoe.model.sigma import PanguSigma
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from support import jobs, tiny
 
-from pangu_locmoe.cli.main import main
+from pangu_locmoe.cli import main
 
 pytestmark = [pytest.mark.alone, pytest.mark.slow]
 

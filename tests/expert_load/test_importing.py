@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pangu_locmoe.cli.main import main
+from pangu_locmoe.cli import main
 from pangu_locmoe.errors import DataError
 from pangu_locmoe.expert_load.importing import import_trace
 from pangu_locmoe.expert_load.trace import read_trace, write_trace

@@ -14,7 +14,7 @@ from typing import Optional
 
 import pytest
 
-from pangu_locmoe.cli.main import _parser, main
+from pangu_locmoe.cli.verbs import _parser, main
 from pangu_locmoe.config import load_config
 from pangu_locmoe.parallel.topology import Topology
 from pangu_locmoe.train.job import plan_job

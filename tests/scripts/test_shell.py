@@ -182,7 +182,7 @@ Every kind.
 
 def test_train_explains_every_flag_of_the_verb():
     """train.sh hands its flags on."""
-    text = (ROOT / "pangu_locmoe" / "cli" / "main.py").read_text(encoding="utf-8")
+    text = (ROOT / "pangu_locmoe" / "cli" / "verbs.py").read_text(encoding="utf-8")
     verb = text[text.index('_add(verbs, "train"') : text.index('_add(verbs, "evaluate"')]
     flags = {"--set", *re.findall(r'add_argument\(\s*"(--[a-z-]+)"', verb)}
     assert len(flags) > 3

@@ -12,7 +12,7 @@ import sys
 import pytest
 from support import tiny
 
-from pangu_locmoe.cli.main import main
+from pangu_locmoe.cli import main
 from pangu_locmoe.errors import CheckpointError, ConfigError
 from pangu_locmoe.parallel.communicator import SingleProcess
 from pangu_locmoe.train.claim import LOCK, claimed, default_run_dir

@@ -10,7 +10,7 @@ from mindspore import Tensor
 from support import tiny
 
 from pangu_locmoe.checkpoint.format import find_checkpoint, load_weights
-from pangu_locmoe.cli.main import main
+from pangu_locmoe.cli import main
 from pangu_locmoe.data.prepared import prepare
 from pangu_locmoe.errors import DivergenceError
 from pangu_locmoe.model.sigma import PanguSigma

@@ -21,7 +21,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from pangu_locmoe.checkpoint.format import latest_whole_checkpoint, read_arrays, read_state
 from pangu_locmoe.checkpoint.restore import restore_generator
-from pangu_locmoe.cli.main import main
+from pangu_locmoe.cli import main
 from pangu_locmoe.config import SampleConfig, load_config
 from pangu_locmoe.moe.capacity import bound_capacity, capacity_bounds
 from pangu_locmoe.train.schedule import learning_rate

@@ -18,7 +18,7 @@ from support import tiny
 
 from pangu_locmoe import __version__
 from pangu_locmoe.checkpoint.format import read_config, save_checkpoint
-from pangu_locmoe.cli.main import main
+from pangu_locmoe.cli import main
 from pangu_locmoe.data.prepared import prepare
 from pangu_locmoe.model.sigma import PanguSigma
 
@@ -86,7 +86,7 @@ def test_help_of_each_verb(capsys, verb):
     assert exit_code(verb, "--help") == 0
     text = capsys.readouterr().out
     assert text.startswith(f"usage: pangu-locmoe {verb}")
-    source = (Path(__file__).parents[2] / "pangu_locmoe" / "cli" / "main.py").read_text(
+    source = (Path(__file__).parents[2] / "pangu_locmoe" / "cli" / "verbs.py").read_text(
         encoding="utf-8"
     )
     after = (
