@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 
-from pangu_locmoe.cli import main as cli
+from pangu_locmoe import cli
 from pangu_locmoe.parallel import world
 
 

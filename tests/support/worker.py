@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pangu_locmoe.cli import main as cli
+from pangu_locmoe import cli
 from pangu_locmoe.parallel import world
 
 
