@@ -20,7 +20,7 @@ from pangu_locmoe.moe.capacity import DROPLESS
 
 
 class NextTokenLogits(nn.Cell):
-    """Logits fp32 [B, V] of the token after place `last_B` of each sequence; no token is ever
+    """Logits fp32 [B, V] of the token after position `last_B` of each sequence; no token is ever
     dropped.
     """
 

@@ -54,6 +54,46 @@ def test_every_page_is_reached_from_the_first():
     assert [page.name for page in PAGES if page not in reached] == []
 
 
+FOLDERS = {path.name for path in (ROOT / "pangu_locmoe").iterdir() if path.is_dir()}
+
+
+def quoted(page: Path) -> Iterator[str]:
+    """What stands between backticks."""
+    return iter(re.findall(r"`([^`\s]+)`", prose(page)))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=str)
+def test_files_that_are_named_are_there(page):
+    for name in quoted(page):
+        first = name.split("/")[0]
+        ours = first in {"pangu_locmoe", "scripts", "tests", "docs", "configs"} | FOLDERS
+        if ours and re.fullmatch(r"\w+/[\w/.]*", name) and not name.startswith("docs/api/"):
+            found = [folder / name for folder in (ROOT, ROOT / "pangu_locmoe")]
+            assert any(path.exists() for path in found), f"{page.name}: {name} is not there"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=str)
+def test_attributes_and_modules_that_are_named_are_there(page):
+    """`Class.name` and `pangu_locmoe.module`."""
+    files = {
+        file: file.read_text(encoding="utf-8") for file in (ROOT / "pangu_locmoe").rglob("*.py")
+    }
+    for name in quoted(page):
+        if re.fullmatch(r"[A-Z][a-z]\w*\.[a-z]\w*", name):
+            owner, attribute = name.split(".")
+            bodies = [
+                text for text in files.values() if re.search(rf"^class {owner}\b", text, re.M)
+            ]
+            there = any(re.search(rf"\b{attribute}\b", text) for text in bodies)
+            assert there, f"{page.name}: there is no {name}"
+    for name in re.findall(r"\bpangu_locmoe(?:\.[a-z_]+)+", page.read_text(encoding="utf-8")):
+        path = ROOT / name.replace(".", "/")
+        there = path.is_dir() or any(
+            file.exists() for file in (path.with_suffix(".py"), path.parent.with_suffix(".py"))
+        )
+        assert there or path.parent.is_dir(), f"{page.name}: there is no {name}"
+
+
 def letters() -> dict[str, str]:
     """The glossary's table of letters."""
     text = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")

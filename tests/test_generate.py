@@ -144,7 +144,7 @@ def likeliest(config, model, tokenizer, prompt: str, domain: int, count: int) ->
 
 
 @pytest.mark.parametrize("prompt", ["the router sends", "路由把每个", ""])
-def test_temperature_0_is_the_argmax_at_every_place(config, model, generator, prompt):
+def test_temperature_0_is_the_argmax_at_every_position(config, model, generator, prompt):
     tokens = likeliest(config, model, generator.tokenizer, prompt, 1, 6)
     sample = SampleConfig(tokens=6, temperature=0)
     assert (
@@ -200,7 +200,7 @@ def test_a_text_longer_than_the_window_goes_on(config, model):
     # A step more than tokens, for the rest of a last character. The window keeps its last half when
     # it is full.
     assert len(pieces) == 97 and "".join(piece for (piece,) in pieces)
-    assert seen == [16, *[16 + place % 17 for place in range(1, 96)]]
+    assert seen == [16, *[16 + position % 17 for position in range(1, 96)]]
 
 
 def test_no_tokens_are_no_text(generator):

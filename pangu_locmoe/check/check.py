@@ -193,7 +193,7 @@ def check(config: Config, num_ranks: int, rank: int = 0, device: Optional[Device
             f"the ranks that share the model hold {held:,} parameters, the configuration "
             f"has {num_params(shallow):,}"
         )
-    tokens = config.micro_batch * config.model.seq_length // topology.num_places
+    tokens = config.micro_batch * config.model.seq_length // topology.num_replicas
     layers = shallow.model.num_layers if config.train.fused else 0
     flash = [
         layers + max(0, layers - 1) * config.train.recompute,

@@ -60,7 +60,7 @@ def compile_step(config: Config, num_ranks: int, rank: int) -> Dict[str, Any]:
     texts = [
         _front_end(
             parts.step(Objective(model, config, capacities)),
-            _inputs(config, world.topology.num_places),
+            _inputs(config, world.topology.num_replicas),
         )
     ]
     if parts.buffers is not None:
@@ -88,9 +88,9 @@ def _front_end(cell: nn.Cell, inputs: Tuple[Tensor, ...]) -> str:
     return str(dump_func_graph(_frontend_compile(cell)(*inputs).func_graph))
 
 
-def _inputs(config: Config, num_places: int) -> Tuple[Tensor, ...]:
+def _inputs(config: Config, num_replicas: int) -> Tuple[Tensor, ...]:
     """Of the step, or with buffers, where only the objective's are needed, of a micro-batch."""
-    batch = config.micro_batch // num_places
+    batch = config.micro_batch // num_replicas
     length = config.model.seq_length
 
     def integers(*shape: int) -> Tensor:

@@ -151,7 +151,7 @@ class _Sizes:
         split = topology.tensor_parallel
         self.config = config
         self.item = ITEM_BYTES[config.train.precision]
-        self.sequences = config.micro_batch // topology.num_places
+        self.sequences = config.micro_batch // topology.num_replicas
         self.length = model.seq_length
         self.tokens = self.sequences * model.seq_length
         self.hidden = model.hidden_size

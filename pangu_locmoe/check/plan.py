@@ -48,7 +48,7 @@ def plan(
 
 
 def _tensor_sums(config: Config, topology: Topology, rank: int) -> Iterator[Operation]:
-    """Over the ranks of a place: what leaves each pair of matrices, the gradient of what enters it,
+    """Over the ranks of a replica: what leaves each pair of matrices, the gradient of what enters it,
     the embedding and the loss.
 
     With sequence parallelism rows are gathered where they enter and scattered where they leave, and
@@ -59,7 +59,7 @@ def _tensor_sums(config: Config, topology: Topology, rank: int) -> Iterator[Oper
         return
     model = config.model
     own = topology.tensor_group(rank)
-    tokens = config.micro_batch // topology.num_places * model.seq_length
+    tokens = config.micro_batch // topology.num_replicas * model.seq_length
     features = model.hidden_size
     chunks = config.parallel.overlap_chunks
     slots_RE = group_slots(config.moe.capacity, topology, rank, tokens) // chunks
@@ -187,7 +187,7 @@ def buffer_megabytes(config: Config, num_ranks: int) -> int:
     and count if larger.
     """
     topology = Topology.from_config(config, num_ranks)
-    tokens = config.micro_batch * config.model.seq_length // topology.num_places
+    tokens = config.micro_batch * config.model.seq_length // topology.num_replicas
     largest = tokens * config.model.hidden_size * ITEM_BYTES[config.train.precision]
     if config.parallel.sizes == "static":
         largest = max([largest, *(operation.bytes for operation in exchanges(config, topology, 0))])

@@ -71,7 +71,7 @@ def save_checkpoint(
 
     Raises CheckpointError when it cannot be written; an older one stays as it was.
 
-    In a job the ranks of the first `expert_parallel` places write their own experts and slices,
+    In a job the ranks of the first `expert_parallel` replicas write their own experts and slices,
     every rank its pieces of moments, and rank 0 everything else, to a folder that all ranks see.
     What one rank cannot write, all ranks raise.
     """

@@ -32,13 +32,13 @@ class Held:
         experts: of each layer in the order of its weights, by the layer's name: {"blocks.3.moe":
             [4, 5]}.
         num_experts: E, of whom the others are on other ranks.
-        place, size: of the rank in its tensor-parallel group, whose ranks have a slice each of the
-            arrays that are cut.
+        position, size: of the rank in its tensor-parallel group, whose ranks have a slice each of
+            the arrays that are cut.
     """
 
     experts: Mapping[str, Sequence[int]]
     num_experts: int
-    place: int = 0
+    position: int = 0
     size: int = 1
 
     @classmethod
@@ -50,7 +50,7 @@ class Held:
         return cls(
             experts,
             max((layer.transport.num_experts for layer in layers.values()), default=0),
-            tensor.place,
+            tensor.position,
             tensor.size,
         )
 
@@ -71,7 +71,7 @@ class Held:
         """
         cut = cut_of(parameter)
         piece = piece_of(parameter)
-        found = [] if cut is None else [Piece(cut, self.place, self.size)]
+        found = [] if cut is None else [Piece(cut, self.position, self.size)]
         found += [] if piece is None else [piece]
         if _EXPERTS in parameter.name:
             found = [replace(one, cut=replace(one.cut, axis=one.cut.axis - 1)) for one in found]
@@ -159,20 +159,20 @@ class Shards(Mapping[str, np.ndarray]):
                     continue
                 own = slices.get(key, [])
                 self._cuts[key] = [Cut(axis, blocks) for axis, blocks, _ in own]
-                self._files.setdefault(key, {})[tuple(place for _, _, place in own)] = file
+                self._files.setdefault(key, {})[tuple(position for _, _, position in own)] = file
 
     def __getitem__(self, key: str) -> np.ndarray:
         return self._whole(key, ())
 
-    def _whole(self, key: str, places: Tuple[int, ...]) -> np.ndarray:
-        """The array, or its slice at these places, from the files that have parts of it."""
+    def _whole(self, key: str, positions: Tuple[int, ...]) -> np.ndarray:
+        """The array, or its slice at these positions, from the files that have parts of it."""
         files = self._files[key]
-        level = len(places)
-        if places in files:
-            return _read(files[places], key)
-        next_places = sorted({own[level] for own in files if own[:level] == places})
+        level = len(positions)
+        if positions in files:
+            return _read(files[positions], key)
+        next_positions = sorted({own[level] for own in files if own[:level] == positions})
         return self._cuts[key][level].whole(
-            [self._whole(key, (*places, place)) for place in next_places]
+            [self._whole(key, (*positions, position)) for position in next_positions]
         )
 
     def __contains__(self, key: object) -> bool:
@@ -186,7 +186,7 @@ class Shards(Mapping[str, np.ndarray]):
 
 
 def contents(file: Path) -> tuple[list[str], dict[str, list[list[int]]]]:
-    """The names of a file's arrays, and of those that are slices axis, blocks and place, or of
+    """The names of a file's arrays, and of those that are slices axis, blocks and position, or of
     slices of slices each of both.
 
     Raises CheckpointError.
@@ -199,13 +199,13 @@ def contents(file: Path) -> tuple[list[str], dict[str, list[list[int]]]]:
 
 
 def _slices(parameters: Iterable[Parameter], held: Held) -> dict[str, list[list[int]]]:
-    """For each array that is a slice: axis, blocks, and which place's it is; then the same of
+    """For each array that is a slice: axis, blocks, and which position's it is; then the same of
     the piece that it is of this slice.
     """
     found = {}
     for parameter in parameters:
         slices = [
-            [piece.cut.axis, piece.cut.blocks, piece.place] for piece in held.slices(parameter)
+            [piece.cut.axis, piece.cut.blocks, piece.position] for piece in held.slices(parameter)
         ]
         found.update({name: slices for name in held.names(parameter) if slices})
     return found

@@ -93,7 +93,7 @@ class CapacityConfig(Section):
     hysteresis: Optional[float] = Field(
         None,
         ge=0,
-        description="dynamic: change the capacity only by more than this share of it; null: 0.2",
+        description="dynamic: change the capacity only by more than this fraction of it; null: 0.2",
     )
     max_drop: Optional[float] = Field(
         None,
@@ -101,7 +101,7 @@ class CapacityConfig(Section):
         le=1,
         description=(
             "bound, dynamic: the capacity stays, up to the factor's, large enough to drop at "
-            "most this share of the tokens of the measured step; 1: the bound alone; null: 0.05"
+            "most this fraction of the tokens of the measured step; 1: the bound alone; null: 0.05"
         ),
     )
     drop_order: Literal["affinity", "position"] = Field(
@@ -179,7 +179,7 @@ class MoEConfig(Section):
         ),
     )
     group_sizes: Optional[Dict[str, int]] = Field(
-        None, description="experts of each domain's group (levels: 2); null: equal shares"
+        None, description="experts of each domain's group (levels: 2); null: as many for each"
     )
     balance_loss: float = Field(
         0.01,
@@ -301,10 +301,10 @@ class DataConfig(Section):
         None, description="a tokenizer.json to load; null: train one on the training text"
     )
     mixture: Optional[Dict[str, float]] = Field(
-        None, description="share of each domain in a batch; null: in proportion to its sequences"
+        None, description="part of each domain in a batch; null: in proportion to its sequences"
     )
     validation_fraction: float = Field(
-        0.05, gt=0, lt=1, description="share of the documents held out"
+        0.05, gt=0, lt=1, description="fraction of the documents held out"
     )
     max_document_bytes: int = Field(
         1_000_000,
@@ -341,7 +341,7 @@ class TrainConfig(Section):
     )
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
     final_learning_rate: float = Field(
-        0.1, ge=0, le=1, description="where the decay ends, as a share of the peak"
+        0.1, ge=0, le=1, description="where the decay ends, as a fraction of the peak"
     )
     warmup_steps: int = Field(50, ge=0, description="steps of linear warm-up")
     schedule: Literal["cosine", "polynomial", "constant"] = Field(
@@ -464,7 +464,7 @@ class PlacementConfig(Section):
         ge=0,
         lt=1,
         description=(
-            "accept a plan only if it shortens the modelled step, moving included, by this share"
+            "accept a plan only if it shortens the modelled step, moving included, by this fraction"
         ),
     )
     while_transient: bool = Field(

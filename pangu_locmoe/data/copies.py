@@ -2,7 +2,7 @@
 more.
 
 Splitting by document, and near-copies together, leaves passages that documents share: licences,
-tables, quotations. They make a validation loss look better than it is, so their share is counted
+tables, quotations. They make a validation loss look better than it is, so their part is counted
 and reported.
 """
 
@@ -39,7 +39,7 @@ class CopiedRuns:
         """Take held-out pieces of text and their tokens, int32 [n] each."""
         for content, tokens in zip(contents, ids):
             if zlib.crc32(content) < self._shares[domain] * 2**32:
-                # The last 31 tokens begin no window; 0 keeps their places.
+                # The last 31 tokens begin no window; 0 keeps their positions.
                 padded = np.zeros(len(tokens), np.uint64)
                 padded[: max(len(tokens) - RUN + 1, 0)] = window_hashes(tokens, RUN)
                 self._windows[domain].append(padded)
@@ -53,13 +53,13 @@ class CopiedRuns:
             np.concatenate([part for tokens in ids for part in (tokens, [end_of_document])]), RUN
         )
         hashes = hashes[self._maybe[(hashes & self._mask).astype(np.int64)]]
-        places = np.searchsorted(self._sorted, hashes)
-        self._found[places[self._sorted[places] == hashes]] = True
+        positions = np.searchsorted(self._sorted, hashes)
+        self._found[positions[self._sorted[positions] == hashes]] = True
 
     def _index(self) -> None:
         self._is_indexed = True
         windows = [part for parts in self._windows for part in parts]
-        # The largest number at the end, so that every search ends at a place.
+        # The largest number at the end, so that every search ends at a position.
         self._sorted = np.unique(np.concatenate([*windows, np.array([2**64 - 1], np.uint64)]))
         self._found = np.zeros(len(self._sorted), bool)
         # Most windows of the training text are none of these; a table of bits says so at once.

@@ -222,12 +222,12 @@ def _within_limits(config: DataConfig, mine: dict[bytes, Entry]) -> dict[bytes, 
     if config.max_bytes_per_domain is None:
         return mine
     kept: dict[bytes, Entry] = {}
-    for split, share in (
+    for split, part in (
         ("train", 1 - config.validation_fraction),
         ("validation", config.validation_fraction),
     ):
         side = {key: entry for key, entry in mine.items() if entry.split == split}
-        kept.update(_limit(side, int(config.max_bytes_per_domain * share)))
+        kept.update(_limit(side, int(config.max_bytes_per_domain * part)))
     # The order of reading, whatever the order of taking was.
     return {key: kept[key] for key in mine if key in kept}
 

@@ -41,7 +41,7 @@ class CorpusReport:
     problems: Counter[str] = field(default_factory=Counter)
     """Count for each key of PROBLEMS that occurred."""
     examples: dict[str, list[str]] = field(default_factory=dict)
-    """The first places where each problem occurred."""
+    """The first locations where each problem occurred."""
     cut: int = 0
     """Documents longer than data.max_document_bytes, read in pieces."""
     alike: int = 0
@@ -53,12 +53,12 @@ class CorpusReport:
     bytes: dict[str, Counter[str]] = field(default_factory=dict)
     """split -> domain -> bytes of UTF-8 text used."""
 
-    def count(self, problem: str, place: str) -> None:
-        """One more of a key of PROBLEMS; `place` is text that can be printed (`shown`)."""
+    def count(self, problem: str, location: str) -> None:
+        """One more of a key of PROBLEMS; `location` is text that can be printed (`shown`)."""
         self.problems[problem] += 1
         examples = self.examples.setdefault(problem, [])
         if len(examples) < _EXAMPLES:
-            examples.append(place)
+            examples.append(location)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -154,15 +154,15 @@ def read_documents(
     name = path.name.lower()
     zipped = name.endswith(".gz")
     report.files += 1
-    place = shown(path)
+    location = shown(path)
     try:
         with _open(path, zipped) as file:
             if name.removesuffix(".gz").endswith(_JSON_LINES):
-                yield from _json_lines(file, place, domains, max_bytes, report)
+                yield from _json_lines(file, location, domains, max_bytes, report)
             else:
-                yield from _whole(file, place, max_bytes, report)
+                yield from _whole(file, location, max_bytes, report)
     except (OSError, EOFError, zlib.error):
-        report.count("unreadable", place)
+        report.count("unreadable", location)
 
 
 def _open(path: Path, zipped: bool) -> IO[bytes]:
@@ -194,9 +194,9 @@ def _json_lines(
     number = 0
     while line := file.readline(limit + 1):
         number += 1
-        place = f"{path}:{number}"
+        location = f"{path}:{number}"
         if len(line) > limit:
-            report.count("huge", place)
+            report.count("huge", location)
             while line and not line.endswith(b"\n"):
                 line = file.readline(limit)
             continue
@@ -208,12 +208,12 @@ def _json_lines(
             domain = values.get("domain")
             text.encode("utf-8")  # JSON can spell half characters
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            report.count("bad_line", place)
+            report.count("bad_line", location)
             continue
         if not isinstance(text, str) or (domain is not None and domain not in domains):
-            report.count("bad_line", place)
+            report.count("bad_line", location)
         elif not text.strip():
-            report.count("empty", place)
+            report.count("empty", location)
         else:
             yield domain, text
 

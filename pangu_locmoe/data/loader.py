@@ -128,7 +128,7 @@ def spread(count: int, available: int) -> list[int]:
     """The middle sequence of each of `count` equal stretches of a side; all of them where there are
     no more.
 
-    Every text has its share, so that the sample's mean is the side's, and no document gives a
+    Every text has its part, so that the sample's mean is the side's, and no document gives a
     second sequence unless it is longer than a stretch.
     """
     count = min(count, available)

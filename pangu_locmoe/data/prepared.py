@@ -62,7 +62,7 @@ class Prepared:
     identity: dict[str, Any]
     """What makes it the same data as another preparation; see identity.py."""
     document_starts: list[np.ndarray]
-    """Of each domain, the place of each validation document's `<eod>` in the stream, int64
+    """Of each domain, the position of each validation document's `<eod>` in the stream, int64
     [documents].
     """
 

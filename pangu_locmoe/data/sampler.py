@@ -28,8 +28,8 @@ class BatchSampler(Iterator[list[Pick]]):
     exactly once before any comes again.
 
     Order in a batch: `iid` shuffled; `domain` so that the n-th of `nodes` equal blocks holds the
-    sequences of domains whose home is node n, and its free places those other nodes have too many
-    of; `cluster` the same with a home for each sequence.
+    sequences of domains whose home is node n, and its free positions those other nodes have too
+    many of; `cluster` the same with a home for each sequence.
     """
 
     def __init__(
@@ -144,9 +144,9 @@ class BatchSampler(Iterator[list[Pick]]):
             for weight, taken in zip(self._weights, self._taken)
         ]
         domain = deficits.index(max(deficits))
-        epoch, place = divmod(self._taken[domain], self.num_sequences[domain])
+        epoch, position = divmod(self._taken[domain], self.num_sequences[domain])
         self._taken[domain] += 1
-        return domain, int(self._order(domain, epoch)[place])
+        return domain, int(self._order(domain, epoch)[position])
 
     def _order(self, domain: int, epoch: int) -> np.ndarray:
         """The permutation of one epoch of one domain; only the latest is kept."""

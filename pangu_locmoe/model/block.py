@@ -169,11 +169,11 @@ class RowDropout(nn.Cell):
     def __init__(self, rate: float, tensor: TensorGroup) -> None:
         super().__init__()
         self.rate = rate
-        self.share = tensor.share
+        self.own_rows_of = tensor.own_rows_of
 
     def construct(
         self, x_MD: Tensor, row_keys_T: Tensor, column_keys_D: Tensor, site: int, training: bool
     ) -> Tensor:
         if not training or self.rate == 0:
             return x_MD
-        return dropout(x_MD, self.rate, (self.share(row_keys_T), column_keys_D), site)
+        return dropout(x_MD, self.rate, (self.own_rows_of(row_keys_T), column_keys_D), site)

@@ -104,7 +104,7 @@ class PanguSigma(nn.Cell):
             np.tril(np.ones((model.seq_length, model.seq_length), dtype=np.float32))
         )
         self.enter = tensor.enter_rows
-        self.share = tensor.share
+        self.own_rows_of = tensor.own_rows_of
         self.head = ops.MatMul(transpose_b=True)
         self.batch_head = ops.BatchMatMul(transpose_b=True)
 
@@ -118,7 +118,7 @@ class PanguSigma(nn.Cell):
         capacities: Tuple[int, ...],
         training: bool,
     ) -> Tuple[Tensor, Dict[str, Tensor]]:
-        """Logits for the next token at each place, and what the routers report.
+        """Logits for the next token at each position, and what the routers report.
 
         Args:
             tokens_BS, positions_BS, segments_BS: int32; attention stays inside a segment.
@@ -172,7 +172,7 @@ class PanguSigma(nn.Cell):
             ops.broadcast_to(ops.expand_dims(domains_B, 1), (batch, length)), (batch * length,)
         )
         slot_T = domains_T if self.per_domain else ops.zeros_like(domains_T)
-        positions_M = self.share(ops.reshape(positions_BS, (batch * length,)))
+        positions_M = self.own_rows_of(ops.reshape(positions_BS, (batch * length,)))
         x_MD = self.vocabulary.embed(self.word_table, tokens_T, slot_T) + ops.gather(
             self.position_table, positions_M, 0
         )

@@ -30,13 +30,13 @@ class Vocabulary(nn.Cell):
         super().__init__()
         self.width = vocab_size // tensor.size
         self.divided = tensor.size > 1
-        self.first = self.width * tensor.place
+        self.first = self.width * tensor.position
         self.leave = tensor.leave_rows
         if self.divided:
             self.losses = _DividedLosses(self.width, tensor)
             self.sum = tensor.sum
             self.mine_1R1 = Tensor(
-                (np.arange(tensor.size) == tensor.place).astype(np.float32).reshape(1, -1, 1)
+                (np.arange(tensor.size) == tensor.position).astype(np.float32).reshape(1, -1, 1)
             )
 
     def embed(self, table_VD: Tensor, tokens_T: Tensor, domains_T: Tensor) -> Tensor:
@@ -100,10 +100,10 @@ class _DividedLossesCore(nn.Cell):
         super().__init__()
         self.width = width
         self.sum = tensor.sum
-        self.first = width * tensor.place
+        self.first = width * tensor.position
         self.rows_V = Tensor(np.arange(width, dtype=np.int32))
         self.mine_R1 = Tensor(
-            (np.arange(tensor.size) == tensor.place).astype(np.float32).reshape(-1, 1)
+            (np.arange(tensor.size) == tensor.position).astype(np.float32).reshape(-1, 1)
         )
         self.max = ops.ReduceMax()
         self.add = ops.ReduceSum()

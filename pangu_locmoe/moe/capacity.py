@@ -95,7 +95,7 @@ def drop_floor(load_XE: np.ndarray, num_tokens: int, max_drop: float) -> int:
         load_XE: assignments to each expert in each part of the step whose tokens share slots.
         num_tokens: of all parts together. A token of most routers is one assignment; of several the
             experts may refuse some.
-        max_drop: the share that may be dropped.
+        max_drop: the fraction that may be dropped.
     """
     needed = (1 - max_drop - 1e-9) * num_tokens
     low = 1

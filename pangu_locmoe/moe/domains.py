@@ -10,7 +10,7 @@ from pangu_locmoe.config import Config
 
 
 def group_sizes(config: Config) -> tuple[int, ...]:
-    """Experts in each domain's group, in the order of `config.domains`; equal shares unless the
+    """Experts in each domain's group, in the order of `config.domains`; equal parts unless the
     YAML says otherwise.
     """
     domains = config.domains

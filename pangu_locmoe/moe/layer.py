@@ -94,8 +94,8 @@ class MoELayer(nn.Cell):
             together, mean over tokens; fp32 scalars), load_NE (assignments by source node and
             expert before drops, of the world, fp32; in one process there is one node when not
             training), dropped_E (of them, those that this process knows of, fp32), cosine_T (fp32),
-            and with several experts for a token `unrouted`, the share of tokens without any (fp32
-            scalar).
+            and with several experts for a token `unrouted`, the fraction of tokens without any
+            (fp32 scalar).
         """
         layout, room = self.transport.layout(x_TD.shape[0], capacity, training)
         packed, routed, own_losses = self.route(

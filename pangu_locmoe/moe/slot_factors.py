@@ -21,7 +21,7 @@ from pangu_locmoe.parallel.topology import Topology
 EVERY = 20
 RATIO = 1.25
 MARGIN = 1.1
-DROPS = 0.005  # share of all tokens that local slots, and remote slots, may leave out
+DROPS = 0.005  # fraction of all tokens that local slots, and remote slots, may leave out
 
 
 def automatic(capacity: CapacityConfig) -> bool:
@@ -61,14 +61,14 @@ def next_factors(
             one expert.
     """
     tokens = load_LNE.sum() / load_LNE.shape[0] if num_tokens is None else num_tokens
-    base = tokens / topology.num_places / topology.num_experts
+    base = tokens / topology.num_replicas / topology.num_experts
     local_LNE = np.broadcast_to(topology.local_NE, load_LNE.shape)
     factors: Dict[str, Any] = {}
     for key, chosen_LNE in (("local_factor", local_LNE), ("remote_factor", ~local_LNE)):
         if getattr(wanted, key) == "auto":
-            need_X = load_LNE[chosen_LNE] * MARGIN / topology.places_per_node / base
+            need_X = load_LNE[chosen_LNE] * MARGIN / topology.replicas_per_node / base
             needed = _smallest(
-                need_X, DROPS * MARGIN * load_LNE.sum() / topology.places_per_node / base
+                need_X, DROPS * MARGIN * load_LNE.sum() / topology.replicas_per_node / base
             )
             current = getattr(now, key)
             factors[key] = (

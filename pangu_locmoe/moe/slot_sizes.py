@@ -21,17 +21,17 @@ def source_slots(
 ) -> np.ndarray:
     """Slots that a rank has for each expert, int [E]; `num_tokens` is the rank's T.
 
-    With tensor parallelism rounded up, so that the ranks of a place can share them out evenly.
+    With tensor parallelism rounded up, so that the ranks of a replica can share them out evenly.
     """
-    capacity, place_ranks = starting_factors(capacity), topology.tensor_parallel
+    capacity, ranks_per_replica = starting_factors(capacity), topology.tensor_parallel
     local, remote = (
         min(
             num_tokens,
             -(
                 -factor_capacity(float(factor or 0.0), num_tokens, topology.num_experts)
-                // place_ranks
+                // ranks_per_replica
             )
-            * place_ranks,
+            * ranks_per_replica,
         )
         for factor in (capacity.local_factor, capacity.remote_factor)
     )

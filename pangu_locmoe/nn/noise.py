@@ -53,6 +53,6 @@ def uniform(noise: Noise, site: int) -> Tensor:
 
 
 def dropout(x_TD: Tensor, rate: float, noise: Noise, site: int) -> Tensor:
-    """Zero a share `rate` of the features and scale the rest by 1 / (1 - rate)."""
+    """Zero a fraction `rate` of the features and scale the rest by 1 / (1 - rate)."""
     keep_TD = ops.cast(ops.greater_equal(uniform(noise, site), rate), x_TD.dtype)
     return x_TD * keep_TD * (1.0 / (1.0 - rate))

@@ -41,9 +41,9 @@ class Communicator(ABC):
         return _GatherBySum(self.summing(ranks), list(ranks).index(self.rank), len(ranks))
 
     def scattering(self, ranks: Sequence[int]) -> Callable[[Tensor], Tensor]:
-        """This rank's equal share of the rows of the sum over a group, as `summing`. No gradient.
+        """This rank's equal part of the rows of the sum over a group, as `summing`. No gradient.
 
-        Unless there is an operator for it: the whole sum, of which a share is taken.
+        Unless there is an operator for it: the whole sum, of which a part is taken.
         """
         return _ScatterBySum(self.summing(ranks), list(ranks).index(self.rank), len(ranks))
 
@@ -68,14 +68,14 @@ class Communicator(ABC):
         """
 
     def reduce_scatter(self, rows_MX: Tensor, ranks: Sequence[int]) -> Tensor:
-        """This rank's equal share of the rows of `all_reduce`; M must be divisible by the number of
+        """This rank's equal part of the rows of `all_reduce`; M must be divisible by the number of
         ranks. No gradient.
 
-        Unless there is an operator for it: the whole sum, of which a share is taken.
+        Unless there is an operator for it: the whole sum, of which a part is taken.
         """
-        share = rows_MX.shape[0] // len(ranks)
-        place = list(ranks).index(self.rank)
-        return self.all_reduce(rows_MX, ranks)[place * share : (place + 1) * share]
+        part = rows_MX.shape[0] // len(ranks)
+        position = list(ranks).index(self.rank)
+        return self.all_reduce(rows_MX, ranks)[position * part : (position + 1) * part]
 
     def gather_rows(self, rows_MX: Tensor, ranks: Sequence[int]) -> Tensor:
         """The rows of ranks[0], then of ranks[1], ...; all have as many. No gradient.
@@ -91,10 +91,10 @@ class Communicator(ABC):
 
 
 class _GatherBySum(nn.Cell):
-    def __init__(self, total: Callable[[Tensor], Tensor], place: int, count: int) -> None:
+    def __init__(self, total: Callable[[Tensor], Tensor], position: int, count: int) -> None:
         super().__init__()
         self.sum = total
-        self.place = place
+        self.position = position
         self.count = count
         self.zeros = ops.ZerosLike()
         self.concat = ops.Concat(0)
@@ -102,21 +102,21 @@ class _GatherBySum(nn.Cell):
     def construct(self, rows_MX: Tensor) -> Tensor:
         zeros_MX = self.zeros(rows_MX)
         rows = []
-        for place in range(self.count):
-            rows.append(rows_MX if place == self.place else zeros_MX)
+        for position in range(self.count):
+            rows.append(rows_MX if position == self.position else zeros_MX)
         return self.sum(self.concat(rows))
 
 
 class _ScatterBySum(nn.Cell):
-    def __init__(self, total: Callable[[Tensor], Tensor], place: int, count: int) -> None:
+    def __init__(self, total: Callable[[Tensor], Tensor], position: int, count: int) -> None:
         super().__init__()
         self.sum = total
-        self.place = place
+        self.position = position
         self.count = count
         self.split = ops.Split(0, count)
 
     def construct(self, rows_MX: Tensor) -> Tensor:
-        return self.split(self.sum(rows_MX))[self.place]
+        return self.split(self.sum(rows_MX))[self.position]
 
 
 class SingleProcess(Communicator):

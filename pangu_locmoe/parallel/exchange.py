@@ -7,9 +7,9 @@ in the same order with fewer messages on the slow links. Both are a list of hops
 (from one rank, for one rank) is held by its source at first, and each hop moves every block to its
 next holder.
 
-`groupwise` is for tensor parallelism, where all ranks of a place have the same rows to send: each
-carries its share of every block to its own peers, and the place gathers the shares over its fast
-links. Between the nodes a row travels once instead of once for each rank of the place.
+`groupwise` is for tensor parallelism, where all ranks of a replica have the same rows to send: each
+carries its portion of every block to its own peers, and the replica gathers the portions over its
+fast links. Between the nodes a row travels once instead of once for each rank of the replica.
 
 Letters: R ranks of the group, M rows, D features.
 """
@@ -28,7 +28,7 @@ from mindspore.common.initializer import Zero
 from pangu_locmoe.parallel.communicator import Communicator
 from pangu_locmoe.parallel.timeline import Timeline
 
-Block = Tuple[int, int]  # (source, destination), places in the group
+Block = Tuple[int, int]  # (source, destination), positions in the group
 NextHolder = Callable[[Block], int]
 
 
@@ -72,8 +72,8 @@ class Exchange:
         ranks: the group.
         nodes: the node of each of `ranks`.
         hierarchical: by way of the nodes' gateways.
-        sharers: the ranks of this rank's place, which have the same rows, if each shall carry a
-            share (groupwise).
+        carriers: the ranks of this rank's replica, which have the same rows, if each shall carry a
+            portion (groupwise).
     """
 
     def __init__(
@@ -82,13 +82,13 @@ class Exchange:
         ranks: Sequence[int],
         nodes: Sequence[int],
         hierarchical: bool = False,
-        sharers: Sequence[int] = (),
+        carriers: Sequence[int] = (),
     ) -> None:
         self.communicator = communicator
         self.ranks = list(ranks)
         self.nodes = list(nodes)
-        self.sharers = list(sharers)
-        self.place = self.ranks.index(communicator.rank)
+        self.carriers = list(carriers)
+        self.position = self.ranks.index(communicator.rank)
         self.ledger = Ledger()
         self.timeline: Optional[Timeline] = None  # set for the step that is watched
         self._hops: List[NextHolder] = (
@@ -104,13 +104,13 @@ class Exchange:
         """
         with self._timed():
             return (
-                self._move_share(rows_MD, matrix_RR)
-                if self.sharers
+                self._move_portion(rows_MD, matrix_RR)
+                if self.carriers
                 else self._move_all(rows_MD, matrix_RR)
             )
 
     def move_own(self, rows_MD: Tensor, matrix_RR: np.ndarray) -> Tensor:
-        """`move` for rows that the other ranks of the place do not have."""
+        """`move` for rows that the other ranks of the replica do not have."""
         with self._timed():
             return self._move_all(rows_MD, matrix_RR)
 
@@ -130,32 +130,32 @@ class Exchange:
                 "exchange", began, ledger.intra_node_bytes + ledger.inter_node_bytes - sent
             )
 
-    def _move_share(self, rows_MD: Tensor, matrix_RR: np.ndarray) -> Tensor:
-        """Groupwise: this rank's share of each block to its peers, then the place's shares
+    def _move_portion(self, rows_MD: Tensor, matrix_RR: np.ndarray) -> Tensor:
+        """Groupwise: this rank's portion of each block to its peers, then the replica's portions
         together.
         """
-        own = self.sharers.index(self.communicator.rank)
-        carried, shares_XRR, order = shares(matrix_RR, self.place, own, len(self.sharers))
-        arrived = self._move_all(_rows(rows_MD, carried), shares_XRR[own])
-        gathered = self._gather_shares(arrived, shares_XRR[:, :, self.place].sum(axis=1))
+        own = self.carriers.index(self.communicator.rank)
+        carried, portions_XRR, order = portions(matrix_RR, self.position, own, len(self.carriers))
+        arrived = self._move_all(_rows(rows_MD, carried), portions_XRR[own])
+        gathered = self._gather_portions(arrived, portions_XRR[:, :, self.position].sum(axis=1))
         return _rows(gathered, order)
 
-    def _gather_shares(self, rows_MD: Tensor, counts_X: np.ndarray) -> Tensor:
-        """The rows of every sharer, in order."""
-        own = int(counts_X[self.sharers.index(self.communicator.rank)])
-        sharers = self.sharers
+    def _gather_portions(self, rows_MD: Tensor, counts_X: np.ndarray) -> Tensor:
+        """The rows of every carrier, in order."""
+        own = int(counts_X[self.carriers.index(self.communicator.rank)])
+        carriers = self.carriers
         if own:
             row_bytes = int(np.prod(rows_MD.shape[1:])) * rows_MD.itemsize
-            for _ in range(len(sharers) - 1):
+            for _ in range(len(carriers) - 1):
                 self.ledger.record(own * row_bytes, crosses_nodes=False)
-            rows_MD = ops.tile(rows_MD, (len(sharers), *[1] * (rows_MD.ndim - 1)))
+            rows_MD = ops.tile(rows_MD, (len(carriers), *[1] * (rows_MD.ndim - 1)))
         return self.communicator.all_to_all(
-            rows_MD, [own] * len(sharers), counts_X.tolist(), sharers
+            rows_MD, [own] * len(carriers), counts_X.tolist(), carriers
         )
 
     def _move_all(self, rows_MD: Tensor, matrix_RR: np.ndarray) -> Tensor:
         size = len(self.ranks)
-        blocks: List[Block] = [(self.place, destination) for destination in range(size)]
+        blocks: List[Block] = [(self.position, destination) for destination in range(size)]
         holder = {
             (source, destination): source for source in range(size) for destination in range(size)
         }
@@ -180,13 +180,18 @@ class Exchange:
         for block, now in holder.items():
             traffic_RR[now, after[block]] += matrix_RR[block]
         row_bytes = int(np.prod(rows.shape[1:])) * rows.itemsize
-        for target, count in enumerate(traffic_RR[self.place].tolist()):
-            if count and target != self.place:
-                self.ledger.record(count * row_bytes, self.nodes[target] != self.nodes[self.place])
+        for target, count in enumerate(traffic_RR[self.position].tolist()):
+            if count and target != self.position:
+                self.ledger.record(
+                    count * row_bytes, self.nodes[target] != self.nodes[self.position]
+                )
         rows = self.communicator.all_to_all(
-            rows, traffic_RR[self.place].tolist(), traffic_RR[:, self.place].tolist(), self.ranks
+            rows,
+            traffic_RR[self.position].tolist(),
+            traffic_RR[:, self.position].tolist(),
+            self.ranks,
         )
-        arrived = [block for block in holder if after[block] == self.place]
+        arrived = [block for block in holder if after[block] == self.position]
         arrived.sort(key=lambda block: (holder[block], block))
         holder.update(after)
         return rows, arrived
@@ -206,7 +211,7 @@ class Exchange:
 
     def _gateway(self, node: int, other: int) -> int:
         """Node pairs are dealt over a node's ranks, so that no rank speaks for all."""
-        members = [place for place, own in enumerate(self.nodes) if own == node]
+        members = [position for position, own in enumerate(self.nodes) if own == node]
         return members[other % len(members)]
 
 
@@ -228,23 +233,23 @@ class ExchangeRows(nn.Cell):
         return (self.exchange.move(grad_MD, self.matrix_RR.T),)
 
 
-def shares(
-    matrix_RR: np.ndarray, place: int, own: int, count: int
+def portions(
+    matrix_RR: np.ndarray, position: int, own: int, count: int
 ) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """How `count` ranks of a place, this one the `own`th, share out a move.
+    """How `count` ranks of a replica, this one the `own`th, share out a move.
 
     Returns:
         the rows that this rank carries, as indices; how many rows each of the `count` carries from
-        each rank to each, [count, R, R]; the order in which the rows that arrived, sharer by sharer
-        and by source in each, are sorted by source.
+        each rank to each, [count, R, R]; the order in which the rows that arrived, carrier by
+        carrier and by source in each, are sorted by source.
     """
     bounds_XRR = np.arange(count + 1)[:, None, None] * matrix_RR // count
-    shares_XRR = np.diff(bounds_XRR, axis=0)
-    first_R = np.cumsum(matrix_RR[place]) - matrix_RR[place]
-    carried = _ranges(first_R + bounds_XRR[own, place], shares_XRR[own, place])
-    received_XR = shares_XRR[:, :, place]
+    portions_XRR = np.diff(bounds_XRR, axis=0)
+    first_R = np.cumsum(matrix_RR[position]) - matrix_RR[position]
+    carried = _ranges(first_R + bounds_XRR[own, position], portions_XRR[own, position])
+    received_XR = portions_XRR[:, :, position]
     starts_XR = (np.cumsum(received_XR) - received_XR.reshape(-1)).reshape(received_XR.shape)
-    return carried, shares_XRR, _ranges(starts_XR.T.reshape(-1), received_XR.T.reshape(-1))
+    return carried, portions_XRR, _ranges(starts_XR.T.reshape(-1), received_XR.T.reshape(-1))
 
 
 def _destination(block: Block) -> int:

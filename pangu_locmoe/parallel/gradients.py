@@ -34,7 +34,7 @@ KINDS = ("whole", "slice", "expert", "piece")
 
 
 def kind(parameter: Parameter) -> str:
-    """whole on all ranks, a slice divided over each place, or an expert's."""
+    """whole on all ranks, a slice divided over each replica, or an expert's."""
     if is_expert(parameter):
         return "expert"
     return "whole" if cut_of(parameter) is None else "slice"
@@ -55,20 +55,20 @@ def holders(parameter: Parameter, topology: Topology, rank: int) -> Tuple[int, .
 def holders_of(kind: str, topology: Topology, rank: int) -> Tuple[int, ...]:
     """The ranks that hold the same of a parameter of this kind.
 
-    The ranks of a place have the same gradient of a parameter that is whole on all of them; it is
+    The ranks of a replica have the same gradient of a parameter that is whole on all of them; it is
     averaged over them as well, so that they stay the same to the last bit.
     """
     if kind == "expert":
-        return topology.expert_replicas(rank)
+        return topology.same_experts(rank)
     return tuple(range(topology.num_ranks)) if kind == "whole" else topology.same_part(rank)
 
 
-def share(parameter: Parameter, topology: Topology) -> float:
-    """What the sum over `holders` is multiplied by: one over the places, or over the ranks where
+def gradient_factor(parameter: Parameter, topology: Topology) -> float:
+    """What the sum over `holders` is multiplied by: one over the replicas, or over the ranks where
     all of them add the same.
     """
     alike = kind(parameter) == "whole" and not has_partial_gradient(parameter)
-    return 1.0 / (topology.num_ranks if alike else topology.num_places)
+    return 1.0 / (topology.num_ranks if alike else topology.num_replicas)
 
 
 def piece(shape: Sequence[int], kind: str, topology: Topology, rank: int) -> Optional[Piece]:
@@ -113,7 +113,7 @@ def reduce_gradients(
             total = with_axis_first(
                 communicator.reduce_scatter(with_axis_first(gradient, axis), ranks), axis
             )
-        reduced.append(total * share(parameter, topology))
+        reduced.append(total * gradient_factor(parameter, topology))
     return reduced
 
 

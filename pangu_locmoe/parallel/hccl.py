@@ -31,7 +31,7 @@ from mindspore.communication import (
 )
 
 from pangu_locmoe.parallel.communicator import Communicator
-from pangu_locmoe.parallel.exchange import shares
+from pangu_locmoe.parallel.exchange import portions
 
 CreateGroup = Callable[[str, List[int]], Any]
 
@@ -182,33 +182,33 @@ class AllToAllRows(nn.Cell):
         return ops.reshape(flat, (self.total, self.features))
 
 
-class SharedRows(nn.Cell):
-    """`AllToAllRows` shared out over the ranks of a place, which have the same rows (groupwise):
-    each carries an equal share.
+class GroupwiseRows(nn.Cell):
+    """`AllToAllRows` shared out over the ranks of a replica, which have the same rows (groupwise):
+    each carries an equal portion.
 
     Args:
         group: name of the expert-parallel group.
-        sharers: name of the tensor-parallel group.
+        carriers: name of the tensor-parallel group.
         features: D.
         matrix_RR: rows from each rank of the group to each.
-        place: this rank's in the group.
-        own, count: this rank's place among the sharers, and how many they are; must divide every
-            entry of `matrix_RR`.
+        position: this rank's in the group.
+        own, count: this rank's position among the carriers, and how many they are; must divide
+            every entry of `matrix_RR`.
     """
 
     def __init__(
         self,
         group: str,
-        sharers: str,
+        carriers: str,
         features: int,
         matrix_RR: np.ndarray,
-        place: int,
+        position: int,
         own: int,
         count: int,
     ) -> None:
         super().__init__()
-        self.there = _SharedWay(group, sharers, features, matrix_RR, place, own, count)
-        self.back = _SharedWay(group, sharers, features, matrix_RR.T, place, own, count)
+        self.there = _GroupwiseWay(group, carriers, features, matrix_RR, position, own, count)
+        self.back = _GroupwiseWay(group, carriers, features, matrix_RR.T, position, own, count)
 
     def construct(self, rows_MD: Tensor) -> Tensor:
         return self.there(rows_MD)
@@ -217,23 +217,26 @@ class SharedRows(nn.Cell):
         return (self.back(grad_MD),)
 
 
-class _SharedWay(nn.Cell):
+class _GroupwiseWay(nn.Cell):
     def __init__(
         self,
         group: str,
-        sharers: str,
+        carriers: str,
         features: int,
         matrix_RR: np.ndarray,
-        place: int,
+        position: int,
         own: int,
         count: int,
     ) -> None:
         super().__init__()
-        carried, shares_XRR, order = shares(matrix_RR, place, own, count)
+        carried, portions_XRR, order = portions(matrix_RR, position, own, count)
         self.exchange = AllToAllRows(
-            group, features, shares_XRR[own, place].tolist(), shares_XRR[own, :, place].tolist()
+            group,
+            features,
+            portions_XRR[own, position].tolist(),
+            portions_XRR[own, :, position].tolist(),
         )
-        self.all_gather = ops.AllGather(sharers)
+        self.all_gather = ops.AllGather(carriers)
         self.gather = ops.Gather()
         self.carried = Tensor(carried.astype(np.int32))
         self.order = Tensor(order.astype(np.int32))

@@ -62,12 +62,12 @@ class MCCL(Communicator):
     def all_to_all(
         self, rows_MD: Tensor, sent: Sequence[int], received: Sequence[int], ranks: Sequence[int]
     ) -> Tensor:
-        place = list(ranks).index(self.rank)
+        position = list(ranks).index(self.rank)
         count = len(ranks)
         ends = np.cumsum(sent).tolist()
         # Messages without rows are skipped on both sides; empty tensors have no kernels.
         for distance in range(1, count):
-            target = (place + distance) % count
+            target = (position + distance) % count
             if sent[target]:
                 dist_comm_isend_op(
                     rows_MD[ends[target] - sent[target] : ends[target]],
@@ -76,10 +76,10 @@ class MCCL(Communicator):
                     0,
                 )
         arrived: Dict[int, Tensor] = {}
-        if received[place]:
-            arrived[place] = rows_MD[ends[place] - sent[place] : ends[place]]
+        if received[position]:
+            arrived[position] = rows_MD[ends[position] - sent[position] : ends[position]]
         for distance in range(1, count):
-            source = (place - distance) % count
+            source = (position - distance) % count
             if received[source]:
                 arrived[source] = ops.zeros((received[source], *rows_MD.shape[1:]), rows_MD.dtype)
                 dist_comm_irecv_op(arrived[source], 0, ranks[source], self._world)

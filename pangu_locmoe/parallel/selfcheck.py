@@ -103,12 +103,13 @@ def _check_sum(name: str, ranks: Sequence[int], communicator: Communicator) -> N
 def _check_exchange(
     name: str, ranks: Sequence[int], matrix_RR: np.ndarray, communicator: Communicator
 ) -> None:
-    place = list(ranks).index(communicator.rank)
+    position = list(ranks).index(communicator.rank)
     blocks = [
-        _block(communicator.rank, target, count) for target, count in zip(ranks, matrix_RR[place])
+        _block(communicator.rank, target, count)
+        for target, count in zip(ranks, matrix_RR[position])
     ]
-    sent = matrix_RR[place].tolist()
-    received = matrix_RR[:, place].tolist()
+    sent = matrix_RR[position].tolist()
+    received = matrix_RR[:, position].tolist()
     got_MD = communicator.all_to_all(
         Tensor(np.concatenate(blocks)), sent, received, ranks
     ).asnumpy()

@@ -1,14 +1,14 @@
-"""Tensor parallelism: the ranks of a place hold slices of its matrices and compute slices of its
+"""Tensor parallelism: the ranks of a replica hold slices of its matrices and compute slices of its
 activations.
 
 A matrix product is cut in pairs (Megatron-LM): the first matrix by columns, the second by rows.
 What goes in is whole on every rank and its gradient is the sum over the ranks (`enter`); what comes
 out is a partial sum, added up over the ranks (`leave`). In between every rank works alone.
 
-With sequence parallelism (Korthikanti et al. 2022) a rank keeps only its share of the rows outside
+With sequence parallelism (Korthikanti et al. 2022) a rank keeps only its part of the rows outside
 of these pairs: in the residual stream, the norms and dropout. Rows then enter by a gather, whose
 gradient is a reduce-scatter, and leave by a reduce-scatter, whose gradient is a
-gather: as many bytes as the sums they replace. Rows are tokens, in equal contiguous shares, because
+gather: as many bytes as the sums they replace. Rows are tokens, in equal contiguous parts, because
 everything outside is per token.
 
 The slices of the vocabulary are in model/vocabulary.py.
@@ -38,11 +38,11 @@ class Cut:
     axis: int
     blocks: int = 1
 
-    def part(self, whole: np.ndarray, place: int, size: int) -> np.ndarray:
-        """The slice of the rank at `place` of `size`."""
+    def part(self, whole: np.ndarray, position: int, size: int) -> np.ndarray:
+        """The slice of the rank at `position` of `size`."""
         shape = whole.shape
         apart = whole.reshape(*shape[: self.axis], self.blocks, size, -1, *shape[self.axis + 1 :])
-        return apart[(slice(None),) * (self.axis + 1) + (place,)].reshape(
+        return apart[(slice(None),) * (self.axis + 1) + (position,)].reshape(
             *shape[: self.axis], -1, *shape[self.axis + 1 :]
         )
 
@@ -60,45 +60,47 @@ class Cut:
 
 @dataclass(frozen=True)
 class Piece:
-    """What one of `count` ranks has of an array that they divide: the slice at `place`."""
+    """What one of `count` ranks has of an array that they divide: the slice at `position`."""
 
     cut: Cut
-    place: int
+    position: int
     count: int
 
     def of(self, whole: np.ndarray) -> np.ndarray:
-        return self.cut.part(whole, self.place, self.count)
+        return self.cut.part(whole, self.position, self.count)
 
 
 class TensorGroup:
-    """The ranks of one place, as the layers see them.
+    """The ranks of one replica, as the layers see them.
 
     Args:
         communicator: the way to the others.
-        ranks: the place's, this one among them.
-        sequence_parallel: whether each keeps only its share of the rows outside of the matrices.
+        ranks: the replica's, this one among them.
+        sequence_parallel: whether each keeps only its part of the rows outside of the matrices.
 
     Attributes:
         enter, leave: into and out of a pair of matrices, for what is whole on all ranks outside.
         enter_rows, leave_rows: the same for the residual stream's rows.
         whole_rows, own_rows: to all rows, for what every rank computes alike and without sums over
             the group (routing), and back.
-        share: this rank's rows of what has no gradient.
+        own_rows_of: this rank's rows of what has no gradient.
     """
 
     def __init__(
         self, communicator: Communicator, ranks: Sequence[int], sequence_parallel: bool = False
     ) -> None:
         self.size = len(ranks)
-        self.place = list(ranks).index(communicator.rank)
+        self.position = list(ranks).index(communicator.rank)
         self.divides_rows = sequence_parallel
-        self.share: nn.Cell = _Share(self.place, self.size) if sequence_parallel else _AsItIs()
+        self.own_rows_of: nn.Cell = (
+            _OwnRows(self.position, self.size) if sequence_parallel else _AsItIs()
+        )
         self._gather = partial(communicator.gathering, ranks)
         self._scatter = partial(communicator.scattering, ranks)
         if self.size > 1:
             self.sum = communicator.summing(ranks)
 
-    # A cell of its own for every place: the gradient of a compiled part that uses one of these
+    # A cell of its own for every use: the gradient of a compiled part that uses one of these
     # twice is wrong in MindSpore 2.10.
 
     @property
@@ -120,13 +122,17 @@ class TensorGroup:
     @property
     def whole_rows(self) -> nn.Cell:
         return (
-            _Way(self._gather(), _Share(self.place, self.size)) if self.divides_rows else _AsItIs()
+            _Way(self._gather(), _OwnRows(self.position, self.size))
+            if self.divides_rows
+            else _AsItIs()
         )
 
     @property
     def own_rows(self) -> nn.Cell:
         return (
-            _Way(_Share(self.place, self.size), self._gather()) if self.divides_rows else _AsItIs()
+            _Way(_OwnRows(self.position, self.size), self._gather())
+            if self.divides_rows
+            else _AsItIs()
         )
 
     @classmethod
@@ -141,7 +147,7 @@ class TensorGroup:
         """
         if self.size == 1:
             return Parameter(Tensor(whole), name=name)
-        parameter = Parameter(Tensor(cut.part(whole, self.place, self.size)), name=name)
+        parameter = Parameter(Tensor(cut.part(whole, self.position, self.size)), name=name)
         parameter.cut = cut
         return parameter
 
@@ -155,7 +161,7 @@ class TensorGroup:
 
 
 def has_partial_gradient(parameter: Parameter) -> bool:
-    """Whether the ranks of a place each have a part of the gradient of a parameter that is whole
+    """Whether the ranks of a replica each have a part of the gradient of a parameter that is whole
     on all of them.
     """
     return getattr(parameter, "has_partial_gradient", False)
@@ -195,13 +201,13 @@ class _Way(nn.Cell):
         return (self.back(grad),)
 
 
-class _Share(nn.Cell):
+class _OwnRows(nn.Cell):
     """This rank's rows."""
 
-    def __init__(self, place: int, count: int) -> None:
+    def __init__(self, position: int, count: int) -> None:
         super().__init__()
-        self.place = place
+        self.position = position
         self.split = ops.Split(0, count)
 
     def construct(self, rows_MX: Tensor) -> Tensor:
-        return self.split(rows_MX)[self.place]
+        return self.split(rows_MX)[self.position]

@@ -2,9 +2,9 @@
 communication.
 
 Ranks are numbered node by node. `tensor_parallel` consecutive ranks of one node, a tensor-parallel
-group, share the matrices of what would be one rank without: a *place*. They read the same tokens.
-The experts of a layer are dealt to `expert_parallel` consecutive places, which hold all experts
-once; places at the same position of different such blocks hold the same ones. A rank exchanges
+group, share the matrices of what would be one rank without: a *replica*. They read the same tokens.
+The experts of a layer are dealt to `expert_parallel` consecutive replicas, which hold all experts
+once; replicas at the same position of different such blocks hold the same ones. A rank exchanges
 tokens with the ranks of its block that hold the same part of their matrices, its expert-parallel
 group.
 
@@ -29,9 +29,9 @@ class Topology:
     Args:
         num_ranks: R, processes of the job (or nodes that one process emulates).
         ranks_per_node: ranks in each node.
-        expert_parallel: places that share the experts of a layer.
+        expert_parallel: replicas that share the experts of a layer.
         num_experts: E.
-        tensor_parallel: ranks of a place.
+        tensor_parallel: ranks of a replica.
 
     Raises:
         TopologyError: the numbers do not divide each other.
@@ -44,7 +44,7 @@ class Topology:
     tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
-        places = "ranks" if self.tensor_parallel == 1 else "ranks / parallel.tensor_parallel"
+        replicas = "ranks" if self.tensor_parallel == 1 else "ranks / parallel.tensor_parallel"
         for name, value, divisor_name, divisor in (
             ("ranks", self.num_ranks, "ranks of a node", self.ranks_per_node),
             (
@@ -53,7 +53,7 @@ class Topology:
                 "parallel.tensor_parallel",
                 self.tensor_parallel,
             ),
-            (places, self.num_places, "parallel.expert_parallel", self.expert_parallel),
+            (replicas, self.num_replicas, "parallel.expert_parallel", self.expert_parallel),
             ("moe.num_experts", self.num_experts, "parallel.expert_parallel", self.expert_parallel),
         ):
             if value % divisor:
@@ -114,11 +114,11 @@ class Topology:
         )
         batch_size = config.train.batch_size
         micro_batches = config.train.accumulation_steps
-        places = topology.num_places
-        if batch_size % (places * micro_batches):
+        replicas = topology.num_replicas
+        if batch_size % (replicas * micro_batches):
             what = "ranks" if topology.tensor_parallel == 1 else "ranks / parallel.tensor_parallel"
             raise TopologyError(
-                f"train.batch_size ({batch_size}) must be divisible by {what} ({places}) "
+                f"train.batch_size ({batch_size}) must be divisible by {what} ({replicas}) "
                 f"times train.accumulation_steps ({micro_batches})"
             )
         return topology
@@ -128,12 +128,12 @@ class Topology:
         return self.num_ranks // self.ranks_per_node
 
     @property
-    def num_places(self) -> int:
+    def num_replicas(self) -> int:
         """U, among which a batch is divided."""
         return self.num_ranks // self.tensor_parallel
 
     @property
-    def places_per_node(self) -> int:
+    def replicas_per_node(self) -> int:
         return self.ranks_per_node // self.tensor_parallel
 
     @property
@@ -144,16 +144,16 @@ class Topology:
     def node_of_rank(self, rank: int) -> int:
         return rank // self.ranks_per_node
 
-    def place_of_rank(self, rank: int) -> int:
+    def replica_of_rank(self, rank: int) -> int:
         return rank // self.tensor_parallel
 
     def tensor_group(self, rank: int) -> tuple[int, ...]:
-        """The ranks of the same place, which share its matrices, itself among them."""
+        """The ranks of the same replica, which share its matrices, itself among them."""
         first = rank - rank % self.tensor_parallel
         return tuple(range(first, first + self.tensor_parallel))
 
     def same_part(self, rank: int) -> tuple[int, ...]:
-        """The ranks of all places that hold the same part of their matrices as this one, itself
+        """The ranks of all replicas that hold the same part of their matrices as this one, itself
         among them.
         """
         return tuple(range(rank % self.tensor_parallel, self.num_ranks, self.tensor_parallel))
@@ -164,7 +164,7 @@ class Topology:
         first = rank - rank % block + rank % self.tensor_parallel
         return tuple(range(first, first + block, self.tensor_parallel))
 
-    def expert_replicas(self, rank: int) -> tuple[int, ...]:
+    def same_experts(self, rank: int) -> tuple[int, ...]:
         """The ranks that hold the same part of the same experts as this one, itself among them."""
         block = self.expert_parallel * self.tensor_parallel
         return tuple(range(rank % block, self.num_ranks, block))
@@ -174,14 +174,14 @@ class Topology:
         return {
             "the world": tuple(range(self.num_ranks)),
             "its expert-parallel group": self.expert_group(rank),
-            "the group that holds the same experts": self.expert_replicas(rank),
+            "the group that holds the same experts": self.same_experts(rank),
             "its tensor-parallel group": self.tensor_group(rank),
             "the group with the same part of the matrices": self.same_part(rank),
         }
 
     def experts_of_rank(self, rank: int) -> range:
         """The contiguous block of experts a rank holds, or holds a part of."""
-        first = self.place_of_rank(rank) % self.expert_parallel * self.experts_per_rank
+        first = self.replica_of_rank(rank) % self.expert_parallel * self.experts_per_rank
         return range(first, first + self.experts_per_rank)
 
     @property
@@ -212,7 +212,7 @@ class Topology:
     def local_fraction(
         self, load_LNE: np.ndarray, expert_of_slot_LP: np.ndarray | None = None
     ) -> float:
-        """Share of tokens whose expert is in the node they come from.
+        """Fraction of the tokens whose expert is in the node they come from.
 
         Args:
             load_LNE: token counts by source node and expert.

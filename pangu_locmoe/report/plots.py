@@ -151,10 +151,10 @@ def matrix(title: str, count_NE: Floats, top: float, rows: str, local: bool) -> 
     held = experts / nodes
     edge = [withStroke(linewidth=4, foreground=_DARK)]
     for node in range(nodes if local else 0):
-        place = (node * held - 0.5, node - 0.5)
+        corner = (node * held - 0.5, node - 0.5)
         axes.add_patch(
             Rectangle(
-                place,
+                corner,
                 held,
                 1,
                 fill=False,

@@ -2,7 +2,7 @@
 whom. NumPy only.
 
     step      = dense + experts + straggler + tensor + exchange + reduction - hidden
-    dense     = tokens * dense_flops / t / speed                    of one place; speed = peak_flops * efficiency
+    dense     = tokens * dense_flops / t / speed                    of one replica; speed = peak_flops * efficiency
     experts   = L * tokens * expert_flops / t / speed               if every replica computed as many rows as it has tokens
     straggler = L * max_u rows_u * expert_flops / t / speed - experts     rows_u: padding included; may be negative with drops
     exchange  = L * 4 * (inter + intra + messages)                  rows there and back, forward and backward
@@ -13,12 +13,12 @@ whom. NumPy only.
     reduction = 2 (U-1)/U * dense_bytes / node_link  +  2 (Z-1)/Z * q * expert_bytes / node_link      rings; + their latency
     hidden    = min(overlap * exchange, experts + straggler) + min(overlap * reduction, 2/3 of all computation)
 
-A place is one tensor-parallel group of t ranks (t = 1: a rank); it holds one copy of the dense
-weights and its share of the experts. flat: a message for each pair of ranks, q * q for a pair of
+A replica is one tensor-parallel group of t ranks (t = 1: a rank); it holds one copy of the dense
+weights and its part of the experts. flat: a message for each pair of ranks, q * q for a pair of
 nodes; hierarchical: one for a pair of nodes, and rows that cross also move inside both nodes, to
-and from the rank that speaks for them. With t > 1 all ranks of a place hold the same rows: flat and
-hierarchical send all of them from each rank, groupwise a share of 1/t, which is gathered again
-inside the node.
+and from the rank that speaks for them. With t > 1 all ranks of a replica hold the same rows: flat
+and hierarchical send all of them from each rank, groupwise a portion of 1/t, which is gathered
+again inside the node.
 
 Letters: N nodes, U replicas, E experts, L sparse layers, Z expert-parallel groups, q replicas of a
 node that work in one group, I samples of routing (layout.py).
@@ -47,7 +47,7 @@ class Work:
         dense_bytes, expert_bytes: gradients of all but experts, and of one expert in all sparse
             layers.
         recompute: whether the forward pass runs twice. micro_batches: of a step.
-        sequence_parallel: whether a place divides its tokens outside of the matrices.
+        sequence_parallel: whether a replica divides its tokens outside of the matrices.
     """
 
     dense_flops: float
@@ -98,7 +98,7 @@ class Step:
 
     @property
     def exchange_share(self) -> float:
-        """Share of the step in which nothing but the exchange goes on."""
+        """Fraction of the step in which nothing but the exchange goes on."""
         return (self.exchange - self.hidden_exchange) / self.seconds
 
 
@@ -117,15 +117,15 @@ def step_time(
 
     Args:
         work, layout, device: what is computed, where, on what.
-        tokens: of one place in one step.
+        tokens: of one replica in one step.
         rows_INE: rows that travel in one layer from each node to each expert, samples first.
-        computed: rows of the place that computes most of them in one layer, padding included, mean
-            over the samples.
+        computed: rows of the replica that computes most of them in one layer, padding included,
+            mean over the samples.
         exchange: flat, hierarchical or groupwise.
-        exchange_overlap: share of the exchange that runs under experts, where they last long
+        exchange_overlap: fraction of the exchange that runs under experts, where they last long
             enough.
-        reduction_overlap: share of the reduction that runs under the backward pass, where it lasts
-            long enough.
+        reduction_overlap: fraction of the reduction that runs under the backward pass, where it
+            lasts long enough.
     """
     t = layout.tensor_parallel
     layers = work.sparse_layers
@@ -198,18 +198,18 @@ def _exchange(
 
 
 def _reduction(work: Work, layout: Layout, device: Device) -> float:
-    """Rings: over all places for dense gradients, over the copies for each expert's.
+    """Rings: over all replicas for dense gradients, over the copies for each expert's.
 
     A ring leaves each node once.
     """
-    if layout.places == 1:
+    if layout.replicas == 1:
         return 0.0
     t = layout.tensor_parallel
-    places = layout.places
+    replicas = layout.replicas
     groups = layout.groups
     nodes = layout.nodes
     held_bytes = work.expert_bytes * layout.experts / layout.group
-    dense = 2 * (places - 1) / places * work.dense_bytes
+    dense = 2 * (replicas - 1) / replicas * work.dense_bytes
     experts = 2 * (groups - 1) / groups * held_bytes
     if nodes == 1:
         seconds = (dense + experts) / t / (device.intra_bandwidth * device.link_efficiency)
@@ -221,5 +221,5 @@ def _reduction(work: Work, layout: Layout, device: Device) -> float:
     if device.copy_bandwidth is not None:
         seconds += (dense + experts) / t / device.copy_bandwidth
     return seconds + rings * 2 * (
-        (nodes - 1) * device.inter_latency + (layout.places_per_node - 1) * device.intra_latency
+        (nodes - 1) * device.inter_latency + (layout.replicas_per_node - 1) * device.intra_latency
     )

@@ -25,12 +25,12 @@ class Device:
         name: in the file.
         ranks_per_node: where nothing else is said.
         peak_flops: FLOP/s of one rank.
-        efficiency: share of the peak that its products reach, at most 1.
+        efficiency: fraction of the peak that its products reach, at most 1.
         intra_bandwidth: bytes/s of one rank to the others of its node, each direction.
         node_bandwidth: bytes/s of one node to the others over all of its cards, each direction.
-        link_efficiency: share of both bandwidths that large messages get, at most 1.
-        all_to_all_efficiency: share of that which the exchange gets between nodes, at most 1: its
-            messages are many, and all links carry them at once.
+        link_efficiency: fraction of both bandwidths that large messages get, at most 1.
+        all_to_all_efficiency: fraction of that which the exchange gets between nodes, at most 1:
+            its messages are many, and all links carry them at once.
         intra_latency, inter_latency: seconds that one message costs the rank that sends it.
         exchange_overhead: seconds of one exchange, whatever it moves.
         copy_bandwidth: bytes/s that a rank's processor can send on any link, in exchange and

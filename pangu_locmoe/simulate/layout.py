@@ -1,7 +1,7 @@
-"""Where places and experts are, and what one crossing of one layer moves between them. NumPy only.
+"""Where replicas and experts are, and what one crossing of one layer moves between them. NumPy only.
 
-A place is one tensor-parallel group of ranks; its ranks are in one node. Places are numbered node
-by node.
+A replica is one tensor-parallel group of ranks; its ranks are in one node. Replicas are numbered
+node by node.
 
 Letters: N nodes, U replicas, E experts, q replicas of a node that work in one
 group, I samples of routing, Z expert-parallel groups that differ in what they get.
@@ -23,17 +23,17 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Layout:
-    """Where places and experts are.
+    """Where replicas and experts are.
 
-    Places are numbered node by node; experts are dealt to them in contiguous blocks.
+    Replicas are numbered node by node; experts are dealt to them in contiguous blocks.
 
     Args:
         nodes, ranks_per_node: of the cluster.
         experts: E.
-        expert_parallel: places that share the experts of a layer; more than there are: all.
-        tensor_parallel: t, ranks of a place; they are in one node.
-        copies: the groups of places that hold the experts repeat over the cluster; False: there is
-            one, and the nodes beyond it hold no expert.
+        expert_parallel: replicas that share the experts of a layer; more than there are: all.
+        tensor_parallel: t, ranks of a replica; they are in one node.
+        copies: the groups of replicas that hold the experts repeat over the cluster; False: there
+            is one, and the nodes beyond it hold no expert.
 
     Raises:
         TopologyError: the numbers do not divide each other.
@@ -55,52 +55,52 @@ class Layout:
             ("experts", self.experts, "expert_parallel", self.group),
         ]
         if self.copies:
-            pairs.append(("places", self.places, "expert_parallel", self.group))
-        larger = max(self.group, self.places_per_node)
-        smaller = min(self.group, self.places_per_node)
+            pairs.append(("replicas", self.replicas, "expert_parallel", self.group))
+        larger = max(self.group, self.replicas_per_node)
+        smaller = min(self.group, self.replicas_per_node)
         pairs.append(
-            ("the larger of expert_parallel and places of a node", larger, "the other", smaller)
+            ("the larger of expert_parallel and replicas of a node", larger, "the other", smaller)
         )
         for name, value, divisor_name, divisor in pairs:
             if value % divisor:
                 raise TopologyError(
                     f"{name} ({value}) must be divisible by {divisor_name} ({divisor})"
                 )
-        if not self.copies and self.group < self.places_per_node:
+        if not self.copies and self.group < self.replicas_per_node:
             raise TopologyError(
-                f"one copy of the experts on {self.group} places: must fill a node "
-                f"({self.places_per_node} places)"
+                f"one copy of the experts on {self.group} replicas: must fill a node "
+                f"({self.replicas_per_node} replicas)"
             )
 
     @property
-    def places_per_node(self) -> int:
+    def replicas_per_node(self) -> int:
         return max(1, self.ranks_per_node // self.tensor_parallel)
 
     @property
-    def places(self) -> int:
+    def replicas(self) -> int:
         """P."""
-        return self.nodes * self.places_per_node
+        return self.nodes * self.replicas_per_node
 
     @property
     def group(self) -> int:
-        """Places over which the experts of a layer are spread."""
-        return min(self.expert_parallel, self.places)
+        """Replicas over which the experts of a layer are spread."""
+        return min(self.expert_parallel, self.replicas)
 
     @property
     def groups(self) -> int:
         """g, copies of every expert."""
-        return self.places // self.group if self.copies else 1
+        return self.replicas // self.group if self.copies else 1
 
     @property
     def neighbours(self) -> int:
-        """q, places of one node in one group."""
-        return min(self.group, self.places_per_node)
+        """q, replicas of one node in one group."""
+        return min(self.group, self.replicas_per_node)
 
     @property
     def home_NE(self) -> Ints:
         """The node whose copy of the expert a node's tokens go to."""
-        node_E = np.arange(self.experts) * self.group // self.experts // self.places_per_node
-        span = max(1, self.group // self.places_per_node) if self.copies else self.nodes
+        node_E = np.arange(self.experts) * self.group // self.experts // self.replicas_per_node
+        span = max(1, self.group // self.replicas_per_node) if self.copies else self.nodes
         first_N = np.arange(self.nodes) // span * span
         return first_N[:, None] + node_E
 
@@ -115,11 +115,11 @@ class Layout:
         """
         if not self.copies:
             return rows_INE.sum(axis=1, keepdims=True)
-        span = max(1, self.group // self.places_per_node)
+        span = max(1, self.group // self.replicas_per_node)
         by_group = rows_INE.reshape(len(rows_INE), self.nodes // span, span, self.experts).sum(
             axis=2
         )
-        return by_group / max(1, self.places_per_node // self.group)
+        return by_group / max(1, self.replicas_per_node // self.group)
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class Traffic:
             cluster.
         busiest_link: rows through the busiest end of a node's link.
         busiest_inside: rows between the ranks of the node that has most of them.
-        gathered: rows that a place receives, mean over places: what groupwise gathers.
+        gathered: rows that a replica receives, mean over replicas: what groupwise gathers.
         inter_messages, intra_messages: that one rank sends at most; of any size.
         node_messages: that one node sends to the others.
     """
@@ -177,7 +177,7 @@ def traffic(layout: Layout, rows_INE: Floats, exchange: str = "flat") -> Traffic
         intra_rows=float(inside_IN.sum(axis=1).mean()),
         busiest_link=float(np.maximum(in_IN, out_IN).max(axis=1).mean()),
         busiest_inside=float(inside_IN.max(axis=1).mean()),
-        gathered=float(rows_INE.sum(axis=(1, 2)).mean() / layout.places),
+        gathered=float(rows_INE.sum(axis=(1, 2)).mean() / layout.replicas),
         inter_messages=inter,
         intra_messages=intra,
         node_messages=of_node,
@@ -190,7 +190,7 @@ def _messages(layout: Layout, exchange: str) -> Tuple[int, int, int]:
     """
     q = layout.neighbours
     others = (
-        layout.group if layout.copies else layout.places
+        layout.group if layout.copies else layout.replicas
     ) // q - 1  # nodes that one node talks to
     if exchange == "hierarchical":
         return -(-others // q), 3 * (q - 1), others

@@ -105,7 +105,7 @@ def _traced(
 def work_of(config: Config, router: str, gradient_bytes: int = 4) -> Work:
     """What one token costs.
 
-    A weight takes 2 FLOPs forward and 4 backward; attention reads all S places of its sequence,
+    A weight takes 2 FLOPs forward and 4 backward; attention reads all S positions of its sequence,
     masked or not.
     """
     model = config.model
@@ -161,10 +161,10 @@ def _row(
     routed: str,
 ) -> Row:
     exchange = assumed.exchange or config.parallel.exchange
-    sequences = assumed.sequences or config.train.batch_size / layout.places
+    sequences = assumed.sequences or config.train.batch_size / layout.replicas
     tokens = sequences * config.model.seq_length
     work = work_of(config, router, assumed.gradient_bytes)
-    load_INE = share_INE * tokens * layout.places
+    load_INE = share_INE * tokens * layout.replicas
     rows = rows_of(config, layout, load_INE, device.shared_processor)
     step = step_time(
         work,
@@ -184,7 +184,7 @@ def _row(
         ranks=layout.nodes * layout.ranks_per_node,
         router=router,
         routed=routed,
-        tokens=tokens * layout.places,
+        tokens=tokens * layout.replicas,
         step=step,
         moved=traffic(layout, rows.moved_INE, exchange),
         row_bytes=work.row_bytes * repeated,
@@ -192,7 +192,9 @@ def _row(
         local_fraction=float((share_INE * layout.local_NE).sum(axis=(1, 2)).mean()),
         max_over_mean_load=float((load_IE.max(axis=1) * layout.experts).mean()),
         dropped_fraction=rows.dropped,
-        expert_nodes=layout.nodes if layout.copies else -(-layout.group // layout.places_per_node),
+        expert_nodes=layout.nodes
+        if layout.copies
+        else -(-layout.group // layout.replicas_per_node),
     )
 
 
@@ -206,11 +208,11 @@ def _notes(config: Config, rows: Sequence[Row], device: Device, assumed: Assumpt
     if assumed.sequences is None:
         notes.append(
             f"train.batch_size ({config.train.batch_size} sequences) is shared by all "
-            "places, so a larger cluster has less to do on each"
+            "replicas, so a larger cluster has less to do on each"
         )
     else:
         notes.append(
-            f"{assumed.sequences:g} sequences on every place, so the batch grows with the cluster"
+            f"{assumed.sequences:g} sequences on every replica, so the batch grows with the cluster"
         )
     for router in dict.fromkeys(row.router for row in rows if row.routed == "assumed"):
         routing = assumed.routing[router]
@@ -247,33 +249,33 @@ def _notes(config: Config, rows: Sequence[Row], device: Device, assumed: Assumpt
             "this version does not train with it"
         )
     wanted = assumed.expert_parallel or config.parallel.expert_parallel
-    sizes = _places(config, rows, device, assumed)
+    sizes = _replicas(config, rows, device, assumed)
     if config.model.num_moe_layers and wanted == 1:
         notes.append(
-            "parallel.expert_parallel is 1: every place holds all experts, and nothing is "
+            "parallel.expert_parallel is 1: every replica holds all experts, and nothing is "
             f"exchanged, whatever the router; {_sharing(config, sizes)}"
         )
     notes += [
         (
-            f"{count} nodes have {places} places, fewer than expert_parallel ({wanted}): "
-            f"experts are spread over {places}"
+            f"{count} nodes have {replicas} replicas, fewer than expert_parallel ({wanted}): "
+            f"experts are spread over {replicas}"
         )
-        for count, places in sizes
-        if places < wanted
+        for count, replicas in sizes
+        if replicas < wanted
     ]
     return notes
 
 
 def _sharing(config: Config, sizes: Sequence[Tuple[int, int]]) -> str:
-    """What to set so that places share the experts: the most that can at every size of the
+    """What to set so that replicas share the experts: the most that can at every size of the
     cluster.
     """
-    most = math.gcd(config.moe.num_experts, *(places for _, places in sizes))
+    most = math.gcd(config.moe.num_experts, *(replicas for _, replicas in sizes))
     if most == 1:
-        places = ", ".join(str(places) for _, places in sizes)
+        replicas = ", ".join(str(replicas) for _, replicas in sizes)
         return (
-            f"set moe.num_experts ({config.moe.num_experts}) and the number of places "
-            f"({places}) so that a parallel.expert_parallel above 1 divides them"
+            f"set moe.num_experts ({config.moe.num_experts}) and the number of replicas "
+            f"({replicas}) so that a parallel.expert_parallel above 1 divides them"
         )
     further = (
         " --set train.recompute=false"
@@ -281,15 +283,15 @@ def _sharing(config: Config, sizes: Sequence[Tuple[int, int]]) -> str:
         else ""
     )
     return (
-        "set how many places share them, for example --set "
+        "set how many replicas share them, for example --set "
         f"parallel.expert_parallel={most}{further}"
     )
 
 
-def _places(
+def _replicas(
     config: Config, rows: Sequence[Row], device: Device, assumed: Assumptions
 ) -> List[Tuple[int, int]]:
     return [
-        (count, layout_of(config, count, device, assumed).places)
+        (count, layout_of(config, count, device, assumed).replicas)
         for count in dict.fromkeys(row.nodes for row in rows)
     ]

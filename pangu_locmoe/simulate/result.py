@@ -24,12 +24,12 @@ class Assumptions:
         tensor_parallel, expert_parallel, exchange: None: the configuration's. More than one rank
             for a matrix is modelled only: the trainer does not have it.
         ranks_per_node: None: the device's.
-        sequences: of one place in one step, at any size of the cluster; None: train.batch_size,
-            shared by all places.
+        sequences: of one replica in one step, at any size of the cluster; None: train.batch_size,
+            shared by all replicas.
         copies: expert-parallel groups repeat over the cluster; False: there is one, and nodes
             beyond it hold no expert.
-        exchange_overlap, reduction_overlap: shares that run under computation. The trainer overlaps
-            nothing.
+        exchange_overlap, reduction_overlap: fractions that run under computation. The trainer
+            overlaps nothing.
         gradient_bytes: of one value in the reduction.
         routing: of each router.
 
@@ -160,7 +160,7 @@ class Simulation:
                 step.exchange_intra,
                 step.exchange_latency,
             )
-            shares = (
+            columns = (
                 *parts,
                 step.reduction,
                 -(step.hidden_exchange + step.hidden_reduction) or 0.0,
@@ -176,7 +176,7 @@ class Simulation:
                     ),
                     *(
                         f"{step.exchange_share:.1%}",
-                        *(f"{part / step.seconds:.1%}" for part in shares),
+                        *(f"{part / step.seconds:.1%}" for part in columns),
                     ),
                     *(
                         f"{row.local_fraction:.1%}",

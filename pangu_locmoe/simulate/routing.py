@@ -30,7 +30,7 @@ class Routing:
     """What is assumed of a router.
 
     Attributes:
-        local_fraction: share of a node's tokens whose expert is in the node, where it holds any;
+        local_fraction: fraction of a node's tokens whose expert is in the node, where it holds any;
             None: what chance gives.
         imbalance: load of the fullest expert over the mean, from 1 to the number of experts.
 

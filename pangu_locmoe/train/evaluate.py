@@ -56,7 +56,7 @@ class TokenLosses(nn.Cell):
 class Evaluator:
     """Evaluates a model on validation sequences of each domain; compiles once.
 
-    The places of a job share every batch.
+    The replicas of a job share every batch.
 
     Attributes:
         blocks: what the latest figures' interval is made of.
@@ -97,11 +97,11 @@ class Evaluator:
         read = dict.fromkeys(sums, 0)
         topology = self.world.topology
         communicator = self.world.communicator
-        places = topology.num_places if self.world.exchange is not None else 1
-        place = topology.place_of_rank(communicator.rank)
+        replicas = topology.num_replicas if self.world.exchange is not None else 1
+        replica = topology.replica_of_rank(communicator.rank)
         evaluation = self.config.evaluation
-        # Every place takes an equal share of a batch.
-        size = -(-(evaluation.batch_size or self.config.micro_batch) // places) * places
+        # Every replica takes an equal part of a batch.
+        size = -(-(evaluation.batch_size or self.config.micro_batch) // replicas) * replicas
         for domain, batch in validation_batches(
             self.prepared,
             sequences or evaluation.sequences,
@@ -115,9 +115,9 @@ class Evaluator:
                 batch.segments_BS,
                 batch.domains_B,
             )
-            share = slice(place * size // places, (place + 1) * size // places)
+            part = slice(replica * size // replicas, (replica + 1) * size // replicas)
             losses = communicator.all_gather(
-                self._losses(*(Tensor(array[share]) for array in arrays))
+                self._losses(*(Tensor(array[part]) for array in arrays))
             )
             losses_BS = losses.asnumpy()[:: topology.tensor_parallel].reshape(batch.tokens_BS.shape)
             text_BS = batch.documents_BS >= 0

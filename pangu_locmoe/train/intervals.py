@@ -19,7 +19,7 @@ from scipy import stats
 
 Floats = NDArray[np.float64]
 Blocks = Dict[str, Dict[str, Any]]
-"""domain -> `weight`, its share of the figure for all text, and `sums`, [nats, tokens] of each
+"""domain -> `weight`, its part of the figure for all text, and `sums`, [nats, tokens] of each
 block.
 """
 
@@ -51,13 +51,13 @@ def interval(blocks: Blocks) -> Optional[Tuple[float, float]]:
     for domain in blocks.values():
         nats_I, tokens_I = np.asarray(domain["sums"], float).T
         count = len(nats_I)
-        share = domain["weight"] / total
+        part = domain["weight"] / total
         if count < 2:
             return None
         ratio = nats_I.sum() / tokens_I.sum()
         residual_I = (nats_I - ratio * tokens_I) / tokens_I.sum()
-        mean += share * ratio
-        variances.append(share**2 * count / (count - 1) * float(np.square(residual_I).sum()))
+        mean += part * ratio
+        variances.append(part**2 * count / (count - 1) * float(np.square(residual_I).sum()))
         freedoms.append(count - 1)
     variance = sum(variances)
     if variance == 0.0:

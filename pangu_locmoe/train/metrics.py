@@ -31,10 +31,10 @@ def training_row(
     """One training row; what has no meaning in this run is null.
 
     delta is the configured statistic of the cosines between tokens and the gates of their experts,
-    over all MoE layers; local_fraction the share of tokens whose expert is in the node they come
+    over all MoE layers; local_fraction the fraction of tokens whose expert is in the node they come
     from; `expert_of_slot_LE` says where experts were. Where a token may have several experts,
     tokens in all of these are its assignments to experts, experts_per_token says how many it asked
-    for on average, and unrouted_fraction is the share of tokens that no expert kept. In a job of
+    for on average, and unrouted_fraction is the fraction of tokens that no expert kept. In a job of
     several processes also what all ranks sent each other inside nodes and between them (payload),
     and the seconds of the slowest rank in the exchange and in the reduction of the gradients. With
     static sizes there is no capacity, but the slots' local_factor and remote_factor, which

@@ -238,5 +238,5 @@ def _begin(shape: Sequence[int], piece: Optional[Piece]) -> Tuple[int, ...]:
     """Where in its parameter a piece of this shape begins."""
     begin = [0] * len(shape)
     if piece is not None:
-        begin[piece.cut.axis] = piece.place * shape[piece.cut.axis]
+        begin[piece.cut.axis] = piece.position * shape[piece.cut.axis]
     return tuple(begin)

@@ -215,15 +215,17 @@ def _picture(rows: List[Row], curves: Dict[str, Any], path: Path) -> None:
 
 
 def _bars(axis: Any, rows: List[Row]) -> None:
-    for place, ((router, levels, _, capacity), group) in enumerate(_groups(rows).items()):
+    for position, ((router, levels, _, capacity), group) in enumerate(_groups(rows).items()):
         step = _mean(group, "step_seconds")
         exchange = _mean(group, "exchange_seconds")
-        axis.bar(place, step - exchange, color=ROUTERS[router], alpha=0.45)
-        axis.bar(place, exchange, bottom=step - exchange, color=ROUTERS[router])
-        axis.text(place, step, f"{step:.2f}", ha="center", va="bottom", fontsize=8)
-        axis.plot([place] * len(group), [row["step_seconds"] for row in group], "k_", markersize=6)
+        axis.bar(position, step - exchange, color=ROUTERS[router], alpha=0.45)
+        axis.bar(position, exchange, bottom=step - exchange, color=ROUTERS[router])
+        axis.text(position, step, f"{step:.2f}", ha="center", va="bottom", fontsize=8)
+        axis.plot(
+            [position] * len(group), [row["step_seconds"] for row in group], "k_", markersize=6
+        )
         axis.text(
-            place,
+            position,
             -0.01,
             f"{router}\n{levels} level{'s' * (levels > 1)}\n{capacity * (capacity == 'bound')}",
             ha="center",

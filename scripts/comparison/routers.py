@@ -367,8 +367,8 @@ def publish(new: Path, results: Path) -> None:
         **_read(new / "compare_losses.json", {}),
     }
     order = {
-        (variant.router, variant.levels, variant.sharding, variant.capacity): place
-        for place, variant in enumerate([*CORE, *MORE])
+        (variant.router, variant.levels, variant.sharding, variant.capacity): position
+        for position, variant in enumerate([*CORE, *MORE])
     }
     together = sorted(
         rows.values(),

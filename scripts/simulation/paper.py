@@ -37,8 +37,8 @@ ROUTING: Mapping[str, Routing] = {
 
 # Published: 16 experts, expert parallel 16, tensor parallel 8, "half of the nodes hold no expert"
 # at 256 NPUs, batch 32, which is
-# read as that of one place here: shared by all places it would be 2 sequences, and the gradients
-# alone half of the step.
+# read as that of one replica here: shared by all replicas it would be 2 sequences, and the
+# gradients alone half of the step.
 PAPER = Assumptions(
     tensor_parallel=8,
     expert_parallel=16,

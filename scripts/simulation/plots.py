@@ -105,15 +105,19 @@ def plot_sensitivity(config: Config, device: Device, assumed: Assumptions, path:
 
     def draw(axes: Sequence[Any]) -> None:
         for panel, router in zip(axes, ("hash", "switch")):
-            for place, (_, labels, values) in enumerate(reversed(found)):
+            for position, (_, labels, values) in enumerate(reversed(found)):
                 low, high = values[router]
                 panel.barh(
-                    place, 100 * (high - low), left=100 * low, color=COLOUR_OF[router], height=0.5
+                    position,
+                    100 * (high - low),
+                    left=100 * low,
+                    color=COLOUR_OF[router],
+                    height=0.5,
                 )
                 for value, label, side in zip((low, high), labels, ("right", "left")):
                     panel.annotate(
                         label,
-                        (100 * value, place),
+                        (100 * value, position),
                         (-4 if side == "right" else 4, 0),
                         textcoords="offset points",
                         va="center",

@@ -72,8 +72,13 @@ def test_the_step_of_a_job(ranks, rank, router, precision):
     # 16 tokens on a rank, 32 experts: ceil(4 * 16 / 32) slots for each expert of the node, ceil(2 *
     # 16 / 32) for others.
     held = EXPERTS // group
-    first = 0 if group == 8 else rank % 16 // 8 * 8  # place in the group of the node's first rank
-    sent = [held * (2 if group == 8 or first <= place < first + 8 else 1) for place in range(group)]
+    first = (
+        0 if group == 8 else rank % 16 // 8 * 8
+    )  # position in the group of the node's first rank
+    sent = [
+        held * (2 if group == 8 or first <= position < first + 8 else 1)
+        for position in range(group)
+    ]
     rows = [o for o in result.operations if o.kind == "AlltoAllV"]
     assert (
         [o.direction for o in rows].count("forward")
@@ -129,7 +134,7 @@ def test_divided_rows_and_moments_in_several_graphs():
     given["train"].update(precision="fp16", accumulation_steps=2)
     result = check(parse_config(given), 16, 5)
     assert result.differences == []
-    place = Counter(
+    replica = Counter(
         (o.kind, o.dtype)
         for o in result.operations
         if o.group == "ranks-4-to-5-by-1" and o.direction != "update"
@@ -137,10 +142,10 @@ def test_divided_rows_and_moments_in_several_graphs():
     # 3 attentions, 1 dense network: out and their gradients in; the head, the embedding. Two MoE
     # layers gather their rows and their results' gradients.
     assert (
-        place["ReduceScatter", "Float16"] == 4 + 5
-        and place["AllGather", "Float16"] == 4 + 5 + 2 * 2
+        replica["ReduceScatter", "Float16"] == 4 + 5
+        and replica["AllGather", "Float16"] == 4 + 5 + 2 * 2
     )
-    assert place["ReduceScatter", "Float32"] == place["AllGather", "Float32"] == 1
+    assert replica["ReduceScatter", "Float32"] == replica["AllGather", "Float32"] == 1
     held = [
         o for o in result.operations if o.group == "ranks-5-to-13-by-8" and o.direction == "update"
     ]
@@ -184,8 +189,8 @@ def test_tensor_parallel_groupwise_in_chunks_fused_and_recomputed():
         for o in result.operations
         if o.kind != "AllReduce" and o.group != "hccl_world_group"
     }
-    # 32 tokens, 2 of 32 experts in each of 16 places; a node of 8 ranks is 4 places: 4 slots for
-    # each of 8 experts, 2 for 24, half of them each, in 2 chunks.
+    # 32 tokens, 2 of 32 experts in each of 16 replicas; a node of 8 ranks is 4 replicas: 4 slots
+    # for each of 8 experts, 2 for 24, half of them each, in 2 chunks.
     assert sent == {
         ("AlltoAllV", "ranks-33-to-63-by-2", (20 * HIDDEN,), (20 * HIDDEN,)),
         ("AllGather", "ranks-34-to-35-by-1", (20, HIDDEN), (40, HIDDEN)),

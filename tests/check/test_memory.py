@@ -158,7 +158,7 @@ def test_what_must_hold_of_any_size(sequences, fused, recompute):
 
 
 def test_tensor_parallelism_divides_what_it_divides():
-    """Four ranks are two places: as many tokens for each as on two ranks, half of the heads, F
+    """Four ranks are two replicas: as many tokens for each as on two ranks, half of the heads, F
     and V.
     """
     whole = config_of()

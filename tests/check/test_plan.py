@@ -94,7 +94,7 @@ def test_the_plan_in_numbers():
 
 
 def test_tensor_parallelism_in_numbers():
-    """8 ranks, 4 places of 2 in 2 nodes: 32 tokens on each, two experts, 8 slots for each local
+    """8 ranks, 4 replicas of 2 in 2 nodes: 32 tokens on each, two experts, 8 slots for each local
     one and 2 for each remote one.
     """
     config = static_config(tensor_parallel=2, nodes=2, exchange="groupwise")
@@ -109,10 +109,10 @@ def test_tensor_parallelism_in_numbers():
         return Operation(kind, group, direction, dtype, shape, result or shape, sent)
 
     peers = "ranks-1-to-7-by-2"
-    place = "ranks-2-to-3-by-1"
+    replica = "ranks-2-to-3-by-1"
     exchange = [
         one("AlltoAllV", peers, "", "BFloat16", (20 * 16,), None, (8, 8, 2, 2)),
-        one("AllGather", place, "", "BFloat16", (20, 16), (40, 16)),
+        one("AllGather", replica, "", "BFloat16", (20, 16), (40, 16)),
     ]
     wanted = [
         dataclasses.replace(o, direction=direction)
@@ -120,21 +120,21 @@ def test_tensor_parallelism_in_numbers():
         for o in exchange * 2
     ]
     wanted += [
-        one("AllReduce", place, "forward", "Float32", shape)
+        one("AllReduce", replica, "forward", "Float32", shape)
         for shape in [(32, 16), (2, 32), (2, 32)]
     ]  # embedding, the loss twice
-    wanted += [one("AllReduce", place, "forward", "BFloat16", (32, 16))] * 5 + [
-        one("AllReduce", place, "forward", "BFloat16", (2, 20, 16))
+    wanted += [one("AllReduce", replica, "forward", "BFloat16", (32, 16))] * 5 + [
+        one("AllReduce", replica, "forward", "BFloat16", (2, 20, 16))
     ]
-    wanted += [one("AllReduce", place, "backward", "BFloat16", (32, 16))] * 7
-    wanted += [one("AllReduce", place, "backward", "BFloat16", (2, 20, 16))]
+    wanted += [one("AllReduce", replica, "backward", "BFloat16", (32, 16))] * 7
+    wanted += [one("AllReduce", replica, "backward", "BFloat16", (2, 20, 16))]
     wanted += [one("AllGather", "hccl_world_group", "forward", "Float32", (1, 16), (8, 16))]
     wanted += [
         one("AllReduce", peers, "update", "Float32", (150, 16)),
         one("AllReduce", "hccl_world_group", "update", "Float32", (16,)),
     ]
-    wanted += [one("AllReduce", group, "update", "Float32", (1,)) for group in (peers, place)]
-    assert Counter(found) == Counter(wanted)  # experts are on one place only: not reduced
+    wanted += [one("AllReduce", group, "update", "Float32", (1,)) for group in (peers, replica)]
+    assert Counter(found) == Counter(wanted)  # experts are on one replica only: not reduced
 
 
 def test_groupwise_sends_every_row_between_nodes_once():
@@ -150,7 +150,7 @@ def test_groupwise_sends_every_row_between_nodes_once():
     assert groupwise.intra_node_bytes == flat.intra_node_bytes // 2 + 4 * 8 * 20 * 16 * 2
 
 
-def test_slots_can_be_shared_out_over_a_place():
+def test_slots_can_be_shared_out_over_a_replica():
     """1.25 * 100 / 8 are 16 slots: 18 over three ranks.
 
     A source has at most a slot for every token.
@@ -248,10 +248,10 @@ def test_shipped_jobs_fit_their_clusters(name, ranks, router):
     )
     topology = Topology.from_config(config, ranks)
     refuse_graph(config)
-    tokens = config.micro_batch * config.model.seq_length // topology.num_places
+    tokens = config.micro_batch * config.model.seq_length // topology.num_replicas
     if (
         name != "pangu_sigma"
-    ):  # a place holds 5 of 640 experts, and no capacity there would hold all of its tokens
+    ):  # a replica holds 5 of 640 experts, and no capacity there would hold all of its tokens
         assert not list(certain_drops(config, topology, ranks - 1, tokens))
     slots_RE = group_slots(config.moe.capacity, topology, 0, tokens)
     assert not (slots_RE % topology.tensor_parallel).any()

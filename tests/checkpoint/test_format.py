@@ -222,16 +222,16 @@ FOREIGN = (
 
 def test_what_is_not_ours_is_neither_counted_nor_taken_nor_touched(folder, tmp_path):
     run_dir = tmp_path / "run"
-    place = run_dir / "checkpoints"
+    folders = run_dir / "checkpoints"
     for step in (1, 2, 10):
-        shutil.copytree(folder, place / f"step-{step:08d}")
+        shutil.copytree(folder, folders / f"step-{step:08d}")
     for name in FOREIGN:
-        shutil.copytree(folder, place / name)
+        shutil.copytree(folder, folders / name)
     (tmp_path / "elsewhere").mkdir()
-    (place / "step-00000099").symlink_to(folder)
-    (place / "step-00000098").write_text("a file")
-    (place / "step-00000000").symlink_to(tmp_path / "elsewhere")
-    before = {path.name for path in place.iterdir()}
+    (folders / "step-00000099").symlink_to(folder)
+    (folders / "step-00000098").write_text("a file")
+    (folders / "step-00000000").symlink_to(tmp_path / "elsewhere")
+    before = {path.name for path in folders.iterdir()}
     assert [path.name for path in checkpoints.step_folders(run_dir)] == [
         "step-00000001",
         "step-00000002",
@@ -240,7 +240,7 @@ def test_what_is_not_ours_is_neither_counted_nor_taken_nor_touched(folder, tmp_p
     assert checkpoints.find_checkpoint(run_dir).name == "step-00000010"
     assert checkpoints.recover(run_dir) == []
     assert checkpoints.remove_old(run_dir, 10, 1, None) == []
-    assert {path.name for path in place.iterdir()} == before - {"step-00000001", "step-00000002"}
+    assert {path.name for path in folders.iterdir()} == before - {"step-00000001", "step-00000002"}
 
 
 def test_a_removal_that_fails_is_a_line(folder, tmp_path, monkeypatch):

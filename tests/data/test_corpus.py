@@ -337,6 +337,6 @@ def test_a_file_name_is_any_bytes(make_config: Make, corpus: Path, name: bytes) 
         prepared.report.problems == {"undecodable": 1, "bad_line": 1}
         and prepared.report.files == 63
     )
-    for places in prepared.report.examples.values():
-        assert places[0].isprintable() and places[0].encode("utf-8")
+    for locations in prepared.report.examples.values():
+        assert locations[0].isprintable() and locations[0].encode("utf-8")
     assert prepared.summary().encode("utf-8")

@@ -306,7 +306,8 @@ def test_a_sample_is_spread_over_the_whole_side(count: int, available: int) -> N
     size = min(count, available)
     assert len({*chosen}) == size and 0 <= chosen[0] <= chosen[-1] < available
     assert all(
-        -1 < number - (place + 0.5) * available / size <= 0 for place, number in enumerate(chosen)
+        -1 < number - (position + 0.5) * available / size <= 0
+        for position, number in enumerate(chosen)
     )
 
 
@@ -330,12 +331,12 @@ def test_the_document_of_each_target(prepared: Prepared, make_config: Make) -> N
             for _ in [0, *prepared.tokenizer.encode(part)]
         ]
         starts = [
-            place
-            for place in range(len(owners))
-            if place == 0 or owners[place] != owners[place - 1]
+            position
+            for position in range(len(owners))
+            if position == 0 or owners[position] != owners[position - 1]
         ]
-        for place in starts[1:]:
-            owners[place] -= 1
+        for position in starts[1:]:
+            owners[position] -= 1
         numbers = range(prepared.num_sequences["validation"][domain])
         got = prepared.target_documents(domain, numbers).reshape(-1).tolist()
         assert got == owners[1 : len(got) + 1]

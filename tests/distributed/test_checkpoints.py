@@ -76,12 +76,12 @@ def test_every_rank_has_written_its_experts_and_nothing_else(folder):
         ) as archive:
             names = list(archive.keys())
             slices = json.loads(archive.metadata()["slices"])
-        # Two places of two ranks: a place has two of the four experts, and each of its ranks half
-        # of every one.
+        # Two replicas of two ranks: a replica has two of the four experts, and each of its ranks
+        # half of every one.
         assert {
             int(name.split(".experts.")[1].split(".")[0]) for name in names if ".experts." in name
         } == {2 * (rank // 2), 2 * (rank // 2) + 1}
-        assert {place for own in slices.values() for _, _, place in own} == {rank % 2}
+        assert {position for own in slices.values() for _, _, position in own} == {rank % 2}
         assert rank == 0 or set(names) == set(slices)
         assert rank < 2 or all(".experts." in name for name in names)
     assert json.loads((written / "state.json").read_text(encoding="utf-8"))["shards"] == {

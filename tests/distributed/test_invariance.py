@@ -114,7 +114,7 @@ def test_hierarchical_is_bitwise_flat_with_fewer_messages_between_nodes(ranks, n
 
 
 def test_groupwise_is_flat_with_half_the_bytes_between_nodes():
-    """Two ranks to a place: each carries half of what both have."""
+    """Two ranks to a replica: each carries half of what both have."""
     found = runs.job(4)[1][0]
     flat = found["tensor and expert parallel"]
     groupwise = found["tensor and expert parallel, groupwise"]

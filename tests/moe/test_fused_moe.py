@@ -37,8 +37,10 @@ EXPERTS = 4
 
 def permute(tokens: Tensor, indices: Tensor):
     """Tokens of the same index together, in order; and where each token went."""
-    place = np.argsort(np.argsort(indices.asnumpy(), kind="stable"), kind="stable").astype(np.int32)
-    return ops.gather(tokens, integers(np.argsort(place)), 0), Tensor(place)
+    position = np.argsort(np.argsort(indices.asnumpy(), kind="stable"), kind="stable").astype(
+        np.int32
+    )
+    return ops.gather(tokens, integers(np.argsort(position)), 0), Tensor(position)
 
 
 def unpermute(rows: Tensor, sorted_indices: Tensor, probs: Tensor):
@@ -91,8 +93,8 @@ def operators(monkeypatch):
 
 
 def test_the_stand_in_gives_the_documentations_example():
-    rows, places = permute(tensor([[1], [7], [2], [1], [2], [3]]), integers([5, 0, 3, 1, 2, 4]))
-    assert rows.asnumpy()[:, 0].tolist() == [7, 1, 2, 2, 3, 1] and places.asnumpy().tolist() == [
+    rows, positions = permute(tensor([[1], [7], [2], [1], [2], [3]]), integers([5, 0, 3, 1, 2, 4]))
+    assert rows.asnumpy()[:, 0].tolist() == [7, 1, 2, 2, 3, 1] and positions.asnumpy().tolist() == [
         5,
         0,
         3,
@@ -104,12 +106,12 @@ def test_the_stand_in_gives_the_documentations_example():
 
 def test_permutation_is_dispatch_and_combine(operators):
     order = RANDOM.permutation(TOKENS)
-    token_of_place = integers(order + 1)
-    place_of_token = integers(np.argsort(order) + 1)
+    row_of_position = integers(order + 1)
+    position_of_row = integers(np.argsort(order) + 1)
     x = tensor(RANDOM.standard_normal((TOKENS, HIDDEN)))
     weight = tensor(RANDOM.random(TOKENS))
     sens = tensor(RANDOM.standard_normal((TOKENS, HIDDEN)))
-    maps = (token_of_place, place_of_token)
+    maps = (row_of_position, position_of_row)
     close(PermuteTokens()(x, *maps), Dispatch()(x, *maps).asnumpy())
     close(UnpermuteTokens()(x, weight, *maps), Combine()(x, weight, *maps).asnumpy())
     for mine, theirs in zip(
@@ -124,17 +126,17 @@ def test_rows_by_expert(capacity):
     """Two sources, four experts: the second has no rows, the third more than its capacity."""
     counts_RG = np.array([[1, 0, 3, 0], [2, 0, 1, 1]])
     slot_of_row, slots, dropped = assign_slots(counts_RG, None, capacity)
-    row_of_place, place_of_row, ends = grouped_rows(slot_of_row, slots, 4)
+    row_of_position, position_of_row, ends = grouped_rows(slot_of_row, slots, 4)
     if capacity == DROPLESS:
-        assert row_of_place.tolist() == [1, 5, 6, 0, 2, 3, 4, 7, 8]
+        assert row_of_position.tolist() == [1, 5, 6, 0, 2, 3, 4, 7, 8]
         assert ends.tolist() == [3, 4, 8, 9]
     else:
         assert dropped.tolist() == [1, 0, 2, 0]
-        assert row_of_place.tolist() == [1, 5, 0, 2, 3, 8]
+        assert row_of_position.tolist() == [1, 5, 0, 2, 3, 8]
         assert ends.tolist() == [2, 3, 5, 6]
     assert ends.dtype == np.int64
-    for row, place in enumerate(place_of_row, 1):
-        assert place == 0 if row not in row_of_place else row_of_place[place - 1] == row
+    for row, position in enumerate(position_of_row, 1):
+        assert position == 0 if row not in row_of_position else row_of_position[position - 1] == row
 
 
 def layer_of(config):

@@ -224,9 +224,9 @@ def test_weights_of_tokens_at_the_largest_rows():
     """A weight's gradient is a sum of products that are beyond fp16 one by one."""
     rows = np.full((2, 4), 60000.0)
     sens = np.array([[2.0, -2, 1, -1], [3.0, 1, -2, -2]])
-    places = integers([1, 2])
+    positions = integers([1, 2])
     _, dweight, *_ = Probe(dispatch.Combine())(
-        half(rows), half([0.5, 0.25]), places, places, half(sens)
+        half(rows), half([0.5, 0.25]), positions, positions, half(sens)
     )
     agrees(dweight, (rows * sens).sum(1))
 

@@ -130,16 +130,18 @@ def test_the_ledger_against_the_closed_form(job):
 @settings(max_examples=20, deadline=None)
 @given(jobs(), st.integers(2, 4))
 def test_groupwise_is_flat_with_every_row_once_between_nodes(job, width):
-    """Each place of the job is `width` ranks now, which have the same rows."""
+    """Each replica of the job is `width` ranks now, which have the same rows."""
     nodes, matrix_RR = job
     size = len(nodes)
 
     def one(rank: lockstep.LockstepRank):
-        place, tensor_place = divmod(rank.rank, width)
-        peers = range(tensor_place, size * width, width)
-        exchange = Exchange(rank, peers, nodes, sharers=range(place * width, (place + 1) * width))
+        replica, tensor_position = divmod(rank.rank, width)
+        peers = range(tensor_position, size * width, width)
+        exchange = Exchange(
+            rank, peers, nodes, carriers=range(replica * width, (replica + 1) * width)
+        )
         return exchange.move(
-            tensor(rows_of(place, matrix_RR)), matrix_RR
+            tensor(rows_of(replica, matrix_RR)), matrix_RR
         ).asnumpy(), exchange.ledger
 
     found = lockstep.run(size * width, one)
@@ -180,7 +182,7 @@ def test_take_starts_again_from_zero():
 
 
 class _Shift:
-    """An exchange of one rank with itself that is no identity: rows move by as many places as
+    """An exchange of one rank with itself that is no identity: rows move by as many positions as
     the matrix says.
     """
 

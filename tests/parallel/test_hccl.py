@@ -142,7 +142,7 @@ def test_a_rank_has_three_groups_at_most_and_all_members_call_them_the_same(
     names = {}
     for rank in range(size):
         communicator = HcclOperators(rank, size, lambda name, ranks: None)
-        for ranks in (range(size), topology.expert_group(rank), topology.expert_replicas(rank)):
+        for ranks in (range(size), topology.expert_group(rank), topology.same_experts(rank)):
             if len(ranks) > 1:
                 name = communicator.group(ranks)
                 assert names.setdefault(name, tuple(ranks)) == tuple(ranks)

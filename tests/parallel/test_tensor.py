@@ -31,7 +31,7 @@ def test_slices_make_up_the_whole(shape, blocks, size, width, data):
     shape[axis] = blocks * size * width
     whole = np.arange(np.prod(shape)).reshape(shape)
     cut = Cut(axis, blocks)
-    parts = [cut.part(whole, place, size) for place in range(size)]
+    parts = [cut.part(whole, position, size) for position in range(size)]
     assert all(part.shape == (*shape[:axis], blocks * width, *shape[axis + 1 :]) for part in parts)
     np.testing.assert_array_equal(cut.whole(parts), whole)
 
@@ -57,10 +57,10 @@ class Half(TensorGroup):
     it added.
     """
 
-    def __init__(self, place, known=()):
+    def __init__(self, position, known=()):
         super().__init__(SingleProcess(), [0])
         self.size = 2
-        self.place = place
+        self.position = position
         self.known = known
         self.asked = []
         self.sum = self._sum
@@ -74,13 +74,13 @@ class Half(TensorGroup):
 
 
 def on_both(make, *inputs):
-    """make(group)(*inputs[place]) on both ranks: again and again, each time with one more sum
+    """make(group)(*inputs[position]) on both ranks: again and again, each time with one more sum
     known.
     """
     known: list[np.ndarray] = []
     while True:
-        groups = [Half(place, known) for place in (0, 1)]
-        returned = [make(group)(*[value[group.place] for value in inputs]) for group in groups]
+        groups = [Half(position, known) for position in (0, 1)]
+        returned = [make(group)(*[value[group.position] for value in inputs]) for group in groups]
         if len(groups[0].asked) == len(known):
             return returned
         known.append(groups[0].asked[len(known)] + groups[1].asked[len(known)])
@@ -109,11 +109,11 @@ def test_the_loss_and_its_gradient_are_those_of_the_whole_vocabulary(random):
     log_softmax = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
     wanted_T = -log_softmax[np.arange(T), targets_T]
     gradient = (np.exp(log_softmax) - np.eye(V)[targets_T]) / T
-    for place, (mean, slope, losses) in enumerate(on_both(loss, halves)):
+    for position, (mean, slope, losses) in enumerate(on_both(loss, halves)):
         np.testing.assert_allclose(losses.asnumpy(), wanted_T, rtol=1e-6, atol=1e-6)
         np.testing.assert_allclose(mean.asnumpy(), wanted_T.mean(), rtol=1e-6)
         np.testing.assert_allclose(
-            slope.asnumpy(), np.split(gradient, 2, axis=1)[place], rtol=1e-5, atol=1e-7
+            slope.asnumpy(), np.split(gradient, 2, axis=1)[position], rtol=1e-5, atol=1e-7
         )
 
 
@@ -122,7 +122,7 @@ def test_embeddings_and_logits_are_those_of_the_whole_table(random):
     table_VD = random.normal(size=(2 * V, D)).astype(np.float32)
     tokens_T = random.integers(0, V, T)
     domains_T = random.integers(0, 2, T)
-    parts = [Tensor(Cut(0, 2).part(table_VD, place, 2)) for place in (0, 1)]
+    parts = [Tensor(Cut(0, 2).part(table_VD, position, 2)) for position in (0, 1)]
     ids = [Tensor(ids.astype(np.int32)) for ids in (tokens_T, domains_T)]
 
     def embed(group):

@@ -50,7 +50,7 @@ def test_eight_ranks_in_two_nodes_with_two_expert_groups():
     ]
     assert topology.expert_group(1) == (0, 1, 2, 3)
     assert topology.expert_group(6) == (4, 5, 6, 7)
-    assert topology.expert_replicas(1) == topology.expert_replicas(5) == (1, 5)
+    assert topology.same_experts(1) == topology.same_experts(5) == (1, 5)
     assert topology.local_NE.all()
 
 
@@ -71,17 +71,17 @@ def test_every_group_holds_every_expert_once(numbers):
             for expert in topology.experts_of_rank(other)
         ]
         assert held == list(range(topology.num_experts))
-        assert {topology.experts_of_rank(other) for other in topology.expert_replicas(rank)} == {
+        assert {topology.experts_of_rank(other) for other in topology.same_experts(rank)} == {
             topology.experts_of_rank(rank)
         }
-        assert set(topology.expert_group(rank)) & set(topology.expert_replicas(rank)) == {rank}
+        assert set(topology.expert_group(rank)) & set(topology.same_experts(rank)) == {rank}
 
 
 @pytest.mark.parametrize(
     "numbers", [(8, 4, 2, 8, 2), (16, 8, 4, 8, 2), (8, 8, 2, 4, 4), (12, 6, 2, 6, 3)]
 )
-def test_tensor_parallel_places(numbers):
-    """Groups of every kind divide the world; a place is in one node; an expert-parallel group
+def test_tensor_parallel_replicas(numbers):
+    """Groups of every kind divide the world; a replica is in one node; an expert-parallel group
     has one rank of each of its places.
     """
     topology = Topology(*numbers)
@@ -91,7 +91,7 @@ def test_tensor_parallel_places(numbers):
         topology.tensor_group,
         topology.same_part,
         topology.expert_group,
-        topology.expert_replicas,
+        topology.same_experts,
     ):
         members = {rank: group(rank) for rank in ranks}
         assert all(
@@ -104,8 +104,8 @@ def test_tensor_parallel_places(numbers):
         assert {topology.experts_of_rank(other) for other in topology.tensor_group(rank)} == {
             topology.experts_of_rank(rank)
         }
-        assert [topology.place_of_rank(other) for other in topology.same_part(rank)] == list(
-            range(topology.num_places)
+        assert [topology.replica_of_rank(other) for other in topology.same_part(rank)] == list(
+            range(topology.num_replicas)
         )
         assert {other % width for other in topology.expert_group(rank)} == {rank % width}
         held = [
@@ -114,7 +114,7 @@ def test_tensor_parallel_places(numbers):
             for expert in topology.experts_of_rank(other)
         ]
         assert held == list(range(topology.num_experts))
-        assert set(topology.expert_group(rank)) & set(topology.expert_replicas(rank)) == {rank}
+        assert set(topology.expert_group(rank)) & set(topology.same_experts(rank)) == {rank}
 
 
 def test_a_place_is_in_one_node():

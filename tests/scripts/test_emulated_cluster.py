@@ -60,7 +60,9 @@ def command(folder: Path, steps: int) -> list[str]:
         for domain in ("left", "right"):
             (corpus / domain).mkdir(parents=True)
             for number in range(40):
-                text = " ".join(f"{domain} {number} {place * number % 17}" for place in range(60))
+                text = " ".join(
+                    f"{domain} {number} {position * number % 17}" for position in range(60)
+                )
                 (corpus / domain / f"{number}.txt").write_text(text)
         sources = [{"path": str(corpus / domain), "domain": domain} for domain in ("left", "right")]
         (folder / "config.yaml").write_text(

@@ -402,7 +402,7 @@ def test_whose_the_trace_is():
         ([0], ["hash"], "nodes = 0: must be at least 1"),
         ([2], ["swich"], "router = 'swich'.*did you mean switch"),
         ([2], ["locmoe_plus"], "may have several of its experts"),
-        ([3], ["hash"], "places \\(6\\) must be divisible"),
+        ([3], ["hash"], "replicas \\(6\\) must be divisible"),
     ],
 )
 def test_what_cannot_be_simulated(nodes, routers, message):
@@ -555,7 +555,7 @@ def test_a_model_without_experts_has_no_exchange():
             3,
             {},
             (
-                "set moe.num_experts (3) and the number of places (8, 16) so that a "
+                "set moe.num_experts (3) and the number of replicas (8, 16) so that a "
                 "parallel.expert_parallel above 1 divides them"
             ),
         ),
@@ -599,7 +599,9 @@ def test_ten_thousand_ranks_take_no_longer_to_compute_than_a_moment():
     work = Work(1e9, 1e9, 1e4, 4, 2, 1e9, 1e8)
     layout = Layout(1250, 8, 16, 16)
     share_INE = assumed_shares(layout, Routing(0.5, 1.2))
-    assert step_time(work, layout, DEVICE, 1024, share_INE * 1024 * layout.places, 2048).seconds > 0
+    assert (
+        step_time(work, layout, DEVICE, 1024, share_INE * 1024 * layout.replicas, 2048).seconds > 0
+    )
 
 
 def test_mindspore_is_not_needed():

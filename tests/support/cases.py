@@ -40,9 +40,9 @@ class Case:
     """moe, model, train: what differs from `base`. nodes: of the job, and emulated by the single
     process.
 
-    expert_parallel: None is all places. tensor: ranks of a place. shard: the optimizer's moments.
-    rows: sequence parallelism. idle: all tokens go to expert 0. moves: experts change their ranks
-    on the way. static: constant sizes, with a slot for every token.
+    expert_parallel: None is all replicas. tensor: ranks of a replica. shard: the optimizer's
+    moments. rows: sequence parallelism. idle: all tokens go to expert 0. moves: experts change
+    their ranks on the way. static: constant sizes, with a slot for every token.
     """
 
     moe: dict[str, Any] = field(default_factory=dict)
@@ -326,7 +326,7 @@ GRADIENTS = (
 
 def possible(ranks: int) -> list[str]:
     """The cases that fit a number of ranks, and are the single process there: with drops all
-    places must share their experts.
+    replicas must share their experts.
     """
     return [
         name
@@ -435,7 +435,7 @@ class Run:
 
 
 def shuffle_experts(stepper: Stepper, seed: int) -> None:
-    """Another place for every expert, and another one in each layer."""
+    """Another slot for every expert, and another one in each layer."""
     random = np.random.default_rng(seed)
     next_expert_of_slot_LP = np.stack(
         [random.permutation(EXPERTS) for _ in stepper.model.moe_layers]
@@ -498,8 +498,8 @@ def _by_expert(
     for parameter, gradient in zip(stepper.parameters, gradients):
         if is_expert(parameter):
             named.update(
-                (f"{parameter.name}.{first + place}", value / parts)
-                for place, value in enumerate(gradient)
+                (f"{parameter.name}.{first + position}", value / parts)
+                for position, value in enumerate(gradient)
             )
         else:
             named[parameter.name] = gradient / parts

@@ -25,15 +25,15 @@ class _Everyones(nn.Cell):
 
     def __init__(self, group: str) -> None:
         super().__init__()
-        self.place = GROUPS[group].index(RANK[0])
+        self.position = GROUPS[group].index(RANK[0])
         self.size = len(GROUPS[group])
         self.stack = ops.Stack()
         self.sum = ops.AllReduce(ops.ReduceOp.SUM, group)
 
     def construct(self, x_M: Tensor) -> Tensor:
         rows = []
-        for place in range(self.size):
-            rows.append(x_M if place == self.place else ops.zeros_like(x_M))
+        for position in range(self.size):
+            rows.append(x_M if position == self.position else ops.zeros_like(x_M))
         return self.sum(self.stack(rows))
 
 
@@ -51,13 +51,13 @@ class AllGather(nn.Cell):
 class ReduceScatter(nn.Cell):
     def __init__(self, op: str, group: str) -> None:
         super().__init__()
-        self.place = GROUPS[group].index(RANK[0])
+        self.position = GROUPS[group].index(RANK[0])
         self.size = len(GROUPS[group])
         self.sum = ops.AllReduce(op, group)
 
     def construct(self, x: Tensor) -> Tensor:
         share = x.shape[0] // self.size
-        return self.sum(x)[self.place * share : (self.place + 1) * share]
+        return self.sum(x)[self.position * share : (self.position + 1) * share]
 
 
 class AlltoAllV(nn.Cell):
@@ -77,7 +77,7 @@ class AlltoAllV(nn.Cell):
             messages.append(self.zeros((self.room - rows * self.block,), flat.dtype))
             begin = begin + rows
         everyones = self.everyones(self.concat(messages))
-        mine = self.everyones.place * self.room
+        mine = self.everyones.position * self.room
         arrived = []
         for source in range(self.everyones.size):
             arrived.append(everyones[source, mine : mine + received[source] * self.block])

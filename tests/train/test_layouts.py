@@ -167,7 +167,7 @@ def test_any_layout_reads_any_other(folders, before, after):
 
 
 def test_a_rank_writes_its_share(folders):
-    """Two places of two ranks: the files are as large as the shares are, and rank 0's has what
+    """Two replicas of two ranks: the files are as large as the shares are, and rank 0's has what
     is whole besides.
     """
     sizes = [
@@ -179,7 +179,7 @@ def test_a_rank_writes_its_share(folders):
 
 
 def test_sharded_moments_are_divided_by_the_ranks_that_hold_the_same(folders):
-    """Two expert groups of two places of two ranks: experts' moments in halves, slices' in
+    """Two expert groups of two replicas of two ranks: experts' moments in halves, slices' in
     quarters, what is whole in eighths.
     """
     _, _, _, optimizers = job(SHARDED)

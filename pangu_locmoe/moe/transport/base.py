@@ -122,8 +122,8 @@ class RankTransport(Transport):
     """What transports between ranks have in common: this rank's part, and who holds what.
 
     An expert-parallel group has one slot for every expert, dealt to its ranks in contiguous blocks.
-    At first expert e is in slot e; `place` changes that, and with it who computes an expert, never
-    what.
+    At first expert e is in slot e; `set_placement` changes that, and with it who computes an
+    expert, never what.
 
     Args:
         config, topology: as for `Transport`.
@@ -135,12 +135,12 @@ class RankTransport(Transport):
         self.exchange = exchange
         rank = exchange.communicator.rank
         self.held_slots = topology.experts_of_rank(rank)
-        self.place(np.arange(self.num_experts))
+        self.set_placement(np.arange(self.num_experts))
         own_N1 = np.zeros((topology.num_nodes, 1), np.float32)
         own_N1[topology.node_of_rank(rank)] = topology.num_nodes
         self.own_N1 = Tensor(own_N1)
 
-    def place(self, expert_of_slot_P: np.ndarray) -> None:
+    def set_placement(self, expert_of_slot_P: np.ndarray) -> None:
         """Say which expert each slot holds, int [P], a permutation; weights are not touched."""
         self.expert_of_slot_P = expert_of_slot_P
         self.slot_of_expert_E = Tensor(np.argsort(expert_of_slot_P).astype(np.int32))
@@ -153,6 +153,6 @@ class RankTransport(Transport):
         """Everyone's means with the gradient of this rank's.
 
         A node's mean is one over its places' number times their sum, and gradients are averaged
-        over all places: what is left between the two is the number of nodes.
+        over all replicas: what is left between the two is the number of nodes.
         """
         return probs_NE + self.own_N1 * (probs_1E - ops.stop_gradient(probs_1E))

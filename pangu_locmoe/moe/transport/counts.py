@@ -39,7 +39,7 @@ class CountsTransport(RankTransport):
         if self.fused:
             self.dispatch = fused.PermuteTokens()
             self.combine = fused.UnpermuteTokens()
-        self.group = [topology.place_of_rank(rank) for rank in exchange.ranks]
+        self.group = [topology.replica_of_rank(rank) for rank in exchange.ranks]
 
     def layout(self, num_tokens: int, capacity: int, training: bool) -> Tuple[Tensor, int]:
         return self.slot_of_expert_E, 0
@@ -77,7 +77,7 @@ class CountsTransport(RankTransport):
 
     def share(self, own_load_NE: Tensor, own_probs_NE: Tensor) -> Shared:
         own_2E = ops.concat((own_load_NE, ops.stop_gradient(own_probs_NE)), 0)
-        # The ranks of a place have the same tokens: its first one speaks for it.
+        # The ranks of a replica have the same tokens: its first one speaks for it.
         shared_U2E = self.exchange.communicator.all_gather(own_2E).asnumpy()
         shared_U2E = shared_U2E[:: self.topology.tensor_parallel]
         counts_UE = shared_U2E[:, 0].astype(np.int64)
@@ -100,7 +100,7 @@ class CountsTransport(RankTransport):
         rows_AD = packed["rows_QD"]
         affinity_A = packed["affinity_A"]
         if self.choices > 1:  # what was not proposed is last, and stays
-            proposed = int(sent_RR[self.exchange.place].sum())
+            proposed = int(sent_RR[self.exchange.position].sum())
             rows_AD, affinity_A = rows_AD[:proposed], affinity_A[:proposed]
         rows_MD = ExchangeRows(self.exchange, sent_RR)(rows_AD)
         affinity_M = None

@@ -37,7 +37,7 @@ from pangu_locmoe.moe.plan import RoutingPlan, Shared
 from pangu_locmoe.moe.slot_sizes import group_slots
 from pangu_locmoe.moe.transport.base import Packed, RankTransport
 from pangu_locmoe.parallel.exchange import Exchange, ExchangeRows
-from pangu_locmoe.parallel.hccl import AllToAllRows, GatherRows, HcclOperators, SharedRows
+from pangu_locmoe.parallel.hccl import AllToAllRows, GatherRows, GroupwiseRows, HcclOperators
 from pangu_locmoe.parallel.topology import Topology
 
 
@@ -57,38 +57,38 @@ class SlotExchange(nn.Cell):
     ) -> None:
         super().__init__()
         size = len(exchange.ranks)
-        place = exchange.place
+        position = exchange.position
         groups = slots_RE.shape[1] // size
         self.chunks = chunks
-        starts_E = np.cumsum(slots_RE[place]) - slots_RE[place]
-        self.layout_2E = Tensor(np.stack([slots_RE[place], starts_E]).astype(np.int32))
-        self.slots = int(slots_RE[place].sum())
+        starts_E = np.cumsum(slots_RE[position]) - slots_RE[position]
+        self.layout_2E = Tensor(np.stack([slots_RE[position], starts_E]).astype(np.int32))
+        self.slots = int(slots_RE[position].sum())
         matrix_RR = slots_RE.reshape(size, size, groups).sum(axis=2)
         self.there, self.back = (
             _mover(exchange, matrix, features) for matrix in (matrix_RR, matrix_RR.T)
         )
-        # A source sends as much to all experts of one rank: its share of every local expert's
+        # A source sends as much to all experts of one rank: its part of every local expert's
         # buffer is as wide.
-        width_R = slots_RE[:, place * groups]
+        width_R = slots_RE[:, position * groups]
         self.buffers = (groups, int(width_R.sum()), features)
         self.sorted_by_source = groups == 1
-        row_of_place = _rows_by_expert(width_R, groups)
-        self.row_of_place = Tensor((row_of_place + 1).astype(np.int32))
-        self.place_of_row = Tensor((np.argsort(row_of_place) + 1).astype(np.int32))
+        row_of_position = _rows_by_expert(width_R, groups)
+        self.row_of_position = Tensor((row_of_position + 1).astype(np.int32))
+        self.position_of_row = Tensor((np.argsort(row_of_position) + 1).astype(np.int32))
         self.reorder = dispatch.Dispatch()
 
     def to_experts(self, rows_QD: Tensor) -> Tensor:
         """x_GCD on the experts' ranks."""
         rows = self.there(rows_QD)
         if not self.sorted_by_source:
-            rows = self.reorder(rows, self.row_of_place, self.place_of_row)
+            rows = self.reorder(rows, self.row_of_position, self.position_of_row)
         return ops.reshape(rows, self.buffers)
 
     def from_experts(self, y_GCD: Tensor) -> Tensor:
         """rows_QD on the tokens' ranks, in the order in which they left."""
         rows = ops.reshape(y_GCD, (-1, y_GCD.shape[2]))
         if not self.sorted_by_source:
-            rows = self.reorder(rows, self.place_of_row, self.row_of_place)
+            rows = self.reorder(rows, self.position_of_row, self.row_of_position)
         return self.back(rows)
 
 
@@ -99,12 +99,12 @@ class SlotsTransport(RankTransport):
 
     def __init__(self, config: Config, topology: Topology, exchange: Exchange) -> None:
         super().__init__(config, topology, exchange)
-        self.place_ranks = topology.tensor_parallel
-        self.num_places = topology.num_places
+        self.ranks_per_replica = topology.tensor_parallel
+        self.num_replicas = topology.num_replicas
         self.num_nodes = topology.num_nodes
-        self.places_per_node = topology.places_per_node
+        self.replicas_per_node = topology.replicas_per_node
         self.chunks = config.parallel.overlap_chunks
-        self.num_tokens = config.micro_batch * config.model.seq_length // topology.num_places
+        self.num_tokens = config.micro_batch * config.model.seq_length // topology.num_replicas
         self.features = config.model.hidden_size
         self.set_factors(config.moe.capacity)
         self._evaluated: Dict[Tuple[int, int], SlotExchange] = {}
@@ -114,7 +114,7 @@ class SlotsTransport(RankTransport):
         """Train with the slots of these factors from now on.
 
         Raises:
-            ConfigError: the ranks of a place cannot share them evenly.
+            ConfigError: the ranks of a replica cannot share them evenly.
         """
         rank = self.exchange.communicator.rank
         slots_RE = group_slots(capacity, self.topology, rank, self.num_tokens)
@@ -123,8 +123,8 @@ class SlotsTransport(RankTransport):
         slots_RE = slots_RE // self.chunks
         rows_RE = slots_RE * self.topology.experts_per_rank
         what = "rows from a rank to another (exchange: groupwise)"
-        sharers = len(self.exchange.sharers) or 1
-        _check_divisible(rows_RE, "parallel.tensor_parallel", sharers, what)
+        carriers = len(self.exchange.carriers) or 1
+        _check_divisible(rows_RE, "parallel.tensor_parallel", carriers, what)
         self.trained = SlotExchange(self.exchange, slots_RE, self.features, self.chunks)
 
     def layout(self, num_tokens: int, capacity: int, training: bool) -> Tuple[Tensor, int]:
@@ -149,11 +149,11 @@ class SlotsTransport(RankTransport):
         expert_A = plan["expert_A"]
         width_A = ops.gather(slots_E, expert_A, 0)
         kept_A = ops.cast(ops.less(position_A, width_A * chunks), ms.int32)
-        place_A = position_A
+        offset_A = position_A
         if chunks > 1:  # the best tokens are in the first chunk; what was not proposed has rank -1
             chunk_A = ops.floor_div(ops.maximum(position_A, 0), ops.maximum(width_A, 1))
-            place_A = position_A + chunk_A * (room - width_A)
-        slot_of_row_A = (ops.gather(start_E, expert_A, 0) + place_A + 1) * kept_A
+            offset_A = position_A + chunk_A * (room - width_A)
+        slot_of_row_A = (ops.gather(start_E, expert_A, 0) + offset_A + 1) * kept_A
         row_of_slot_Q = dispatch.row_of_slot(slot_of_row_A, room * chunks)
         return {
             "rows_QD": self.dispatch(x_AD, row_of_slot_Q, slot_of_row_A),
@@ -166,12 +166,12 @@ class SlotsTransport(RankTransport):
         own_X = ops.reshape(ops.concat((own_load_NE, own_probs_NE), 0), (-1,))
         shared_UX = ops.stop_gradient(self.gather(ops.stop_gradient(own_X)))
         if (
-            self.place_ranks > 1
-        ):  # the ranks of a place have the same tokens: its first one speaks for it
-            shared_UX = shared_UX[:: self.place_ranks]
-        by_node = (self.num_nodes, self.places_per_node, 2, self.num_experts)
+            self.ranks_per_replica > 1
+        ):  # the ranks of a replica have the same tokens: its first one speaks for it
+            shared_UX = shared_UX[:: self.ranks_per_replica]
+        by_node = (self.num_nodes, self.replicas_per_node, 2, self.num_experts)
         shared_N2E = ops.reduce_sum(ops.reshape(shared_UX, by_node), 1)
-        probs_NE = shared_N2E[:, 1] * (1.0 / self.places_per_node)
+        probs_NE = shared_N2E[:, 1] * (1.0 / self.replicas_per_node)
         return {
             "load_NE": shared_N2E[:, 0],
             "probs_NE": self.with_own_gradient(probs_NE, own_probs_NE),
@@ -229,24 +229,24 @@ class _PyNativeGather(nn.Cell):
 def _mover(exchange: Exchange, matrix_RR: np.ndarray, features: int) -> nn.Cell:
     if isinstance(exchange.communicator, HcclOperators):
         communicator = exchange.communicator
-        sharers = exchange.sharers
+        carriers = exchange.carriers
         group = communicator.group(exchange.ranks)
-        if sharers:
-            own = sharers.index(communicator.rank)
-            return SharedRows(
+        if carriers:
+            own = carriers.index(communicator.rank)
+            return GroupwiseRows(
                 group,
-                communicator.group(sharers),
+                communicator.group(carriers),
                 features,
                 matrix_RR,
-                exchange.place,
+                exchange.position,
                 own,
-                len(sharers),
+                len(carriers),
             )
         return AllToAllRows(
             group,
             features,
-            matrix_RR[exchange.place].tolist(),
-            matrix_RR[:, exchange.place].tolist(),
+            matrix_RR[exchange.position].tolist(),
+            matrix_RR[:, exchange.position].tolist(),
         )
     return ExchangeRows(exchange, matrix_RR)
 
@@ -259,7 +259,7 @@ def _gather(exchange: Exchange) -> nn.Cell:
 
 
 def _rows_by_expert(width_R: np.ndarray, groups: int) -> np.ndarray:
-    """For each place in [G, C] the received row: rows come by source, then by local expert."""
+    """For each position in [G, C] the received row: rows come by source, then by local expert."""
     first_R = np.cumsum(width_R * groups) - width_R * groups
     return np.concatenate(
         [

@@ -65,7 +65,7 @@ class Placement:
             return
         # Weights stay: the checkpoint's are read to where its experts were.
         for layer, slots in zip(self._stepper.model.moe_layers.values(), state["slot_to_expert"]):
-            layer.transport.place(np.asarray(slots))
+            layer.transport.set_placement(np.asarray(slots))
 
     @property
     def _expert_of_slot_LP(self) -> np.ndarray:
@@ -134,7 +134,7 @@ def plan_placement(
     """
     wishes = config.placement
     model = config.model
-    nodes = max(1, topology.expert_parallel // topology.places_per_node)
+    nodes = max(1, topology.expert_parallel // topology.replicas_per_node)
     costs = Costs.of_model(
         model.hidden_size,
         model.ffn_size,
@@ -166,7 +166,7 @@ def _of_a_group(trace: Trace, topology: Topology, nodes: int) -> Trace:
     """
     assert trace.source_WLNE is not None
     rows, layers, job_nodes, experts = trace.source_WLNE.shape
-    groups = topology.num_places // topology.expert_parallel
+    groups = topology.num_replicas // topology.expert_parallel
     merged_WLNE = (
         trace.source_WLNE.reshape(rows, layers, job_nodes // nodes, nodes, experts).sum(axis=2)
         // groups

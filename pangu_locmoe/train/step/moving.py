@@ -38,7 +38,7 @@ def move_experts(
             layer.transport.expert_of_slot_P,
             next_expert_of_slot_P,
             len(exchange.ranks),
-            exchange.place,
+            exchange.position,
         )
         for weight in (layer.experts.w_in, layer.experts.w_out):
             for parameter in (
@@ -51,20 +51,20 @@ def move_experts(
                 )
                 rows_PX = ops.gather(exchange.move_own(rows_PX, matrix_RR), Tensor(arriving_P), 0)
                 ops.assign(parameter, ops.reshape(rows_PX, parameter.shape))
-        layer.transport.place(next_expert_of_slot_P)
+        layer.transport.set_placement(next_expert_of_slot_P)
 
 
 def _route(
-    expert_of_slot_P: np.ndarray, next_expert_of_slot_P: np.ndarray, num_ranks: int, place: int
+    expert_of_slot_P: np.ndarray, next_expert_of_slot_P: np.ndarray, num_ranks: int, position: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The order in which this rank's experts leave, who sends how many to whom, and where those
     that arrive belong.
 
     Returns:
-        leaving_P: places of this rank's experts, sorted by destination; int32.
+        leaving_P: positions of this rank's experts, sorted by destination; int32.
         matrix_RR: experts from each rank to each, int64.
-        arriving_P: for each of this rank's places, which of the arrivals (sorted by source) takes
-            it; int32.
+        arriving_P: for each of this rank's positions, which of the arrivals (sorted by source)
+            takes it; int32.
     """
     own = len(expert_of_slot_P) // num_ranks
     target_P = (
@@ -73,9 +73,11 @@ def _route(
     source_P = np.arange(len(expert_of_slot_P)) // own
     matrix_RR = np.zeros((num_ranks, num_ranks), dtype=np.int64)
     np.add.at(matrix_RR, (source_P, target_P), 1)
-    leaving_P = np.argsort(target_P[place * own : (place + 1) * own], kind="stable")
-    arrivals_P = expert_of_slot_P[target_P == place]  # by source, and in the source's order
+    leaving_P = np.argsort(target_P[position * own : (position + 1) * own], kind="stable")
+    arrivals_P = expert_of_slot_P[target_P == position]  # by source, and in the source's order
     arriving_P = np.argsort(arrivals_P)[
-        np.searchsorted(np.sort(arrivals_P), next_expert_of_slot_P[place * own : (place + 1) * own])
+        np.searchsorted(
+            np.sort(arrivals_P), next_expert_of_slot_P[position * own : (position + 1) * own]
+        )
     ]
     return leaving_P.astype(np.int32), matrix_RR, arriving_P.astype(np.int32)

@@ -65,8 +65,8 @@ def micro_batches(
 ) -> List[Tuple[Tensor, ...]]:
     """The objective's inputs, but for the loss scale, of this process's sequences.
 
-    A micro-batch is an equal share of each node's run of sequences, so that it comes in node runs
-    too. A place has its part of its node's share; a single process has the shares of all nodes.
+    A micro-batch is an equal part of each node's run of sequences, so that it comes in node runs
+    too. A replica has its part of its node's part; a single process has the parts of all nodes.
 
     Args:
         batch: of the whole job.
@@ -80,13 +80,15 @@ def micro_batches(
     keys_BS = rows_T.reshape(batch.tokens_BS.shape)
     columns = Tensor(columns_D)
     runs = np.arange(len(batch.domains_B))
-    runs = runs.reshape(topology.num_nodes, train.accumulation_steps, topology.places_per_node, -1)
+    runs = runs.reshape(
+        topology.num_nodes, train.accumulation_steps, topology.replicas_per_node, -1
+    )
     if world.exchange is None:
         own = runs.swapaxes(0, 1).reshape(train.accumulation_steps, -1)
     else:
-        place_of_job = topology.place_of_rank(world.communicator.rank)
-        node, place = divmod(place_of_job, topology.places_per_node)
-        own = runs[node, :, place]
+        replica_of_job = topology.replica_of_rank(world.communicator.rank)
+        node, replica = divmod(replica_of_job, topology.replicas_per_node)
+        own = runs[node, :, replica]
     return [batch_inputs(batch, keys_BS, columns, part) for part in own]
 
 

@@ -11,7 +11,7 @@ from typing import List, Optional, Tuple
 
 from mindspore import Tensor, nn, ops
 
-from pangu_locmoe.parallel.gradients import holders, kinds, share, with_axis_first
+from pangu_locmoe.parallel.gradients import gradient_factor, holders, kinds, with_axis_first
 from pangu_locmoe.parallel.hccl import HcclOperators
 from pangu_locmoe.parallel.tensor import Piece
 from pangu_locmoe.parallel.topology import Topology
@@ -35,7 +35,7 @@ class Reduce(nn.Cell):
         self.optimizer = optimizer
         self.count = len(parameters)
         self.kinds = kinds(parameters, optimizer.pieces)
-        self.shares = [share(parameter, topology) for parameter in parameters]
+        self.factors = [gradient_factor(parameter, topology) for parameter in parameters]
         holding = [holders(parameter, topology, rank) for parameter in parameters]
         self.sums = [
             _Sum(communicator, ranks, piece) for ranks, piece in zip(holding, optimizer.pieces)
@@ -59,7 +59,7 @@ class Reduce(nn.Cell):
         experts = []
         pieces = []
         for index in range(self.count):
-            scale = self.shares[index] if factor is None else self.shares[index] * factor
+            scale = self.factors[index] if factor is None else self.factors[index] * factor
             gradient = self.sums[index](gradients[index]) * scale
             if self.kinds[index] == "expert":
                 experts.append(gradient)

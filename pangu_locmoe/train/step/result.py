@@ -33,7 +33,7 @@ class StepResult:
     cosine_LT: fp32; empty without MoE layers.
     layer_sums: one number for each layer, finite exactly where the layer's output was.
     skipped: fp16 overflow; no update was made.
-    unrouted: share of the tokens without any expert, where one may have several; else None.
+    unrouted: fraction of the tokens without any expert, where one may have several; else None.
     traffic: what all ranks exchanged; None in a single process.
     spans: what each rank did when, in the step of trace.timeline.
     loads_ILNE: load_LNE of each micro-batch; None: of the only one.
@@ -60,7 +60,7 @@ def step_result(
     world: World,
     rows_divided: bool,
 ) -> StepResult:
-    """The step's figures over all micro-batches and places; a single process is a world of one.
+    """The step's figures over all micro-batches and replicas; a single process is a world of one.
 
     Args:
         reports: this process's, one for each micro-batch.
@@ -68,8 +68,8 @@ def step_result(
         skipped: whether no update was made.
         traffic: what all ranks exchanged.
         world: the others; one gather brings all of their figures.
-        rows_divided: whether the ranks of a place have rows of their own (sequence parallelism), so
-            that layer sums differ; everything else is the same on all ranks of a place.
+        rows_divided: whether the ranks of a replica have rows of their own (sequence parallelism),
+            so that layer sums differ; everything else is the same on all ranks of a replica.
     """
     stats = [{name: value.asnumpy() for name, value in stats.items()} for _, stats in reports]
     losses = [losses.asnumpy() for losses, _ in reports]
@@ -85,18 +85,18 @@ def step_result(
         own["unrouted"] = np.mean([s["unrouted_L"] for s in stats])
     everyones = _gather(own, world.communicator)
     size = world.topology.tensor_parallel
-    places = {name: values[::size] for name, values in everyones.items()}
-    layer_sums = (everyones if rows_divided else places)["layer_sums"]
+    replicas = {name: values[::size] for name, values in everyones.items()}
+    layer_sums = (everyones if rows_divided else replicas)["layer_sums"]
     return StepResult(
-        losses=dict(zip(LOSSES, places["losses"].mean(axis=0, dtype=np.float64).tolist())),
+        losses=dict(zip(LOSSES, replicas["losses"].mean(axis=0, dtype=np.float64).tolist())),
         grad_norm=norm,
         # The MoE layers of every rank know the counts of the whole world.
         load_LNE=_total(s["load_LNE"] for s in stats) if sparse else np.zeros((0, 1, 0), np.int64),
-        dropped_LE=_total(places["dropped"]) if sparse else np.zeros((0, 0), np.int64),
-        cosine_LT=_join(places["cosine"]) if sparse else np.zeros((0, 0), np.float32),
+        dropped_LE=_total(replicas["dropped"]) if sparse else np.zeros((0, 0), np.int64),
+        cosine_LT=_join(replicas["cosine"]) if sparse else np.zeros((0, 0), np.float32),
         layer_sums=layer_sums.sum(axis=0),
         skipped=skipped,
-        unrouted=float(places["unrouted"].mean()) if "unrouted" in places else None,
+        unrouted=float(replicas["unrouted"].mean()) if "unrouted" in replicas else None,
         traffic=traffic,
         loads_ILNE=np.stack([s["load_LNE"] for s in stats]) if sparse else None,
     )
@@ -107,7 +107,7 @@ def _total(counts: Iterable[np.ndarray]) -> np.ndarray:
 
 
 def _join(cosine_ULT: np.ndarray) -> np.ndarray:
-    """The tokens of all places in one row for each layer."""
+    """The tokens of all replicas in one row for each layer."""
     return np.concatenate(list(cosine_ULT), axis=1)
 
 

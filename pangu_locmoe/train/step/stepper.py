@@ -91,7 +91,7 @@ class Stepper(ABC):
         if train.precision == "fp16":
             self.loss_scale = LossScale(train.loss_scale, train.loss_scale_window)
         tokens = config.micro_batch * config.model.seq_length
-        self.num_tokens = tokens * topology.expert_parallel // topology.num_places
+        self.num_tokens = tokens * topology.expert_parallel // topology.num_replicas
         if capacities is None:
             start = initial_capacity(config.moe.capacity, self.num_tokens, config.moe.num_experts)
             capacities = (start,) * config.model.num_moe_layers

@@ -17,28 +17,28 @@ from pangu_locmoe.parallel.topology import Topology
 def exchanges(config: Config, topology: Topology, rank: int) -> Iterator[Operation]:
     """Rows to the experts and back; the gradient takes the same ways in the other direction.
 
-    Groupwise, a place gathers its shares.
+    Groupwise, a replica gathers its portions.
     """
-    tokens = config.micro_batch * config.model.seq_length // topology.num_places
+    tokens = config.micro_batch * config.model.seq_length // topology.num_replicas
     group = topology.expert_group(rank)
     features = config.model.hidden_size
     size = len(group)
-    place = group.index(rank)
+    position = group.index(rank)
     chunks = config.parallel.overlap_chunks
     rows_RR = (
         (group_slots(config.moe.capacity, topology, rank, tokens) // chunks)
         .reshape(size, size, -1)
         .sum(axis=2)
     )
-    sharers = topology.tensor_group(rank) if config.parallel.exchange == "groupwise" else (rank,)
+    carriers = topology.tensor_group(rank) if config.parallel.exchange == "groupwise" else (rank,)
     dtype = IR_NAMES[config.train.precision]
     name = group_name(group, topology.num_ranks)
-    gathering = group_name(sharers, topology.num_ranks)
+    gathering = group_name(carriers, topology.num_ranks)
     for direction in ("forward", "backward"):
         for matrix_RR in (rows_RR, rows_RR.T):
-            share_RR = matrix_RR // len(sharers)  # a place divides its slots evenly
-            sent = share_RR[place]
-            arrived = int(share_RR[:, place].sum())
+            portion_RR = matrix_RR // len(carriers)  # a replica divides its slots evenly
+            sent = portion_RR[position]
+            arrived = int(portion_RR[:, position].sum())
             move = Operation(
                 "AlltoAllV",
                 name,
@@ -49,14 +49,14 @@ def exchanges(config: Config, topology: Topology, rank: int) -> Iterator[Operati
                 tuple(sent.tolist()),
             )
             yield from [move] * config.model.num_moe_layers * chunks
-            if len(sharers) > 1:
+            if len(carriers) > 1:
                 gather = Operation(
                     "AllGather",
                     gathering,
                     direction,
                     dtype,
                     (arrived, features),
-                    (arrived * len(sharers), features),
+                    (arrived * len(carriers), features),
                 )
                 yield from [gather] * config.model.num_moe_layers * chunks
 

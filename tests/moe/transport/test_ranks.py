@@ -31,17 +31,17 @@ from pangu_locmoe.parallel.tensor import TensorGroup
 from pangu_locmoe.parallel.topology import Topology
 from pangu_locmoe.train.step import Objective
 
-PLACES = 4  # tokens of a place
+REPLICAS = 4  # tokens of a replica
 NODES = 2
 TOKENS = 8
 HIDDEN = 16
 EXPERTS = 4
 WEIGHTS = {"balance_loss": 1.0, "locality_loss": 0.7, "z_loss": 0.3}
 RANDOM = np.random.default_rng(41)
-X_TD, SENS_TD = RANDOM.standard_normal((2, PLACES * TOKENS, HIDDEN))
-X_TD[: PLACES * TOKENS // NODES, 4:8] += 1.0  # nodes prefer different experts
-TOKENS_T = RANDOM.integers(0, 300, PLACES * TOKENS)
-DOMAINS_T = np.repeat([0, 1], PLACES * TOKENS // 2)
+X_TD, SENS_TD = RANDOM.standard_normal((2, REPLICAS * TOKENS, HIDDEN))
+X_TD[: REPLICAS * TOKENS // NODES, 4:8] += 1.0  # nodes prefer different experts
+TOKENS_T = RANDOM.integers(0, 300, REPLICAS * TOKENS)
+DOMAINS_T = np.repeat([0, 1], REPLICAS * TOKENS // 2)
 OWN = ["OwnLosses", "Unbalanced", "OneOwnLoss", "Spread", "Bare"]
 
 
@@ -81,7 +81,7 @@ def layer_of(config, transport, communicator=None):
     computes them.
     """
     allowed_JE = allowed_experts(config)
-    topology = Topology(PLACES, PLACES // NODES, PLACES, EXPERTS)
+    topology = Topology(REPLICAS, REPLICAS // NODES, REPLICAS, EXPERTS)
     if transport is LocalTransport:
         topology = Topology.emulated(NODES, EXPERTS)
     context = RouterContext(0, allowed_JE, topology, np.ones((len(allowed_JE), 300), np.int64))
@@ -89,7 +89,7 @@ def layer_of(config, transport, communicator=None):
     router = router_class(config)(config, context)
     if communicator is None:
         return MoELayer(router, transport(config, Topology(NODES, 1, 1, EXPERTS)), experts)
-    replicas = communicator.size // PLACES
+    replicas = communicator.size // REPLICAS
     own = Topology(communicator.size, communicator.size // NODES, 1, EXPERTS, replicas)
     exchange = Exchange(communicator, [communicator.rank], [0])
     return MoELayer(router, transport(config, own, exchange), experts)
@@ -97,11 +97,11 @@ def layer_of(config, transport, communicator=None):
 
 def outcome(layer, part=slice(None), jit=False):
     """y_TD, stats, the gradient by x_TD and by each weight, of the output and all losses; the
-    job's is a mean over places.
+    job's is a mean over replicas.
     """
     tokens = TOKENS_T[part].size
     weights = ms.ParameterTuple(layer.trainable_params())
-    scale = PLACES * TOKENS / tokens
+    scale = REPLICAS * TOKENS / tokens
     if jit:
         layer.compile_route()
 
@@ -138,11 +138,11 @@ def registered():
 def assert_ranks_are_one_process(router, transport, replicas=1):
     config = config_of(router)
     wanted_TD, wanted, wanted_dx_TD, wanted_weights = outcome(layer_of(config, LocalTransport))
-    ranks = [Rank(rank, PLACES * replicas) for rank in range(PLACES * replicas)]
+    ranks = [Rank(rank, REPLICAS * replicas) for rank in range(REPLICAS * replicas)]
     layers = [layer_of(config, transport, rank) for rank in ranks]
     parts = [
-        slice(place * TOKENS, (place + 1) * TOKENS)
-        for place in range(PLACES)
+        slice(replica * TOKENS, (replica + 1) * TOKENS)
+        for replica in range(REPLICAS)
         for _ in range(replicas)
     ]
     for layer, part in zip(layers, parts):
@@ -152,7 +152,7 @@ def assert_ranks_are_one_process(router, transport, replicas=1):
     found = [outcome(layer, part) for layer, part in zip(layers, parts)]
     for (y_TD, stats, dx_TD, _), part in zip(found, parts):
         close(y_TD, wanted_TD[part], 2e-6)
-        close(dx_TD / PLACES, wanted_dx_TD[part], 2e-6)
+        close(dx_TD / REPLICAS, wanted_dx_TD[part], 2e-6)
         np.testing.assert_array_equal(stats["load_NE"], wanted["load_NE"])
     for name in LOSSES:
         close(np.mean([stats[name] for _, stats, _, _ in found]), wanted[name], 2e-6)
@@ -189,7 +189,7 @@ def test_ranks_of_a_place_count_once(transport, registered):
 )
 def test_with_the_part_before_the_exchange_compiled(router, transport, registered):
     """One rank of those above."""
-    layer = layer_of(config_of(router), transport, Rank(0, PLACES))
+    layer = layer_of(config_of(router), transport, Rank(0, REPLICAS))
     part = slice(TOKENS)
     plain = outcome(layer, part)
     compiled = outcome(layer, part, jit=True)

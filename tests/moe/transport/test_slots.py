@@ -183,7 +183,7 @@ def test_every_row_reaches_its_expert_and_comes_back(topology):
     for rank in range(size):
         exchange = Exchange(SingleProcess(), [0], [0], False)
         exchange.ranks = list(range(size))
-        exchange.place = rank
+        exchange.position = rank
         exchanges.append(SlotExchange(exchange, slots_RE, 3))
         mine = np.concatenate(
             [part[np.isin(part[:, 1], list(topology.experts_of_rank(rank)))] for part in rows]

@@ -34,11 +34,13 @@ class OnPaper:
         self.expert_of_slot_LP = np.arange(4)[None]
         self.model = SimpleNamespace(
             moe_layers={
-                "blocks.1.moe": SimpleNamespace(transport=SimpleNamespace(place=self.place))
+                "blocks.1.moe": SimpleNamespace(
+                    transport=SimpleNamespace(set_placement=self.set_placement)
+                )
             }
         )
 
-    def place(self, expert_of_slot_P):
+    def set_placement(self, expert_of_slot_P):
         self.expert_of_slot_LP = expert_of_slot_P[None]
 
     def move_experts(self, next_expert_of_slot_LP):

@@ -59,7 +59,7 @@ def test_the_places_of_a_job_divide_what_a_single_process_has(ranks, per_node, t
         for rank in range(ranks)
     ]
     for rank, own in enumerate(ranks_have):
-        assert own == ranks_have[rank - rank % tensor], "the ranks of a place have the same"
+        assert own == ranks_have[rank - rank % tensor], "the ranks of a replica have the same"
     for number, all_of_them in enumerate(wanted):
         assert [one for own in ranks_have[::tensor] for one in own[number]] == all_of_them
 

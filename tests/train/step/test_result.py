@@ -62,7 +62,7 @@ def test_losses_are_means_and_counts_are_sums_over_micro_batches():
 
 @pytest.mark.parametrize("rows_divided, sums", [(False, 1 + 3), (True, 1 + 2 + 3 + 4)])
 def test_the_first_rank_of_a_place_speaks_for_it(rows_divided, sums):
-    """Four ranks in two places: only sums over rows can differ inside of one."""
+    """Four ranks in two replicas: only sums over rows can differ inside of one."""
     world = World(Ranks(4), Topology(4, 4, 2, 2, tensor_parallel=2))
     ledger = Ledger(7)
     result = step_result([report(1.0, unrouted_L=[0.25])], 1.0, False, ledger, world, rows_divided)
