@@ -18,7 +18,9 @@ from pangu_locmoe.expert_load.trace import read_trace, write_trace
 
 
 def write(path, text: str):
-    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    path.write_bytes(
+        gzip.compress(text.encode(), mtime=0) if path.suffix == ".gz" else text.encode()
+    )
     return path
 
 
@@ -203,7 +205,7 @@ def test_other_headers_are_refused(tmp_path, header):
 def test_the_name_of_a_table_may_have_capitals(tmp_path, name):
     content = b"step,layer,expert,tokens\r\n0,0,1,5\r\n"
     (tmp_path / name).write_bytes(
-        gzip.compress(content) if name.lower().endswith(".gz") else content
+        gzip.compress(content, mtime=0) if name.lower().endswith(".gz") else content
     )
     assert import_trace(tmp_path / name).load_WLE.tolist() == [[[0, 5]]]
 
@@ -218,8 +220,10 @@ def test_the_name_of_a_table_may_have_capitals(tmp_path, name):
         "e.csv": b'step,layer,expert,tokens\n0,0,0,"5\n',
         "f.csv": b"step,layer,expert,tokens\n"
         + b"0,0,0,999999999999999999\n" * 40,  # whose sum is out of int64
-        "g.csv.gz": gzip.compress(b"step,layer,expert,tokens\n" + b"0,0,0,5\n" * 5000)[:60],
-        "h.csv.gz": gzip.compress(b"step,layer,expert,tokens\n0,0,0,5\n") + b"more",
+        "g.csv.gz": gzip.compress(b"step,layer,expert,tokens\n" + b"0,0,0,5\n" * 5000, mtime=0)[
+            :60
+        ],
+        "h.csv.gz": gzip.compress(b"step,layer,expert,tokens\n0,0,0,5\n", mtime=0) + b"more",
         "i.tsv": b"step\tlayer\texpert\ttokens\n",
         "j.jsonl": b'{"step":0,"layer":0,"top_indices":[0]}\r{"step":1,"layer":0,"top_indices":[0]}\r',
         "k.jsonl": b'{"step":0,\0"layer":0,"top_indices":[0]}\n',
