@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from typing import List
 
-from pangu_locmoe.check.plan import buffer_megabytes
+from pangu_locmoe.check.communication import buffer_megabytes
 from pangu_locmoe.config import load_config
 from pangu_locmoe.errors import LocMoEError
 

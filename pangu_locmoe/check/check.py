@@ -16,8 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
+from pangu_locmoe.check.communication import (
+    Weight,
+    buffer_megabytes,
+    communication_plan,
+    differences,
+)
 from pangu_locmoe.check.memory import Memory, estimate
-from pangu_locmoe.check.plan import Weight, buffer_megabytes, differences, plan
 from pangu_locmoe.config import Config
 from pangu_locmoe.errors import ConfigError, TopologyError
 from pangu_locmoe.model.size import num_params
@@ -180,7 +185,8 @@ def check(config: Config, num_ranks: int, rank: int = 0, device: Optional[Device
         Weight(item["name"], tuple(item["shape"]), item["kind"]) for item in result["weights"]
     ]
     found = differences(
-        plan(shallow, topology, rank, weights), [_operation(item) for item in result["operations"]]
+        communication_plan(shallow, topology, rank, weights),
+        [_operation(item) for item in result["operations"]],
     )
     apart = {
         "whole": 1,
@@ -214,7 +220,7 @@ def check(config: Config, num_ranks: int, rank: int = 0, device: Optional[Device
             "layers of a kind are alike, and the figures above are those of all layers"
         )
         weights = _deepen(weights, shallow, config)
-    operations = plan(config, topology, rank, weights)
+    operations = communication_plan(config, topology, rank, weights)
     compiled = {name: tuple(ranks) for name, ranks in result["groups"].items()}
     groups = {
         **{

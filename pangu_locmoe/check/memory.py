@@ -16,7 +16,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Dict, List, Sequence
 
-from pangu_locmoe.check.plan import Weight, buffer_megabytes, weight_piece
+from pangu_locmoe.check.communication import Weight, buffer_megabytes, weight_piece
 from pangu_locmoe.config import Config
 from pangu_locmoe.moe.slot_sizes import group_slots
 from pangu_locmoe.parallel.operation import ITEM_BYTES

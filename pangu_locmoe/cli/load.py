@@ -113,6 +113,7 @@ def add_load_verbs(verbs: Any, add: Add) -> None:
     )
     verb.add_argument("--groups", type=int, help="expert groups, each of which stays within a node")
     verb.add_argument(
+        "--copies",
         "--replicas",
         type=int,
         default=0,
@@ -296,7 +297,7 @@ def _place(options: argparse.Namespace) -> int:
         mean_share,
         options.policy,
         options.groups,
-        options.replicas,
+        options.copies,
         options.origin,
         options.horizon,
         None if options.current is None else load_plan(options.current).expert_of_slot_LP,

@@ -169,7 +169,7 @@ def _exchange(
     work: Work, layout: Layout, device: Device, moved: Traffic, exchange: str
 ) -> Tuple[float, float, float]:
     """Seconds between nodes, inside nodes, and for messages whatever their size."""
-    if layout.group == 1:
+    if layout.expert_group_size == 1:
         return 0.0, 0.0, 0.0
     t = layout.tensor_parallel
     node_link, rank_link = (
@@ -206,9 +206,9 @@ def _reduction(work: Work, layout: Layout, device: Device) -> float:
         return 0.0
     t = layout.tensor_parallel
     replicas = layout.replicas
-    groups = layout.groups
+    groups = layout.expert_groups
     nodes = layout.nodes
-    held_bytes = work.expert_bytes * layout.experts / layout.group
+    held_bytes = work.expert_bytes * layout.experts / layout.expert_group_size
     dense = 2 * (replicas - 1) / replicas * work.dense_bytes
     experts = 2 * (groups - 1) / groups * held_bytes
     if nodes == 1:

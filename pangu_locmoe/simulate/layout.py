@@ -52,12 +52,12 @@ class Layout:
                 raise TopologyError(f"{name} ({value}) must be at least 1")
         pairs = [
             ("ranks_per_node", self.ranks_per_node, "tensor_parallel", self.tensor_parallel),
-            ("experts", self.experts, "expert_parallel", self.group),
+            ("experts", self.experts, "expert_parallel", self.expert_group_size),
         ]
         if self.copies:
-            pairs.append(("replicas", self.replicas, "expert_parallel", self.group))
-        larger = max(self.group, self.replicas_per_node)
-        smaller = min(self.group, self.replicas_per_node)
+            pairs.append(("replicas", self.replicas, "expert_parallel", self.expert_group_size))
+        larger = max(self.expert_group_size, self.replicas_per_node)
+        smaller = min(self.expert_group_size, self.replicas_per_node)
         pairs.append(
             ("the larger of expert_parallel and replicas of a node", larger, "the other", smaller)
         )
@@ -66,9 +66,9 @@ class Layout:
                 raise TopologyError(
                     f"{name} ({value}) must be divisible by {divisor_name} ({divisor})"
                 )
-        if not self.copies and self.group < self.replicas_per_node:
+        if not self.copies and self.expert_group_size < self.replicas_per_node:
             raise TopologyError(
-                f"one copy of the experts on {self.group} replicas: must fill a node "
+                f"one copy of the experts on {self.expert_group_size} replicas: must fill a node "
                 f"({self.replicas_per_node} replicas)"
             )
 
@@ -82,25 +82,32 @@ class Layout:
         return self.nodes * self.replicas_per_node
 
     @property
-    def group(self) -> int:
+    def expert_group_size(self) -> int:
         """Replicas over which the experts of a layer are spread."""
         return min(self.expert_parallel, self.replicas)
 
     @property
-    def groups(self) -> int:
-        """g, copies of every expert."""
-        return self.replicas // self.group if self.copies else 1
+    def expert_groups(self) -> int:
+        """Z, copies of every expert."""
+        return self.replicas // self.expert_group_size if self.copies else 1
 
     @property
     def neighbours(self) -> int:
         """q, replicas of one node in one group."""
-        return min(self.group, self.replicas_per_node)
+        return min(self.expert_group_size, self.replicas_per_node)
 
     @property
     def home_NE(self) -> Ints:
         """The node whose copy of the expert a node's tokens go to."""
-        node_E = np.arange(self.experts) * self.group // self.experts // self.replicas_per_node
-        span = max(1, self.group // self.replicas_per_node) if self.copies else self.nodes
+        node_E = (
+            np.arange(self.experts)
+            * self.expert_group_size
+            // self.experts
+            // self.replicas_per_node
+        )
+        span = (
+            max(1, self.expert_group_size // self.replicas_per_node) if self.copies else self.nodes
+        )
         first_N = np.arange(self.nodes) // span * span
         return first_N[:, None] + node_E
 
@@ -115,11 +122,11 @@ class Layout:
         """
         if not self.copies:
             return rows_INE.sum(axis=1, keepdims=True)
-        span = max(1, self.group // self.replicas_per_node)
+        span = max(1, self.expert_group_size // self.replicas_per_node)
         by_group = rows_INE.reshape(len(rows_INE), self.nodes // span, span, self.experts).sum(
             axis=2
         )
-        return by_group / max(1, self.replicas_per_node // self.group)
+        return by_group / max(1, self.replicas_per_node // self.expert_group_size)
 
 
 @dataclass(frozen=True)
@@ -190,7 +197,7 @@ def _messages(layout: Layout, exchange: str) -> Tuple[int, int, int]:
     """
     q = layout.neighbours
     others = (
-        layout.group if layout.copies else layout.replicas
+        layout.expert_group_size if layout.copies else layout.replicas
     ) // q - 1  # nodes that one node talks to
     if exchange == "hierarchical":
         return -(-others // q), 3 * (q - 1), others

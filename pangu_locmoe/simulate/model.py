@@ -194,7 +194,7 @@ def _row(
         dropped_fraction=rows.dropped,
         expert_nodes=layout.nodes
         if layout.copies
-        else -(-layout.group // layout.replicas_per_node),
+        else -(-layout.expert_group_size // layout.replicas_per_node),
     )
 
 

@@ -54,7 +54,7 @@ def rows_of(
     else:
         moved_INE = load_INE / batches
         load_IZE = layout.load_IZE(moved_INE)
-        group_tokens = float(moved_INE.sum() / len(moved_INE) / layout.groups)
+        group_tokens = float(moved_INE.sum() / len(moved_INE) / layout.expert_groups)
         limit = (
             np.inf
             if config.moe.capacity.policy == "dropless"
@@ -63,7 +63,7 @@ def rows_of(
         dropped = float(np.maximum(load_IZE - limit, 0).sum() / max(load_IZE.sum(), 1e-300))
         load_IZUE = _by_replica(layout, load_IZE)
         computed_IZU = np.minimum(load_IZUE.max(axis=3), limit) * load_IZUE.shape[3]
-    replicas = layout.group if layout.copies else layout.replicas
+    replicas = layout.expert_group_size if layout.copies else layout.replicas
     mean_I = computed_IZU.sum(axis=2).mean(axis=1) / replicas
     computed_I = mean_I if shared_processor else computed_IZU.max(axis=(1, 2))
     return Rows(moved_INE * batches, float(computed_I.mean() * batches), dropped)
@@ -71,7 +71,7 @@ def rows_of(
 
 def _by_replica(layout: Layout, load_IZE: Floats) -> Floats:
     """[I, Z, U, experts of a replica]."""
-    return load_IZE.reshape(*load_IZE.shape[:2], layout.group, -1)
+    return load_IZE.reshape(*load_IZE.shape[:2], layout.expert_group_size, -1)
 
 
 def _slots(config: Config, layout: Layout, load_INE: Floats) -> Tuple[Floats, float]:
@@ -86,7 +86,9 @@ def _slots(config: Config, layout: Layout, load_INE: Floats) -> Tuple[Floats, fl
                 "moe.capacity: factors must be numbers where one copy of the experts "
                 "serves all nodes, not auto"
             )
-        topology = Topology(layout.replicas, layout.replicas_per_node, layout.group, layout.experts)
+        topology = Topology(
+            layout.replicas, layout.replicas_per_node, layout.expert_group_size, layout.experts
+        )
         capacity = next_factors(config.moe.capacity, capacity, load_INE, topology)
     local, remote = (
         min(tokens, factor_capacity(float(factor or 0), tokens, layout.experts))

@@ -241,7 +241,7 @@ def compiled_as_planned(config, num_ranks, rank):
     """What the compilation of a job with one weight would give, without compiling."""
     weights = [{"name": "all", "shape": [num_params(config)], "kind": "whole"}]
     topology = checking.Topology.from_config(config, num_ranks)
-    planned = checking.plan(
+    planned = checking.communication_plan(
         config, topology, rank, [checking.Weight("all", (num_params(config),), "whole")]
     )
     return {
@@ -406,7 +406,7 @@ def test_a_deep_stack_is_compiled_with_fewer_layers_and_said_so(monkeypatch):
             checking.Weight(name, (index + 1, 3), "expert" if "experts" in name else "whole")
             for index, name in enumerate(names)
         ]
-        planned = checking.plan(config, topology, rank, weights)
+        planned = checking.communication_plan(config, topology, rank, weights)
         return {
             "operations": [operation.to_dict() for operation in planned],
             "groups": {operation.group: list(range(num_ranks)) for operation in planned},

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.small import small_config
 
+from pangu_locmoe.check.communication import Weight
 from pangu_locmoe.check.memory import estimate
-from pangu_locmoe.check.plan import Weight
 from pangu_locmoe.config.models import ParallelConfig
 from pangu_locmoe.model.sigma import PanguSigma
 from pangu_locmoe.parallel.exchange import Exchange

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pangu_locmoe.errors import DataError
-from pangu_locmoe.expert_load.placement import Costs, evaluate, place, rebalance
+from pangu_locmoe.expert_load.placement import Costs, evaluate, place_by_locality, rebalance
 from pangu_locmoe.expert_load.placement.costs import holdings
 
 
@@ -117,7 +117,9 @@ def test_within_five_percent_of_the_optimum():
     ratios = []
     for seed, (experts, slots) in enumerate(SIZES):
         load_LNE, costs, current_LP = random_case(seed, 10, experts=experts, slots=slots)
-        ours_L = seconds(place(load_LNE, 4, current_LP, costs), load_LNE, 4, costs, current_LP)
+        ours_L = seconds(
+            place_by_locality(load_LNE, 4, current_LP, costs), load_LNE, 4, costs, current_LP
+        )
         slots_IP = every_placement[experts, slots]
         for layer in range(10):
             load_INE, current_IP = (
@@ -142,7 +144,7 @@ def test_24_layers_of_64_experts_take_a_tenth_of_a_second(nodes, ranks):
     times = []
     for _ in range(5):
         start = time.process_time()
-        place(load_LNE, ranks, current_LP, Costs.of_model())
+        place_by_locality(load_LNE, ranks, current_LP, Costs.of_model())
         times.append(time.process_time() - start)
     print(f"{1e3 * min(times):.0f} ms")
     assert min(times) < 0.1
@@ -158,7 +160,7 @@ SHAPES = st.sampled_from(
 def test_never_worse_than_standing_still_or_eplb(seed, shape):
     nodes, ranks, experts, slots = shape
     load_LNE, costs, current_LP = random_case(seed, 2, nodes, experts, slots)
-    expert_of_slot_LP = place(load_LNE, ranks, current_LP, costs)
+    expert_of_slot_LP = place_by_locality(load_LNE, ranks, current_LP, costs)
     assert expert_of_slot_LP.shape == (2, slots)
     assert all(
         set(expert_of_slot_P) == set(range(experts)) for expert_of_slot_P in expert_of_slot_LP
@@ -193,14 +195,14 @@ def test_no_gain_keeps_the_place():
     free.
     """
     current_LP = np.random.default_rng(0).permutation(16)[None]
-    expert_of_slot_LP = place(np.ones((1, 2, 16)), 8, current_LP, Costs(1, 1, 0, 1, 1))
+    expert_of_slot_LP = place_by_locality(np.ones((1, 2, 16)), 8, current_LP, Costs(1, 1, 0, 1, 1))
     np.testing.assert_array_equal(expert_of_slot_LP, current_LP)
 
 
 def test_dear_moves_keep_the_place():
     load_LNE, _, current_LP = random_case(3, 2, 2, 8, 8)
     np.testing.assert_array_equal(
-        place(load_LNE, 4, current_LP, Costs(1, 1, 1e9, 1, 1)), current_LP
+        place_by_locality(load_LNE, 4, current_LP, Costs(1, 1, 1e9, 1, 1)), current_LP
     )
 
 
@@ -208,7 +210,9 @@ def test_dear_moves_keep_the_place():
 def test_groups_stay_within_a_node(experts, slots, groups):
     for seed in range(10):
         load_LNE, costs, current_LP = random_case(seed, 2, 2, experts, slots)
-        for expert_of_slot_P in place(load_LNE, 4, current_LP, costs, num_groups=groups):
+        for expert_of_slot_P in place_by_locality(
+            load_LNE, 4, current_LP, costs, num_expert_groups=groups
+        ):
             for group in range(groups):
                 assert (
                     len(
@@ -226,7 +230,7 @@ def test_groups_stay_within_a_node(experts, slots, groups):
 def test_groups_that_nodes_do_not_divide_are_refused():
     load_LNE, costs, current_LP = random_case(0, 1, 2, 6, 8)
     with pytest.raises(DataError, match=r"groups \(3\) must be divisible by nodes \(2\)"):
-        place(load_LNE, 4, current_LP, costs, num_groups=3)
+        place_by_locality(load_LNE, 4, current_LP, costs, num_expert_groups=3)
 
 
 def test_prices_are_checked():

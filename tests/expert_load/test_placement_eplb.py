@@ -69,7 +69,7 @@ def test_every_expert_is_placed_and_groups_stay_together(seed, sizes):
     ("sizes", "message"),
     [
         ((10, 1, 2, 4), "slots (10) must be at least the experts (12)"),
-        ((14, 1, 2, 4), "slots (experts plus replicas) (14) must be divisible by ranks (4)"),
+        ((14, 1, 2, 4), "slots (experts plus copies) (14) must be divisible by ranks (4)"),
         ((16, 5, 2, 4), "experts (12) must be divisible by groups (5)"),
         ((16, 1, 3, 4), "ranks (4) must be divisible by nodes (3)"),
         ((16, 1, 0, 4), "nodes (0) must be at least 1"),

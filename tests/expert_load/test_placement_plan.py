@@ -12,7 +12,7 @@ from pangu_locmoe.config import parse_config
 from pangu_locmoe.errors import DataError
 from pangu_locmoe.expert_load.placement import Costs, load_plan, place_trace, plan, save_plan
 from pangu_locmoe.expert_load.trace import Trace, read_trace
-from pangu_locmoe.train.policies.placement import starting_slots
+from pangu_locmoe.train.policies.placement import starting_expert_of_slot
 
 RECORDED = sorted((Path(__file__).parents[1] / "data" / "traces").glob("*.npz"))
 COSTS = Costs.of_model(hidden_size=128, ffn_size=256)
@@ -42,7 +42,7 @@ def test_figures_of_a_plan_within_the_trace():
 
 
 def test_beyond_the_trace_nothing_is_recorded():
-    result = place_trace(made_up(), 2, 2, COSTS, recent_mean, replicas=4)
+    result = place_trace(made_up(), 2, 2, COSTS, recent_mean, copies=4)
     assert result.origin == 61
     assert result.actual_now is result.actual_after is result.actual_oracle is None
     assert [len(row) for row in result.slot_to_expert] == [12, 12]
@@ -50,7 +50,7 @@ def test_beyond_the_trace_nothing_is_recorded():
 
 def test_a_transient_layer_stays_and_gets_room():
     result = place_trace(
-        made_up(), 2, 2, COSTS, recent_mean, replicas=4, stable_from=lambda past: [None, 1]
+        made_up(), 2, 2, COSTS, recent_mean, copies=4, stable_from=lambda past: [None, 1]
     )
     assert result.state == ["transient", "stable"]
     blocks_RP = np.array(result.slot_to_expert[0]).reshape(4, 3)
@@ -96,8 +96,8 @@ def test_nodes_that_merge_and_nodes_that_do_not():
     [
         ({"origin": 1}, "no rows before it"),
         ({"horizon": 0}, "horizon"),
-        ({"replicas": 1}, "must be divisible by ranks"),
-        ({"replicas": -4}, "must not be negative"),
+        ({"copies": 1}, "must be divisible by ranks"),
+        ({"copies": -4}, "must not be negative"),
         ({"policy": "best"}, "unknown policy"),
         ({"groups": 3}, "divisible by groups"),
         ({"current": np.zeros((2, 8), dtype=int)}, "each at least once"),
@@ -173,8 +173,8 @@ def test_there_are_recorded_traces():
 
 
 @pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.stem)
-@pytest.mark.parametrize(("ranks_per_node", "replicas"), [(2, 0), (4, 0), (4, 8)])
-def test_beats_eplb_on_a_recorded_trace(path, ranks_per_node, replicas):
+@pytest.mark.parametrize(("ranks_per_node", "copies"), [(2, 0), (4, 0), (4, 8)])
+def test_beats_eplb_on_a_recorded_trace(path, ranks_per_node, copies):
     trace = read_trace(path)
     plans = {
         policy: place_trace(
@@ -184,7 +184,7 @@ def test_beats_eplb_on_a_recorded_trace(path, ranks_per_node, replicas):
             COSTS,
             recent_mean,
             policy,
-            replicas=replicas,
+            copies=copies,
             origin=1200,
             horizon=1000,
         )
@@ -214,10 +214,10 @@ def test_a_job_begins_where_a_plan_has_its_experts(tmp_path):
     result = place_trace(made_up(), 2, 2, COSTS, recent_mean)
     file = tmp_path / "plan.json"
     save_plan(result, file)
-    found_LE = starting_slots(job_config(str(file)))
+    found_LE = starting_expert_of_slot(job_config(str(file)))
     np.testing.assert_array_equal(found_LE, result.slot_to_expert)
     assert (found_LE != np.arange(8)).any()
-    np.testing.assert_array_equal(starting_slots(job_config(found_LE.tolist())), found_LE)
+    np.testing.assert_array_equal(starting_expert_of_slot(job_config(found_LE.tolist())), found_LE)
 
 
 @pytest.mark.parametrize(
@@ -235,17 +235,17 @@ def test_a_plan_for_another_job_is_refused(tmp_path, changed, wanted):
     file = tmp_path / "plan.json"
     save_plan(place_trace(made_up(), 2, 2, COSTS, recent_mean), file)
     with pytest.raises(DataError, match=f"^placement.start = '{file}': {wanted}$"):
-        starting_slots(job_config(str(file), **changed))
+        starting_expert_of_slot(job_config(str(file), **changed))
 
 
 def test_a_plan_with_replicas_or_no_plan_is_refused(tmp_path):
     file = tmp_path / "plan.json"
-    save_plan(place_trace(made_up(), 2, 2, COSTS, recent_mean, replicas=4), file)
+    save_plan(place_trace(made_up(), 2, 2, COSTS, recent_mean, copies=4), file)
     with pytest.raises(DataError, match="the plan has 2 layers of 12 slots"):
-        starting_slots(job_config(str(file)))
+        starting_expert_of_slot(job_config(str(file)))
     absent = tmp_path / "absent.json"
     with pytest.raises(
         DataError,
         match=f"^placement.start = '{absent}': {absent}: not a plan: No such file or directory$",
     ):
-        starting_slots(job_config(str(absent)))
+        starting_expert_of_slot(job_config(str(absent)))

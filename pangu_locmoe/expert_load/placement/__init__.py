@@ -8,8 +8,14 @@ reading.py reads it from a file, from_trace.py makes one from a recorded trace.
 from pangu_locmoe.expert_load.placement.costs import Costs, Evaluation, evaluate
 from pangu_locmoe.expert_load.placement.eplb import rebalance
 from pangu_locmoe.expert_load.placement.from_trace import first_placement, place_trace
-from pangu_locmoe.expert_load.placement.locality import place
-from pangu_locmoe.expert_load.placement.plan import POLICIES, Figures, Plan, plan, save_plan
+from pangu_locmoe.expert_load.placement.locality import place_by_locality
+from pangu_locmoe.expert_load.placement.plan import (
+    POLICIES,
+    Figures,
+    PlacementPlan,
+    plan,
+    save_plan,
+)
 from pangu_locmoe.expert_load.placement.reading import load_plan, read_plan
 
 __all__ = [
@@ -17,11 +23,11 @@ __all__ = [
     "Costs",
     "Evaluation",
     "Figures",
-    "Plan",
+    "PlacementPlan",
     "evaluate",
     "first_placement",
     "load_plan",
-    "place",
+    "place_by_locality",
     "place_trace",
     "plan",
     "read_plan",

@@ -21,11 +21,11 @@ Ints = NDArray[np.int64]
 
 
 def rebalance(
-    weight_LE: NDArray[Any], num_slots: int, num_groups: int, num_nodes: int, num_ranks: int
+    weight_LE: NDArray[Any], num_slots: int, num_expert_groups: int, num_nodes: int, num_ranks: int
 ) -> Tuple[Ints, Ints, Ints]:
     """Place every expert of every layer, the hottest ones several times.
 
-    Hierarchical if num_groups is a multiple of num_nodes: the groups are packed into nodes, each
+    Hierarchical if num_expert_groups is a multiple of num_nodes: the groups are packed into nodes, each
     node's slots are filled with its experts, the copies are packed into its ranks. Otherwise
     global: the same with one node and one group. Computed in float32, as the original is, so that
     ties fall the same way.
@@ -33,12 +33,12 @@ def rebalance(
     Args:
         weight_LE: load of each expert, any unit.
         num_slots: P of a layer, over all ranks.
-        num_groups: consecutive runs of experts that a node should hold together.
+        num_expert_groups: consecutive runs of experts that a node should hold together.
         num_nodes, num_ranks: ranks are numbered node by node.
 
     Returns:
         expert_of_slot int64 [L, P], rank r holds the r-th contiguous block of slots;
-        expert_to_slots int64 [L, E, most copies of any expert], its slots in the order they were
+        slots_of_expert int64 [L, E, most copies of any expert], its slots in the order they were
         given out, padded with -1; copies int64 [L, E].
 
     Raises:
@@ -46,12 +46,14 @@ def rebalance(
     """
     weight_LE = np.asarray(weight_LE, dtype=np.float32)
     num_layers, num_experts = weight_LE.shape
-    check_sizes(num_experts, num_slots, num_groups, num_nodes, num_ranks)
-    if num_groups % num_nodes:
-        num_groups = 1
+    check_sizes(num_experts, num_slots, num_expert_groups, num_nodes, num_ranks)
+    if num_expert_groups % num_nodes:
+        num_expert_groups = 1
         num_nodes = 1
-    group_size = num_experts // num_groups
-    weight_LJ = weight_LE.reshape(num_layers, num_groups, group_size).sum(axis=2, dtype=np.float32)
+    group_size = num_experts // num_expert_groups
+    weight_LJ = weight_LE.reshape(num_layers, num_expert_groups, group_size).sum(
+        axis=2, dtype=np.float32
+    )
     group_of_position_LJ = pack(weight_LJ, num_nodes)
     expert_of_position_LE = (
         group_of_position_LJ[:, :, None] * group_size + np.arange(group_size)
@@ -65,9 +67,9 @@ def rebalance(
     )
     copies_LE = np.zeros(weight_LE.shape, dtype=np.int64)
     np.maximum.at(copies_LE, (layer_L1, expert_of_slot_LP), number_LP + 1)
-    expert_to_slots = np.full((*copies_LE.shape, copies_LE.max()), -1, dtype=np.int64)
-    expert_to_slots[layer_L1, expert_of_slot_LP, number_LP] = np.arange(num_slots)
-    return expert_of_slot_LP, expert_to_slots, copies_LE
+    slots_of_expert = np.full((*copies_LE.shape, copies_LE.max()), -1, dtype=np.int64)
+    slots_of_expert[layer_L1, expert_of_slot_LP, number_LP] = np.arange(num_slots)
+    return expert_of_slot_LP, slots_of_expert, copies_LE
 
 
 def fill_nodes(
@@ -87,7 +89,7 @@ def fill_nodes(
     """
     num_layers, num_nodes, per_node = expert_LNE.shape
     weight_LE = weight_LNE.reshape(-1, per_node).astype(np.float32)  # L: a node of a layer
-    item_LP, number_LP, copies_LE = replicate(weight_LE, num_slots // num_nodes)
+    item_LP, number_LP, copies_LE = copy_hottest(weight_LE, num_slots // num_nodes)
     row_L1 = np.arange(len(weight_LE))[:, None]
     slot_LP = pack(
         weight_LE[row_L1, item_LP] / copies_LE[row_L1, item_LP].astype(np.float32),
@@ -99,7 +101,7 @@ def fill_nodes(
     )
 
 
-def replicate(weight_LE: NDArray[Any], num_slots: int) -> Tuple[Ints, Ints, Ints]:
+def copy_hottest(weight_LE: NDArray[Any], num_slots: int) -> Tuple[Ints, Ints, Ints]:
     """Every expert once, then each spare slot to the expert with the most load per copy.
 
     Returns:
@@ -142,7 +144,7 @@ def pack(weight_LI: NDArray[Any], num_packs: int) -> Ints:
 
 
 def check_sizes(
-    num_experts: int, num_slots: int, num_groups: int, num_nodes: int, num_ranks: int
+    num_experts: int, num_slots: int, num_expert_groups: int, num_nodes: int, num_ranks: int
 ) -> None:
     """Raises DataError, naming both numbers, if experts, slots, groups, nodes and ranks do not
     fit each other.
@@ -150,7 +152,7 @@ def check_sizes(
     sizes = {
         "experts": num_experts,
         "slots": num_slots,
-        "groups": num_groups,
+        "groups": num_expert_groups,
         "nodes": num_nodes,
         "ranks": num_ranks,
     }
@@ -161,7 +163,7 @@ def check_sizes(
         raise DataError(f"slots ({num_slots}) must be at least the experts ({num_experts})")
     for name, divisor in (("slots", "ranks"), ("ranks", "nodes"), ("experts", "groups")):
         if sizes[name] % sizes[divisor]:
-            plus = " (experts plus replicas)" if name == "slots" else ""
+            plus = " (experts plus copies)" if name == "slots" else ""
             raise DataError(
                 f"{name}{plus} ({sizes[name]}) must be divisible by {divisor} ({sizes[divisor]})"
             )

@@ -21,7 +21,7 @@ from pangu_locmoe.errors import DataError
 from pangu_locmoe.expert_load.forecast import mean_share
 from pangu_locmoe.expert_load.placement.costs import Costs, Floats, Ints, evaluate, holdings
 from pangu_locmoe.expert_load.placement.eplb import check_sizes
-from pangu_locmoe.expert_load.placement.plan import Figures, Plan, plan
+from pangu_locmoe.expert_load.placement.plan import Figures, PlacementPlan, plan
 from pangu_locmoe.expert_load.state import UNKNOWN
 from pangu_locmoe.expert_load.trace import Trace
 
@@ -42,13 +42,13 @@ def place_trace(
     forecast_share: Forecaster = mean_share,
     policy: str = "locality",
     groups: Optional[int] = None,
-    replicas: int = 0,
+    copies: int = 0,
     origin: Optional[int] = None,
     horizon: int = 1000,
     current: Optional[Ints] = None,
     stable_from: Optional[StableFrom] = None,
     min_gain: Optional[float] = None,
-) -> Plan:
+) -> PlacementPlan:
     """Plan for the steps from the origin on, from the rows before it.
 
     Args:
@@ -59,7 +59,7 @@ def place_trace(
         forecast_share: (trace of the past, origin, horizon) -> expected mean share of each expert,
             [L, E]; `auto`'s forecast.
         policy, groups, min_gain: as in `plan`.
-        replicas: spare slots of each layer over all ranks.
+        copies: spare slots of each layer over all ranks.
         origin: first step of the horizon; None: the step after the trace.
         horizon: steps.
         current: expert_of_slot now, [L, P]; None: as training starts, rank r has the r-th
@@ -87,10 +87,10 @@ def place_trace(
             f"origin {origin}: the trace has no rows before it; it starts at step {trace.step_W[0]}"
         )
     num_layers, num_experts = trace.load_WLE.shape[1:]
-    num_slots = num_experts + replicas
+    num_slots = num_experts + copies
     num_ranks = nodes * ranks_per_node
-    if replicas < 0:
-        raise DataError(f"replicas ({replicas}) must not be negative")
+    if copies < 0:
+        raise DataError(f"copies ({copies}) must not be negative")
     check_sizes(num_experts, num_slots, groups or 1, nodes, num_ranks)
     source_WLNE, notes = _sources(trace, nodes, policy)
     rows = len(past.step_W)
@@ -146,7 +146,9 @@ def place_trace(
     return _with_recorded(result, current, oracle, actual_LNE)
 
 
-def _with_recorded(result: Plan, current: Ints, oracle: Plan, actual_LNE: Floats) -> Plan:
+def _with_recorded(
+    result: PlacementPlan, current: Ints, oracle: PlacementPlan, actual_LNE: Floats
+) -> PlacementPlan:
     """The plan with what the placement there was, its own and the oracle's do to the loads that
     came.
     """

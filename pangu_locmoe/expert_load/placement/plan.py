@@ -23,7 +23,7 @@ from pangu_locmoe.expert_load.placement.costs import (
     holdings,
 )
 from pangu_locmoe.expert_load.placement.eplb import rebalance
-from pangu_locmoe.expert_load.placement.locality import place
+from pangu_locmoe.expert_load.placement.locality import place_by_locality
 from pangu_locmoe.expert_load.placement.starts import extend
 from pangu_locmoe.expert_load.state import STABLE, TRANSIENT
 from pangu_locmoe.files import json_text, write_atomic
@@ -56,7 +56,7 @@ class Figures:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PlacementPlan:
     """A placement with its figures.
 
     Attributes:
@@ -166,11 +166,11 @@ def plan(
     costs: Costs,
     policy: str = "locality",
     num_slots: Optional[int] = None,
-    num_groups: Optional[int] = None,
+    num_expert_groups: Optional[int] = None,
     min_gain: Optional[float] = None,
     capacity_factor: Optional[Sequence[Optional[float]]] = None,
     starts: Sequence[Ints] = (),
-) -> Plan:
+) -> PlacementPlan:
     """Plan from an expected load: what `place_trace` and a training run call.
 
     Args:
@@ -180,7 +180,7 @@ def plan(
         costs: prices.
         policy: eplb or locality.
         num_slots: P of a layer; None: as many as now.
-        num_groups: locality: each group stays within a node; eplb: hierarchical if a multiple of N;
+        num_expert_groups: locality: each group stays within a node; eplb: hierarchical if a multiple of N;
             None: no groups.
         min_gain: a layer keeps its placement unless its modelled seconds, moves paid, fall by more
             than this part of them. None: EPLB's plan is taken as it is, ours where it gains
@@ -196,12 +196,12 @@ def plan(
     num_layers, num_nodes, num_experts = load_LNE.shape
     num_ranks, num_slots = num_nodes * ranks_per_node, num_slots or current_LP.shape[1]
     if policy == "locality":
-        expert_of_slot_LP = place(
-            load_LNE, num_ranks, current_LP, costs, num_slots, num_groups, starts
+        expert_of_slot_LP = place_by_locality(
+            load_LNE, num_ranks, current_LP, costs, num_slots, num_expert_groups, starts
         )
     elif policy == "eplb":
         expert_of_slot_LP = rebalance(
-            load_LNE.sum(axis=1), num_slots, num_groups or 1, num_nodes, num_ranks
+            load_LNE.sum(axis=1), num_slots, num_expert_groups or 1, num_nodes, num_ranks
         )[0]
     else:
         raise DataError(f"unknown policy {policy!r}: {' or '.join(POLICIES)}")
@@ -222,13 +222,13 @@ def plan(
         )
     after = evaluate(expert_of_slot_LP, load_LNE, num_ranks, costs, held_LRE)
     moved = int(after.moved_L.sum())
-    return Plan(
+    return PlacementPlan(
         slot_to_expert=expert_of_slot_LP.tolist(),
         experts=num_experts,
         nodes=num_nodes,
         ranks_per_node=ranks_per_node,
         policy=policy,
-        groups=num_groups,
+        groups=num_expert_groups,
         now=Figures.of(now, costs),
         after=Figures.of(after, costs),
         experts_moved=moved,
@@ -240,7 +240,7 @@ def plan(
     )
 
 
-def save_plan(plan: Plan, path: Path) -> None:
+def save_plan(plan: PlacementPlan, path: Path) -> None:
     """Write the plan as JSON, whole or not at all. Raises DataError."""
     try:
         write_atomic(path, (json_text(plan.to_dict()) + "\n").encode())

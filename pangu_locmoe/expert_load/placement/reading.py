@@ -10,13 +10,13 @@ from typing import Any, Callable, Dict, List, Type, TypeVar
 
 from pangu_locmoe.errors import DataError
 from pangu_locmoe.expert_load.placement.costs import Costs
-from pangu_locmoe.expert_load.placement.plan import POLICIES, Figures, Plan
+from pangu_locmoe.expert_load.placement.plan import POLICIES, Figures, PlacementPlan
 from pangu_locmoe.expert_load.state import STABLE, TRANSIENT, UNKNOWN
 
-Record = TypeVar("Record", Plan, Figures, Costs)
+Record = TypeVar("Record", PlacementPlan, Figures, Costs)
 
 
-def load_plan(path: Path) -> Plan:
+def load_plan(path: Path) -> PlacementPlan:
     """Raises DataError in one line if there is no such file or it is not a plan."""
     try:
         content = json.loads(path.read_bytes())
@@ -30,9 +30,9 @@ def load_plan(path: Path) -> Plan:
         raise DataError(f"{path}: not a plan: {error}") from None
 
 
-def read_plan(content: Any) -> Plan:
-    """The plan of `Plan.to_dict`'s content. Raises DataError, naming the key."""
-    fields = _record(content, Plan, "the plan")
+def read_plan(content: Any) -> PlacementPlan:
+    """The plan of `PlacementPlan.to_dict`'s content. Raises DataError, naming the key."""
+    fields = _record(content, PlacementPlan, "the plan")
     for name in ("experts", "nodes", "ranks_per_node"):
         _require(_whole(fields[name], 1), name, "must be a positive integer")
     for name in ("groups", "horizon"):
@@ -89,7 +89,7 @@ def read_plan(content: Any) -> Plan:
             fields[name] = Figures(**_numbers(_record(fields[name], Figures, name), name))
     costs = _numbers(_record(fields["costs"], Costs, "costs"), "costs")
     _require(_whole(costs["horizon"], 1), "costs.horizon", "must be a positive integer")
-    return Plan(**{**fields, "costs": Costs(**costs)})
+    return PlacementPlan(**{**fields, "costs": Costs(**costs)})
 
 
 def _check_layer(name: str, row: Any, first: Any, experts: int, ranks: int) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 
 from pangu_locmoe.errors import DataError
 from pangu_locmoe.expert_load.placement.costs import Floats, Ints, holdings
-from pangu_locmoe.expert_load.placement.eplb import fill_nodes, replicate
+from pangu_locmoe.expert_load.placement.eplb import copy_hottest, fill_nodes
 from pangu_locmoe.expert_load.placement.problem import Problem
 from pangu_locmoe.expert_load.placement.search import Work, improve
 
@@ -27,19 +27,19 @@ KICK_CHANGES = 4
 
 
 def nodes_first(
-    problem: Problem, num_slots: int, num_groups: Optional[int] = None, visiting: int = 0
+    problem: Problem, num_slots: int, num_expert_groups: Optional[int] = None, visiting: int = 0
 ) -> Ints:
     """The experts' (or groups') nodes as a placement problem of its own, each node one rank; then
     EPLB's way to copies and ranks.
 
     Args:
         num_slots: P, over all ranks.
-        num_groups: J; None: every expert may be in any node.
+        num_expert_groups: J; None: every expert may be in any node.
         visiting: slots of each node for copies of other nodes' experts, those it sends most rows
             to; the node's further spare slots go to second copies of what it has.
     """
     num_layers, num_nodes, num_experts = problem.load_LNE.shape
-    num_items = num_groups or num_experts
+    num_items = num_expert_groups or num_experts
     if num_items % num_nodes:
         return copy_by_copy(problem, num_slots)
     size = num_experts // num_items
@@ -89,7 +89,7 @@ def copy_by_copy(problem: Problem, num_slots: int) -> Ints:
     num_ranks = problem.num_ranks
     room = num_slots // problem.num_ranks
     load_LE = load_LNE.sum(axis=1)
-    expert_LP, _, copies_LE = replicate(load_LE, num_slots)
+    expert_LP, _, copies_LE = copy_hottest(load_LE, num_slots)
     rows_L = np.arange(num_layers)
     row_L1 = np.arange(num_layers)[:, None]
     node_R = np.arange(num_ranks) * num_nodes // num_ranks

@@ -18,7 +18,7 @@ from mindspore import dtype as mstype
 from pangu_locmoe.config import Config
 from pangu_locmoe.errors import DataError
 from pangu_locmoe.expert_load.forecast import mean_share
-from pangu_locmoe.expert_load.placement import Costs, Plan, load_plan, place_trace
+from pangu_locmoe.expert_load.placement import Costs, PlacementPlan, load_plan, place_trace
 from pangu_locmoe.expert_load.state import states
 from pangu_locmoe.expert_load.trace import Trace
 from pangu_locmoe.parallel.communicator import Communicator
@@ -43,7 +43,7 @@ class Placement:
         self._stepper = stepper
         self._trace = trace
         if config.placement.start is not None:
-            stepper.move_experts(starting_slots(config))
+            stepper.move_experts(starting_expert_of_slot(config))
 
     @staticmethod
     def wanted(config: Config, stepper: Stepper) -> bool:
@@ -88,7 +88,7 @@ class Placement:
             yield event(step, plan, started)
 
 
-def starting_slots(config: Config) -> np.ndarray:
+def starting_expert_of_slot(config: Config) -> np.ndarray:
     """The placement that `placement.start` asks for: an expert for each slot, int [L, P].
 
     Raises:
@@ -117,7 +117,7 @@ def starting_slots(config: Config) -> np.ndarray:
 
 def plan_placement(
     config: Config, topology: Topology, trace: Trace, step: int, expert_of_slot_LP: np.ndarray
-) -> Plan:
+) -> PlacementPlan:
     """The plan after `step` for the steps up to the next one, from the trace so far.
 
     A layer keeps its placement while its load is transient, as it counts at the beginning of a run,
@@ -175,7 +175,7 @@ def _of_a_group(trace: Trace, topology: Topology, nodes: int) -> Trace:
 
 
 def agree(
-    plan: Optional[Plan], expert_of_slot_LP: np.ndarray, communicator: Communicator
+    plan: Optional[PlacementPlan], expert_of_slot_LP: np.ndarray, communicator: Communicator
 ) -> np.ndarray:
     """The placement of rank 0's plan, on all ranks; the others have no plan, because the trace
     is rank 0's.
@@ -190,7 +190,7 @@ def agree(
     return first
 
 
-def event(step: int, plan: Plan, started: float) -> Dict[str, Any]:
+def event(step: int, plan: PlacementPlan, started: float) -> Dict[str, Any]:
     """A row for metrics.jsonl; `started` is when planning began."""
     return {
         "step": step,

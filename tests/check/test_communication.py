@@ -9,8 +9,13 @@ from pathlib import Path
 import pytest
 from support.small import small_config
 
+from pangu_locmoe.check.communication import (
+    Weight,
+    buffer_megabytes,
+    communication_plan,
+    differences,
+)
 from pangu_locmoe.check.graph import communication
-from pangu_locmoe.check.plan import Weight, buffer_megabytes, differences, plan
 from pangu_locmoe.config import CapacityConfig, load_config
 from pangu_locmoe.moe.slot_sizes import certain_drops, group_slots
 from pangu_locmoe.parallel.operation import Operation, node_bytes
@@ -71,7 +76,7 @@ def test_the_plan_in_numbers():
     """8 ranks in 4 nodes, 16 tokens each; 2 experts on each rank: 4 slots for each local one, 1
     for each remote one.
     """
-    operations = plan(static_config(), Topology(8, 2, 4, 8), 3, WEIGHTS)
+    operations = communication_plan(static_config(), Topology(8, 2, 4, 8), 3, WEIGHTS)
     rows = Operation(
         "AlltoAllV",
         "ranks-0-to-3-by-1",
@@ -103,7 +108,7 @@ def test_tensor_parallelism_in_numbers():
         Weight("norm.gamma", (16,), "whole"),
         WEIGHTS[1],
     ]
-    found = plan(config, Topology(8, 4, 4, 8, 2), 3, weights)
+    found = communication_plan(config, Topology(8, 4, 4, 8, 2), 3, weights)
 
     def one(kind, group, direction, dtype, shape, result=None, sent=()):
         return Operation(kind, group, direction, dtype, shape, result or shape, sent)
@@ -163,12 +168,12 @@ def test_slots_can_be_shared_out_over_a_replica():
 
 
 def test_experts_that_only_one_rank_holds_are_not_reduced():
-    operations = plan(static_config(), Topology(4, 2, 4, 8), 0, WEIGHTS)
+    operations = communication_plan(static_config(), Topology(4, 2, 4, 8), 0, WEIGHTS)
     assert [o.shape for o in operations if o.kind == "AllReduce"] == [(300, 16), (1,)]
 
 
 def test_differences_have_a_line_each():
-    operations = plan(static_config(), Topology(8, 2, 4, 8), 3, WEIGHTS)
+    operations = communication_plan(static_config(), Topology(8, 2, 4, 8), 3, WEIGHTS)
     assert differences(operations, operations[::-1]) == []
     strange = Operation("ReduceScatter", "g", "forward", "Float32", (5, 7), (1, 7))
     assert differences(operations, [*operations[:-1], strange]) == [
@@ -196,7 +201,9 @@ def test_pieces_of_gradients_are_scattered_and_of_weights_gathered():
     """
     found = Counter(
         operation
-        for operation in plan(static_config(shard_optimizer=True), Topology(8, 2, 4, 8), 5, WEIGHTS)
+        for operation in communication_plan(
+            static_config(shard_optimizer=True), Topology(8, 2, 4, 8), 5, WEIGHTS
+        )
         if operation.direction == "update"
     )
     world = "hccl_world_group"

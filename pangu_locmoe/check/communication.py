@@ -21,6 +21,9 @@ from pangu_locmoe.parallel.tensor import Piece
 from pangu_locmoe.parallel.topology import Topology
 from pangu_locmoe.train.step.traffic import exchanges
 
+CommunicationPlan = List[Operation]
+"""The communication operators of a rank's step."""
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -33,9 +36,9 @@ class Weight:
     kind: str
 
 
-def plan(
+def communication_plan(
     config: Config, topology: Topology, rank: int, weights: Sequence[Weight]
-) -> List[Operation]:
+) -> CommunicationPlan:
     """Every communication operator that the step of this rank needs, once for each time it runs
     in one micro-batch.
     """
