@@ -51,8 +51,8 @@ def communication_plan(
 
 
 def _tensor_sums(config: Config, topology: Topology, rank: int) -> Iterator[Operation]:
-    """Over the ranks of a replica: what leaves each pair of matrices, the gradient of what enters it,
-    the embedding and the loss.
+    """Over the ranks of a replica: what leaves each pair of matrices, the gradient of what enters
+    it, the embedding and the loss.
 
     With sequence parallelism rows are gathered where they enter and scattered where they leave, and
     the other way round backward. Recomputation repeats none of them: what leaves a layer is not

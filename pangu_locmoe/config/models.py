@@ -320,13 +320,19 @@ class DataConfig(Section):
     reset_at_document_end: bool = Field(
         True, description="attention and positions start anew at each document"
     )
-    sharding: Literal["iid", "domain", "cluster"] = Field(
+    sharding: Literal["iid", "domain", "content"] = Field(
         "iid",
         description=(
             "which node reads what: anything; mostly the domains whose experts it holds; or "
             "sequences of alike content"
         ),
     )
+
+    @field_validator("sharding", mode="before")
+    @classmethod
+    def _content_was_cluster(cls, value: Any) -> Any:
+        """The name before, in users' files and in those of runs."""
+        return "content" if value == "cluster" else value
 
 
 class TrainConfig(Section):

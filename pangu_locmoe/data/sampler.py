@@ -29,7 +29,7 @@ class BatchSampler(Iterator[list[Pick]]):
 
     Order in a batch: `iid` shuffled; `domain` so that the n-th of `nodes` equal blocks holds the
     sequences of domains whose home is node n, and its free positions those other nodes have too
-    many of; `cluster` the same with a home for each sequence.
+    many of; `content` the same with a home for each sequence.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class BatchSampler(Iterator[list[Pick]]):
         `domains`.
 
         `home_node` of each domain; null: domains spread over the nodes in order.
-        `home_of_sequence`: for `cluster`, the node of each sequence of each domain. Raises
+        `home_of_sequence`: for `content`, the node of each sequence of each domain. Raises
         DataError if sizes do not fit.
         """
         self.num_sequences = [int(n) for n in num_sequences]
@@ -88,8 +88,8 @@ class BatchSampler(Iterator[list[Pick]]):
             or any(w > 0 and n < 1 for w, n in zip(self._weights, self.num_sequences))
         ):
             raise DataError("every domain with a share above 0 needs at least one sequence")
-        if (sharding == "cluster") != (home_of_sequence is not None):
-            raise DataError("sharding by cluster needs a home for each sequence, and only it does")
+        if (sharding == "content") != (home_of_sequence is not None):
+            raise DataError("sharding by content needs a home for each sequence, and only it does")
         self._home_of_sequence = home_of_sequence
         self._taken = [0] * count
         self._orders: dict[int, tuple[int, np.ndarray]] = {}

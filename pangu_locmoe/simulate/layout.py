@@ -1,4 +1,6 @@
-"""Where replicas and experts are, and what one crossing of one layer moves between them. NumPy only.
+"""Where replicas and experts are, and what one crossing of one layer moves between them.
+
+NumPy only.
 
 A replica is one tensor-parallel group of ranks; its ranks are in one node. Replicas are numbered
 node by node.

@@ -36,7 +36,7 @@ from pangu_locmoe.checkpoint.format import (
 )
 from pangu_locmoe.checkpoint.shards import Held
 from pangu_locmoe.config import Config
-from pangu_locmoe.data.clusters import nodes_by_content
+from pangu_locmoe.data.contents import nodes_by_content
 from pangu_locmoe.data.loader import BatchLoader
 from pangu_locmoe.data.prepared import Prepared
 from pangu_locmoe.data.sampler import BatchSampler
@@ -379,7 +379,7 @@ def _unwritable(run_dir: Path, error: OSError) -> str:
 
 
 def _sampler(config: Config, prepared: Prepared, topology: Topology) -> BatchSampler:
-    by_content = config.data.sharding == "cluster"
+    by_content = config.data.sharding == "content"
     return BatchSampler(
         prepared.num_sequences["train"],
         config.train.batch_size,

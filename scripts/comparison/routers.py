@@ -72,7 +72,7 @@ CORE = [
 MORE = [
     Variant("locmoe", 1, "domain", "bound"),
     *[Variant(router, 1, "iid") for router in ("hash", "switch", "locmoe")],
-    *[Variant(router, 1, "cluster") for router in ("hash", "switch", "locmoe")],
+    *[Variant(router, 1, "content") for router in ("hash", "switch", "locmoe")],
     *[Variant(router, 2, "domain") for router in ("switch", "locmoe")],
     *[Variant(router, 2, "iid") for router in ("hash", "switch", "locmoe")],
     Variant("locmoe", 1, "iid", "bound"),
@@ -454,7 +454,11 @@ def main() -> None:
     parser.add_argument("--rates", default="", help="link rates with commas, instead of shares")
     parser.add_argument("--core", action="store_true", help="only the core variants")
     parser.add_argument(
-        "--only", action="append", default=[], choices=[variant.name for variant in [*CORE, *MORE]]
+        "--only",
+        action="append",
+        default=[],
+        type=lambda name: name.replace("-cluster", "-content"),  # the name before
+        choices=[variant.name for variant in [*CORE, *MORE]],
     )
     parser.add_argument(
         "--results", type=Path, help="where rows, table and picture are added to what is there"

@@ -386,9 +386,9 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"data": {**TWO_DOMAINS, "mixture": {"en": 0.0, "zh": 0.0}}},
         ["data.mixture = {'en': 0.0, 'zh': 0.0}", "one of them above 0"],
     ),
-    "clusters on one node": (
-        {"data": {"sharding": "cluster"}},
-        ["data.sharding = 'cluster'", "more than one node"],
+    "contents on one node": (
+        {"data": {"sharding": "content"}},
+        ["data.sharding = 'content'", "more than one node"],
     ),
     "sharding on one node": (
         {"data": {"sharding": "domain"}},
@@ -753,6 +753,15 @@ def test_the_file_of_an_older_run_still_loads(tmp_path, parallel, sharding, node
     if "nodes" not in parallel:
         with pytest.raises(ConfigError, match=r"parallel\.nodes takes its place"):
             load_config(path)
+
+
+def test_a_content_was_called_a_cluster(tmp_path):
+    values = {"data": {"sharding": "cluster"}, "parallel": {"nodes": 2}}
+    path = write(tmp_path, "config.yaml", json.dumps(values))
+    content = parse_config({**values, "data": {"sharding": "content"}})
+    assert load_config(path) == parse_config(values) == content
+    assert load_stored_config(path).data == content.data
+    assert content.data.sharding == "content" and '"cluster"' not in json_schema()
 
 
 def test_the_locality_loss_defaults_to_nothing_where_it_can_only_cost():

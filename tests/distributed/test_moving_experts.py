@@ -33,7 +33,7 @@ def config(policy: str, steps: int = STEPS, start: Any = None) -> Any:
     return tiny.tiny_config(
         model={"num_layers": 4, "num_moe_layers": 2},
         moe={"router": "switch", "levels": 2, "num_experts": 6, "capacity": {"factor": 1.25}},
-        data={"sharding": "cluster"},
+        data={"sharding": "content"},
         train={
             "steps": steps,
             "schedule": "constant",

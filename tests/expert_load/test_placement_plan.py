@@ -10,7 +10,14 @@ import pytest
 
 from pangu_locmoe.config import parse_config
 from pangu_locmoe.errors import DataError
-from pangu_locmoe.expert_load.placement import Costs, load_plan, place_trace, plan, save_plan
+from pangu_locmoe.expert_load.placement import (
+    Costs,
+    load_plan,
+    place_trace,
+    plan,
+    read_plan,
+    save_plan,
+)
 from pangu_locmoe.expert_load.trace import Trace, read_trace
 from pangu_locmoe.train.policies.placement import starting_expert_of_slot
 
@@ -45,7 +52,7 @@ def test_beyond_the_trace_nothing_is_recorded():
     result = place_trace(made_up(), 2, 2, COSTS, recent_mean, copies=4)
     assert result.origin == 61
     assert result.actual_now is result.actual_after is result.actual_oracle is None
-    assert [len(row) for row in result.slot_to_expert] == [12, 12]
+    assert [len(row) for row in result.expert_of_slot] == [12, 12]
 
 
 def test_a_transient_layer_stays_and_gets_room():
@@ -53,7 +60,7 @@ def test_a_transient_layer_stays_and_gets_room():
         made_up(), 2, 2, COSTS, recent_mean, copies=4, stable_from=lambda past: [None, 1]
     )
     assert result.state == ["transient", "stable"]
-    blocks_RP = np.array(result.slot_to_expert[0]).reshape(4, 3)
+    blocks_RP = np.array(result.expert_of_slot[0]).reshape(4, 3)
     assert blocks_RP[:, :2].ravel().tolist() == list(range(8))
     load_WE = made_up().load_WLE[:, 0]
     held = (load_WE <= result.capacity_factor[0] * load_WE.mean(axis=1, keepdims=True)).mean()
@@ -67,7 +74,7 @@ def test_a_small_gain_is_not_worth_it():
     load_LNE = made_up().source_WLNE.mean(axis=0)
     gain = plan(load_LNE, 2, current, COSTS).gain
     assert gain > 0.01
-    assert plan(load_LNE, 2, current, COSTS, min_gain=0.99).slot_to_expert == current.tolist()
+    assert plan(load_LNE, 2, current, COSTS, min_gain=0.99).expert_of_slot == current.tolist()
     again = plan(load_LNE, 2, plan(load_LNE, 2, current, COSTS).expert_of_slot_LP, COSTS)
     assert again.gain < gain / 10
 
@@ -127,6 +134,19 @@ def test_a_plan_is_read_as_it_was_written(tmp_path):
     assert load_plan(tmp_path / "plan.json") == result
     with pytest.raises(DataError, match="cannot be written"):
         save_plan(result, tmp_path / "nowhere" / "plan.json")
+
+
+def test_the_files_key_of_a_placement_has_two_names():
+    written = place_trace(made_up(), 2, 2, COSTS, recent_mean).to_dict()
+    assert next(iter(written)) == "slot_to_expert"
+    other = {"expert_of_slot" if key == "slot_to_expert" else key: written[key] for key in written}
+    assert read_plan(other) == read_plan(written)
+    with pytest.raises(DataError, match=r"expert_of_slot\[1\] lacks expert 7"):
+        read_plan({**other, "expert_of_slot": [[*range(8)], [*range(7), 6]]})
+    with pytest.raises(DataError, match="unknown key slot_to_expert"):
+        read_plan({**other, "slot_to_expert": written["slot_to_expert"]})
+    with pytest.raises(DataError, match="lacks the key slot_to_expert"):
+        read_plan({key: other[key] for key in other if key != "expert_of_slot"})
 
 
 @pytest.mark.parametrize(
@@ -215,7 +235,7 @@ def test_a_job_begins_where_a_plan_has_its_experts(tmp_path):
     file = tmp_path / "plan.json"
     save_plan(result, file)
     found_LE = starting_expert_of_slot(job_config(str(file)))
-    np.testing.assert_array_equal(found_LE, result.slot_to_expert)
+    np.testing.assert_array_equal(found_LE, result.expert_of_slot)
     assert (found_LE != np.arange(8)).any()
     np.testing.assert_array_equal(starting_expert_of_slot(job_config(found_LE.tolist())), found_LE)
 

@@ -25,8 +25,8 @@ def rebalance(
 ) -> Tuple[Ints, Ints, Ints]:
     """Place every expert of every layer, the hottest ones several times.
 
-    Hierarchical if num_expert_groups is a multiple of num_nodes: the groups are packed into nodes, each
-    node's slots are filled with its experts, the copies are packed into its ranks. Otherwise
+    Hierarchical if num_expert_groups is a multiple of num_nodes: the groups are packed into nodes,
+    each node's slots are filled with its experts, the copies are packed into its ranks. Otherwise
     global: the same with one node and one group. Computed in float32, as the original is, so that
     ties fall the same way.
 

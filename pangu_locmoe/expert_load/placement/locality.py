@@ -45,8 +45,8 @@ def place_by_locality(
         costs: prices.
         num_slots: P of a layer, at least E; more than E: experts get copies. None: as many as the
             current placement.
-        num_expert_groups: consecutive runs of experts, each of which must stay within one node; None: no
-            such limit.
+        num_expert_groups: consecutive runs of experts, each of which must stay within one node;
+            None: no such limit.
         starts: further placements [L, P] to start from.
 
     Returns:

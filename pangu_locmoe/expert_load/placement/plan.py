@@ -30,6 +30,9 @@ from pangu_locmoe.files import json_text, write_atomic
 
 POLICIES = ("eplb", "locality")
 
+FILE_KEY = "slot_to_expert"
+"""`expert_of_slot` in plan files and in the state of checkpoints, whatever version wrote them."""
+
 
 @dataclass(frozen=True)
 class Figures:
@@ -60,7 +63,7 @@ class PlacementPlan:
     """A placement with its figures.
 
     Attributes:
-        slot_to_expert: [layers][slots]; rank r holds the r-th contiguous block of slots; an expert
+        expert_of_slot: [layers][slots]; rank r holds the r-th contiguous block of slots; an expert
             may have several.
         experts, nodes, ranks_per_node: sizes; ranks are numbered node by node.
         policy, groups: how it was made; groups None: no limit.
@@ -82,7 +85,7 @@ class PlacementPlan:
         notes: what was assumed.
     """
 
-    slot_to_expert: List[List[int]]
+    expert_of_slot: List[List[int]]
     experts: int
     nodes: int
     ranks_per_node: int
@@ -105,7 +108,7 @@ class PlacementPlan:
 
     @property
     def expert_of_slot_LP(self) -> Ints:
-        return np.asarray(self.slot_to_expert, dtype=np.int64)
+        return np.asarray(self.expert_of_slot, dtype=np.int64)
 
     @property
     def gain(self) -> float:
@@ -114,11 +117,12 @@ class PlacementPlan:
 
     def to_dict(self) -> Dict[str, Any]:
         """What JSON can hold; `read_plan` takes it back."""
-        return asdict(self)
+        values = asdict(self)
+        return {FILE_KEY: values.pop("expert_of_slot"), **values}
 
     def format(self) -> str:
         """A few lines to read."""
-        slots = len(self.slot_to_expert[0])
+        slots = len(self.expert_of_slot[0])
         span = (
             f", steps {self.origin} to {self.origin + self.horizon - 1}"
             if self.origin is not None and self.horizon
@@ -126,7 +130,7 @@ class PlacementPlan:
         )
         lines = [
             (
-                f"{self.policy}: {len(self.slot_to_expert)} layers, {self.experts} experts in "
+                f"{self.policy}: {len(self.expert_of_slot)} layers, {self.experts} experts in "
                 f"{slots} slots on {self.nodes} x {self.ranks_per_node} ranks{span}"
             ),
             f"{'':22}{'max/mean':>9}{'MB between nodes':>18}{'ms a step':>11}",
@@ -180,8 +184,8 @@ def plan(
         costs: prices.
         policy: eplb or locality.
         num_slots: P of a layer; None: as many as now.
-        num_expert_groups: locality: each group stays within a node; eplb: hierarchical if a multiple of N;
-            None: no groups.
+        num_expert_groups: locality: each group stays within a node; eplb: hierarchical if a
+            multiple of N; None: no groups.
         min_gain: a layer keeps its placement unless its modelled seconds, moves paid, fall by more
             than this part of them. None: EPLB's plan is taken as it is, ours where it gains
             anything.
@@ -223,7 +227,7 @@ def plan(
     after = evaluate(expert_of_slot_LP, load_LNE, num_ranks, costs, held_LRE)
     moved = int(after.moved_L.sum())
     return PlacementPlan(
-        slot_to_expert=expert_of_slot_LP.tolist(),
+        expert_of_slot=expert_of_slot_LP.tolist(),
         experts=num_experts,
         nodes=num_nodes,
         ranks_per_node=ranks_per_node,

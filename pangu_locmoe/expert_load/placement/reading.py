@@ -6,11 +6,11 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Type, TypeVar
+from typing import Any, Callable, Dict, List, Optional, Type, TypeVar
 
 from pangu_locmoe.errors import DataError
 from pangu_locmoe.expert_load.placement.costs import Costs
-from pangu_locmoe.expert_load.placement.plan import POLICIES, Figures, PlacementPlan
+from pangu_locmoe.expert_load.placement.plan import FILE_KEY, POLICIES, Figures, PlacementPlan
 from pangu_locmoe.expert_load.state import STABLE, TRANSIENT, UNKNOWN
 
 Record = TypeVar("Record", PlacementPlan, Figures, Costs)
@@ -32,7 +32,10 @@ def load_plan(path: Path) -> PlacementPlan:
 
 def read_plan(content: Any) -> PlacementPlan:
     """The plan of `PlacementPlan.to_dict`'s content. Raises DataError, naming the key."""
-    fields = _record(content, PlacementPlan, "the plan")
+    key = FILE_KEY
+    if isinstance(content, dict) and "expert_of_slot" in content:
+        key = "expert_of_slot"
+    fields = _record(content, PlacementPlan, "the plan", {"expert_of_slot": key})
     for name in ("experts", "nodes", "ranks_per_node"):
         _require(_whole(fields[name], 1), name, "must be a positive integer")
     for name in ("groups", "horizon"):
@@ -50,13 +53,11 @@ def read_plan(content: Any) -> PlacementPlan:
     for name in ("bytes_moved", "move_seconds"):
         _require(_number(fields[name]), name, "must be a number, not negative")
     _require(fields["policy"] in POLICIES, "policy", f"must be {' or '.join(POLICIES)}")
-    slots = fields["slot_to_expert"]
+    slots = fields.pop(key)
     ranks = fields["nodes"] * fields["ranks_per_node"]
-    _require(
-        isinstance(slots, list) and len(slots) > 0, "slot_to_expert", "must be a list of layers"
-    )
+    _require(isinstance(slots, list) and len(slots) > 0, key, "must be a list of layers")
     for layer, row in enumerate(slots):
-        _check_layer(f"slot_to_expert[{layer}]", row, slots[0], fields["experts"], ranks)
+        _check_layer(f"{key}[{layer}]", row, slots[0], fields["experts"], ranks)
     layers = len(slots)
     _list(
         fields,
@@ -89,7 +90,7 @@ def read_plan(content: Any) -> PlacementPlan:
             fields[name] = Figures(**_numbers(_record(fields[name], Figures, name), name))
     costs = _numbers(_record(fields["costs"], Costs, "costs"), "costs")
     _require(_whole(costs["horizon"], 1), "costs.horizon", "must be a positive integer")
-    return PlacementPlan(**{**fields, "costs": Costs(**costs)})
+    return PlacementPlan(**{**fields, "expert_of_slot": slots, "costs": Costs(**costs)})
 
 
 def _check_layer(name: str, row: Any, first: Any, experts: int, ranks: int) -> None:
@@ -106,9 +107,11 @@ def _check_layer(name: str, row: Any, first: Any, experts: int, ranks: int) -> N
     _require(not missing, name, f"lacks expert {missing[0] if missing else ''}")
 
 
-def _record(content: Any, kind: Type[Record], name: str) -> Dict[str, Any]:
-    """Exactly the keys of the class."""
-    keys = {field.name for field in dataclasses.fields(kind)}
+def _record(
+    content: Any, kind: Type[Record], name: str, keys_of: Optional[Dict[str, str]] = None
+) -> Dict[str, Any]:
+    """Exactly the keys of the class; `keys_of` has those that differ from the field."""
+    keys = {(keys_of or {}).get(field.name, field.name) for field in dataclasses.fields(kind)}
     _require(isinstance(content, dict), name, "must be an object")
     missing = sorted(keys - set(content))
     unknown = sorted(set(content) - keys)

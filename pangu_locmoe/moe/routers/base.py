@@ -46,6 +46,16 @@ class RouterContext:
     topology: Topology
     token_counts_JV: np.ndarray
 
+    # The names before, which routers of users may have.
+
+    @property
+    def allowed_KE(self) -> np.ndarray:
+        return self.allowed_JE
+
+    @property
+    def token_counts_KV(self) -> np.ndarray:
+        return self.token_counts_JV
+
 
 class Router(nn.Cell):
     """A router maps T tokens to experts.

@@ -19,6 +19,7 @@ from pangu_locmoe.config import Config
 from pangu_locmoe.errors import DataError
 from pangu_locmoe.expert_load.forecast import mean_share
 from pangu_locmoe.expert_load.placement import Costs, PlacementPlan, load_plan, place_trace
+from pangu_locmoe.expert_load.placement.plan import FILE_KEY
 from pangu_locmoe.expert_load.state import states
 from pangu_locmoe.expert_load.trace import Trace
 from pangu_locmoe.parallel.communicator import Communicator
@@ -58,13 +59,14 @@ class Placement:
             yield from self._place_experts(step)
 
     def state(self) -> Dict[str, Any]:
-        return {"slot_to_expert": self._expert_of_slot_LP.tolist()}
+        return {FILE_KEY: self._expert_of_slot_LP.tolist()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        if "slot_to_expert" not in state:
+        expert_of_slot = state.get(FILE_KEY, state.get("expert_of_slot"))
+        if expert_of_slot is None:
             return
         # Weights stay: the checkpoint's are read to where its experts were.
-        for layer, slots in zip(self._stepper.model.moe_layers.values(), state["slot_to_expert"]):
+        for layer, slots in zip(self._stepper.model.moe_layers.values(), expert_of_slot):
             layer.transport.set_placement(np.asarray(slots))
 
     @property

@@ -136,3 +136,6 @@ def test_the_state_of_a_checkpoint_is_what_it_was(key):
         assert policy.state() == before
     policy.restore({"step": 3, key: value, "another": 1})
     assert policy.state() == {key: value}
+    if key == "slot_to_expert":
+        policy.restore({"expert_of_slot": before[key]})
+        assert policy.state() == before

@@ -1,8 +1,8 @@
 """Sequences of alike content, for nodes that should read alike text where no domain says so.
 
 A sequence's signature is its bag of tokens, weighted by rarity and hashed to a few hundred numbers;
-k-means groups the signatures, and the groups are dealt to the nodes so that all get nearly as many
-sequences.
+k-means puts the signatures together, and these contents are dealt to the nodes so that all get
+nearly as many sequences.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from scipy.cluster.vq import kmeans2
 from pangu_locmoe.data.prepared import Prepared
 
 _WIDTH = 256
-_CLUSTERS_PER_NODE = 4
+_CONTENTS_PER_NODE = 4
 _SAMPLE = 8192
 _CHUNK = 4096
 
@@ -27,38 +27,38 @@ def nodes_by_content(prepared: Prepared, num_nodes: int, seed: int) -> List[np.n
 
     Args:
         prepared: the data.
-        num_nodes: N; there are four clusters for each.
-        seed: fixes hashing and clustering.
+        num_nodes: N; there are four contents for each.
+        seed: fixes hashing and k-means.
     """
-    cluster_of = clusters_by_content(prepared, _CLUSTERS_PER_NODE * num_nodes, seed)
-    node_of_cluster = deal(np.bincount(np.concatenate(cluster_of)), num_nodes)
-    return [node_of_cluster[part] for part in cluster_of]
+    content_of = contents_of(prepared, _CONTENTS_PER_NODE * num_nodes, seed)
+    node_of_content = deal(np.bincount(np.concatenate(content_of)), num_nodes)
+    return [node_of_content[part] for part in content_of]
 
 
-def clusters_by_content(prepared: Prepared, num_clusters: int, seed: int) -> List[np.ndarray]:
-    """For each domain the cluster of each of its training sequences, int [sequences]; clusters
+def contents_of(prepared: Prepared, num_contents: int, seed: int) -> List[np.ndarray]:
+    """For each domain the content of each of its training sequences, int [sequences]; contents
     span domains.
     """
     signatures = [_signatures(prepared, domain, seed) for domain in range(len(prepared.domains))]
     everything = np.concatenate(signatures)
     generator = np.random.default_rng([seed, 4])
     sample = everything[generator.permutation(len(everything))[:_SAMPLE]]
-    centres, _ = kmeans2(sample, min(num_clusters, len(sample)), minit="++", seed=generator)
+    centres, _ = kmeans2(sample, min(num_contents, len(sample)), minit="++", seed=generator)
     ends = np.cumsum([len(part) for part in signatures])[:-1]
     return list(np.split(_nearest(everything, centres), ends))
 
 
 def deal(sizes: Sequence[int] | np.ndarray, num_nodes: int) -> np.ndarray:
-    """The node of each cluster: the largest first, each to the node with the fewest sequences so
+    """The node of each content: the largest first, each to the node with the fewest sequences so
     far.
     """
     heap = [(0, node) for node in range(num_nodes)]
-    node_of_cluster = np.zeros(len(sizes), dtype=np.int64)
-    for cluster in np.argsort(-np.asarray(sizes), kind="stable"):
+    node_of_content = np.zeros(len(sizes), dtype=np.int64)
+    for content in np.argsort(-np.asarray(sizes), kind="stable"):
         filled, node = heapq.heappop(heap)
-        node_of_cluster[cluster] = node
-        heapq.heappush(heap, (filled + int(sizes[cluster]), node))
-    return node_of_cluster
+        node_of_content[content] = node
+        heapq.heappush(heap, (filled + int(sizes[content]), node))
+    return node_of_content
 
 
 def _signatures(prepared: Prepared, domain: int, seed: int) -> np.ndarray:
