@@ -315,3 +315,44 @@ def test_preflight_says_which_port_is_taken(tmp_path):
         taken.listen()
         done = preflight(SMALL, "--master-port", str(taken.getsockname()[1]))
     assert done.returncode == 3 and "in use: give another --master-port" in done.stdout
+
+
+def slurm(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A copy of slurm_ascend.sh, as sbatch runs one, in a job of two servers."""
+    copy = tmp_path / "slurm_script"
+    copy.write_bytes((ROOT / "scripts" / "slurm_ascend.sh").read_bytes())
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text("#!/bin/sh\necho alpha\necho beta\n")
+    scontrol.chmod(0o755)
+    job = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "x"}
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    return subprocess.run(
+        ["bash", str(copy), *arguments],
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+        timeout=60,
+        env={**os.environ, **job, "PATH": path},
+    )
+
+
+def test_slurm_starts_train_ascend_on_every_server(tmp_path):
+    flags = ["--ranks-per-node", "8", SMALL, "--set", "train.seed=7", "--no-bind"]
+    done = slurm(tmp_path, *flags[:3], "--dry-run", *flags[3:])
+    assert (done.returncode, done.stderr) == (0, "")
+    words = shlex.split(done.stdout)
+    assert words[0] == "srun" and words[-len(flags) - 2 :] == ["--master-addr", "alpha", *flags]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--nonsense"], "unknown flag --nonsense; --help lists the flags"),
+        (["--nodes", "2"], "--nodes comes from Slurm: leave it out"),
+        (["--hostfile", "hosts"], "--hostfile comes from Slurm: leave it out"),
+    ],
+)
+def test_slurm_refuses(tmp_path, arguments, message):
+    done = slurm(tmp_path, *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"slurm_ascend.sh: {message}\n"
