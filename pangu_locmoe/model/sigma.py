@@ -235,7 +235,7 @@ class PanguSigma(nn.Cell):
         for block in self.blocks:
             block.attend = ms.jit(block.attend)
             if block.sparse:
-                block.moe.compile_route()
+                block.moe.compile_parts()
             else:
                 block.ffn.construct = ms.jit(block.ffn.construct)
 

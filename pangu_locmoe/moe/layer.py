@@ -16,7 +16,7 @@ from mindspore.common import dtype as mstype
 from pangu_locmoe.config import Config
 from pangu_locmoe.moe import dispatch
 from pangu_locmoe.moe.experts import Experts, expert_weights
-from pangu_locmoe.moe.plan import LOSSES
+from pangu_locmoe.moe.plan import LOSSES, Shared
 from pangu_locmoe.moe.routers import Router, router_class
 from pangu_locmoe.moe.routers.base import RouterContext
 from pangu_locmoe.moe.transport import Packed, Transport, make_transport
@@ -25,7 +25,7 @@ from pangu_locmoe.parallel.exchange import Exchange
 from pangu_locmoe.parallel.tensor import TensorGroup
 
 MoEStats = Dict[str, Tensor]
-ROUTED = ("weight_A", "cosine_T", "load_ME", "probs_ME")
+ROUTED = ("weight_A", "cosine_T", "own_load_NE", "own_probs_NE")
 
 
 class MoELayer(nn.Cell):
@@ -98,7 +98,7 @@ class MoELayer(nn.Cell):
             (fp32 scalar).
         """
         layout, room = self.transport.layout(x_TD.shape[0], capacity, training)
-        packed, routed, own_losses = self.route(
+        packed, routed, own = self.route(
             x_TD, tokens_T, domains_T, noise[0], noise[1], layout, room, training
         )
         shared = self.transport.share(routed["own_load_NE"], routed["own_probs_NE"])
@@ -107,11 +107,17 @@ class MoELayer(nn.Cell):
         y_AD = self.transport.unpack(y_QD, weight_A, packed)
         y_TD = dispatch.sum_choices(y_AD, self.router.choices)
 
-        losses = self.router.losses_of(own_losses, shared, training)
+        balance_loss, locality_loss = self.shared_losses(
+            routed["own_probs_NE"],
+            shared["load_NE"],
+            shared["probs_NE"],
+            shared["log_probs_NE"],
+            training,
+        )
         stats = {
-            "balance_loss": losses["balance_loss"],
-            "locality_loss": losses["locality_loss"],
-            "z_loss": losses["z_loss"],
+            "balance_loss": own.get("balance_loss", balance_loss),
+            "locality_loss": own.get("locality_loss", locality_loss),
+            "z_loss": own.get("z_loss", ops.zeros((), mstype.float32)),
             "weight": ops.reduce_sum(routed["weight_A"]) * (1.0 / x_TD.shape[0]),
             "load_NE": shared["load_NE"],
             "dropped_E": dropped_E,
@@ -131,7 +137,7 @@ class MoELayer(nn.Cell):
         room: int,
         training: bool,
     ) -> Tuple[Packed, Dict[str, Tensor], Dict[str, Tensor]]:
-        """All that comes before ranks meet, and so can be compiled in any job (`compile_route`).
+        """All that comes before ranks meet, and so can be compiled in any job (`compile_parts`).
 
         Keys come one by one: a compiled part would take a tuple of tensors for a constant. Results
         are dicts that are made at once: MindSpore has no gradient for one that is added to.
@@ -155,8 +161,27 @@ class MoELayer(nn.Cell):
         }
         return packed, routed, {name: plan[name] for name in LOSSES if name in plan}
 
-    def compile_route(self) -> None:
-        """Compile `route` alone, in a model that is not compiled as a whole."""
+    def shared_losses(
+        self,
+        own_probs_NE: Tensor,
+        load_NE: Tensor,
+        probs_NE: Tensor,
+        log_probs_NE: Tensor,
+        training: bool,
+    ) -> Tuple[Tensor, Tensor]:
+        """Balance and locality loss from what all ranks know, with the gradient by this one's means."""
+        shared: Shared = {
+            "load_NE": load_NE,
+            "probs_NE": self.transport.with_own_gradient(probs_NE, own_probs_NE),
+            "log_probs_NE": log_probs_NE,
+        }
+        return self.router.losses_of(shared, training)
+
+    def compile_parts(self) -> None:
+        """Compile what comes before the exchange, and the losses, in a model that is not compiled as a whole.
+
+        Some twenty small operations, forward and backward, are one call then.
+        """
         compiled, names = ms.jit(self._route_in_tuples), self.transport.packed_names
 
         def route(*arguments: Any) -> Tuple[Packed, Dict[str, Tensor], Dict[str, Tensor]]:
@@ -165,6 +190,7 @@ class MoELayer(nn.Cell):
             return dict(zip(names, packed)), dict(zip(ROUTED, routed)), own_losses
 
         self.route = route  # type: ignore[method-assign,assignment]
+        self.shared_losses = ms.jit(self.shared_losses)  # type: ignore[method-assign]
 
     def _route_in_tuples(self, *arguments: Any) -> Tuple[Tuple[Any, ...], ...]:
         """What `route` returns without the names; for each of LOSSES a tuple of it, or an empty one.

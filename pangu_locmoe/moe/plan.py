@@ -48,9 +48,8 @@ class RoutingPlan(_Routing, total=False):
 
     balance_loss, locality_loss, z_loss: the router's own, fp32 scalars, not yet multiplied by their
         weights; each may be left out. A loss of the plan is a mean over its tokens, and with
-        several
-        ranks it is averaged over them: so it is the same on any number of ranks. It takes the place
-        of the one that `Router.losses_of` computes.
+        several ranks it is averaged over them: so it is the same on any number of ranks. It takes
+        the place of what `Router.losses_of` computes.
     """
 
     balance_loss: Tensor
@@ -81,8 +80,8 @@ class Shared(_Shared, total=False):
     """What all ranks know of a layer in a step. Letters: N source nodes, E experts, U replicas.
 
     load_NE: assignments from each node to each expert before drops, fp32; no gradient.
-    probs_NE: mean of probs_TE over each node's tokens, fp32. Its gradient is that of this rank's
-        tokens, so large that the mean over ranks is that of all tokens: a loss computed from
+    probs_NE: mean of probs_TE over each node's tokens, fp32. In `losses_of` its gradient is that of
+        this rank's, so large that the mean over ranks is that of all tokens: a loss computed from
         probs_NE has the
         value and, averaged over ranks, the gradient that one process has.
     log_probs_NE: logarithm of probs_NE, finite, fp32; no gradient.

@@ -46,15 +46,10 @@ class Spread(SwitchRouter):
     loss on top.
     """
 
-    def losses_of(self, own, shared, training):
-        found = super().losses_of(own, shared, training)
+    def losses_of(self, shared, training):
+        balance_loss, _ = super().losses_of(shared, training)
         squares_NE = shared["probs_NE"] * shared["probs_NE"]
-        spread = ops.reduce_mean(ops.reduce_sum(squares_NE, 1))
-        return {
-            "balance_loss": found["balance_loss"],
-            "locality_loss": spread,
-            "z_loss": found["z_loss"],
-        }
+        return balance_loss, ops.reduce_mean(ops.reduce_sum(squares_NE, 1))
 
 
 class Bare(Router):

@@ -134,34 +134,22 @@ class Router(nn.Cell):
         """
         raise NotImplementedError
 
-    def losses_of(
-        self, own: Dict[str, Tensor], shared: Shared, training: bool
-    ) -> Dict[str, Tensor]:
-        """balance_loss, locality_loss and z_loss of a layer, fp32 scalars, not yet multiplied by
-        their weights.
+    def losses_of(self, shared: Shared, training: bool) -> Tuple[Tensor, Tensor]:
+        """Balance and locality loss of a layer, fp32 scalars, not yet multiplied by their weights.
 
         Args:
-            own: has the losses of this process's plan, if it has any.
             shared: of all ranks; any function of it is the same on all numbers of them.
             training: a constant of the compiled graph.
         """
-        zero = ops.zeros((), mstype.float32)
-        balance = zero
-        locality = zero
-        z_loss = zero
-        if "balance_loss" in own:
-            balance = own["balance_loss"]
-        elif self.traits.has_balance_loss:
+        balance = ops.zeros((), mstype.float32)
+        locality = ops.zeros((), mstype.float32)
+        if self.traits.has_balance_loss:
             balance = losses.balance_loss(shared["probs_NE"], shared["load_NE"])
-        if "locality_loss" in own:
-            locality = own["locality_loss"]
-        elif self.traits.has_locality_loss and self.several_nodes and training:
+        if self.traits.has_locality_loss and self.several_nodes and training:
             locality = losses.locality_loss(
                 shared["probs_NE"], shared["log_probs_NE"], self.log_local_NE, self.has_experts_N
             )
-        if "z_loss" in own:
-            z_loss = own["z_loss"]
-        return {"balance_loss": balance, "locality_loss": locality, "z_loss": z_loss}
+        return balance, locality
 
 
 class GatedRouter(Router):

@@ -13,7 +13,7 @@ whose tokens this process has).
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Dict, Tuple
+from typing import ClassVar, Dict, Tuple
 
 import numpy as np
 from mindspore import Tensor, nn, ops
@@ -91,7 +91,14 @@ class Transport(nn.Cell):
         raise NotImplementedError
 
     def share(self, own_load_NE: Tensor, own_probs_NE: Tensor) -> Shared:
-        """Tell everyone this process's counts and mean probabilities by node, and learn theirs."""
+        """Tell everyone this process's counts and mean probabilities by node, and learn theirs.
+
+        Nothing of it has a gradient: see `with_own_gradient`.
+        """
+        raise NotImplementedError
+
+    def with_own_gradient(self, probs_NE: Tensor, own_probs_NE: Tensor) -> Tensor:
+        """Everyone's means with the gradient of this process's, see `plan.Shared`."""
         raise NotImplementedError
 
     def carry(
@@ -149,10 +156,7 @@ class RankTransport(Transport):
     def held_experts(self) -> np.ndarray:
         return self.expert_of_slot_P[self.held_slots.start : self.held_slots.stop]
 
-    def with_own_gradient(self, probs_NE: Any, probs_1E: Tensor) -> Tensor:
-        """Everyone's means with the gradient of this rank's.
-
-        A node's mean is one over its places' number times their sum, and gradients are averaged
-        over all replicas: what is left between the two is the number of nodes.
-        """
-        return probs_NE + self.own_N1 * (probs_1E - ops.stop_gradient(probs_1E))
+    def with_own_gradient(self, probs_NE: Tensor, own_probs_NE: Tensor) -> Tensor:
+        # A node's mean is one over its replicas' number times their sum, and gradients are averaged
+        # over all replicas: what is left between the two is the number of nodes.
+        return probs_NE + self.own_N1 * (own_probs_NE - ops.stop_gradient(own_probs_NE))

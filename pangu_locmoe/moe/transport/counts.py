@@ -85,7 +85,7 @@ class CountsTransport(RankTransport):
         probs_NE = shared_U2E[:, 1].reshape(by_node).mean(axis=1)
         return {
             "load_NE": Tensor(counts_UE.reshape(by_node).sum(axis=1).astype(np.float32)),
-            "probs_NE": self.with_own_gradient(Tensor(probs_NE), own_probs_NE),
+            "probs_NE": Tensor(probs_NE),
             # NumPy's: in PyNative, MindSpore tries ways to share a logarithm out over threads, and
             # they differ in the last bit.
             "log_probs_NE": Tensor(np.log(probs_NE + np.float32(1e-20))),

@@ -174,7 +174,7 @@ class SlotsTransport(RankTransport):
         probs_NE = shared_N2E[:, 1] * (1.0 / self.replicas_per_node)
         return {
             "load_NE": shared_N2E[:, 0],
-            "probs_NE": self.with_own_gradient(probs_NE, own_probs_NE),
+            "probs_NE": probs_NE,
             "log_probs_NE": log_of(probs_NE),
         }
 

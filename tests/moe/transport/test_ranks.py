@@ -103,7 +103,7 @@ def outcome(layer, part=slice(None), jit=False):
     weights = ms.ParameterTuple(layer.trainable_params())
     scale = REPLICAS * TOKENS / tokens
     if jit:
-        layer.compile_route()
+        layer.compile_parts()
 
     def objective(x_TD):
         keys = no_noise(tokens, HIDDEN)
