@@ -122,7 +122,11 @@ def work_of(config: Config, router: str, gradient_bytes: int = 4) -> Work:
     slots = max(1, len(config.domains)) if model.domain_embeddings else 1
     tables = (slots * model.vocab_size + 2 * model.seq_length) * model.hidden_size
     dense = (
-        model.num_layers * (attention + 4 * model.hidden_size) + dense_ffns * ffn + gates + tables
+        model.num_layers * (attention + 4 * model.hidden_size)
+        + (2 * model.hidden_size if model.final_norm else 0)
+        + dense_ffns * ffn
+        + gates
+        + tables
     )
     return Work(
         dense_flops=passes * blocks + 6 * model.hidden_size * model.vocab_size,

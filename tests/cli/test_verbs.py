@@ -89,9 +89,8 @@ def test_help_of_each_verb(capsys, verb):
     source = (Path(__file__).parents[2] / "pangu_locmoe" / "cli" / "verbs.py").read_text(
         encoding="utf-8"
     )
-    after = (
-        source.split(f'_add(verbs, "{verb}"')[1].split("_add(verbs")[0].split("return parser")[0]
-    )
+    _, after = re.split(rf'_add\(\s*verbs,\s*"{verb}"', source)
+    after = re.split(r"_add\(\s*verbs", after)[0].split("return parser")[0]
     for flag in re.findall(r'add_argument\("(--[a-z-]+)"', after):
         assert flag in text
 

@@ -42,7 +42,7 @@ class Transport(nn.Cell):
         topology: which node holds which expert.
     """
 
-    packed_names: ClassVar[Tuple[str, ...]] = ("rows_PD", "token_of_slot_P", "slot_of_token_A")
+    packed_names: ClassVar[Tuple[str, ...]] = ("rows_QD", "row_of_slot_Q", "slot_of_row_A")
 
     def __init__(self, config: Config, topology: Topology) -> None:
         super().__init__()
