@@ -40,7 +40,7 @@ TINY = {
     "evaluation.sequences": 4,
     "checkpoint.every": 1000,
     "sample.tokens": 0,
-    "parallel.nodes": 1,
+    "parallel.nodes": 2,
 }
 
 
