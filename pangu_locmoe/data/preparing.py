@@ -160,7 +160,12 @@ def _fill(config: Config, folder: Path, progress: bool) -> None:
     }
     total = sum(sum(counts.values()) for counts in corpus.report.bytes.values())
     with tqdm(
-        total=total, unit="B", unit_scale=True, desc="tokenizing", disable=not progress, leave=False
+        total=total,
+        unit="B",
+        unit_scale=True,
+        desc="tokenizing",
+        disable=None if progress else True,
+        leave=False,
     ) as bar:
         for split in (
             "validation",

@@ -257,7 +257,7 @@ def test_errors_are_one_line(tmp_path: Path) -> None:
     for file, says in (
         (tmp_path / "absent.npz", "does not exist"),
         (tmp_path / "bad.npz", "not a load trace"),
-        (tmp_path, "folder"),
+        (tmp_path, r"load\.npz: not a load trace: it does not exist"),
     ):
         with pytest.raises(DataError, match=says) as caught:
             build_load_report(file, output)
