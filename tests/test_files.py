@@ -93,6 +93,7 @@ def test_every_file_of_json_is_written_by_the_standard():
         "files.py",
         "checkpoint/shards.py",
         "data/prepared.py",
+        "data/tokenizer.py",
         "expert_load/importing.py",
         "config/__init__.py",
         "check/check.py",

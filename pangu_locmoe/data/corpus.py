@@ -188,7 +188,7 @@ def _keep_alike_together(
     """
     if not found:
         return
-    groups = groups_of_alike(np.stack(sketches)).tolist()
+    groups = _without_common(groups_of_alike(np.stack(sketches)).tolist(), list(found.values()))
     leaders: dict[int, Entry] = {}
     for group, entry in zip(groups, found.values()):
         leaders[group] = min(leaders.get(group, entry), entry, key=lambda one: one.order)
@@ -197,10 +197,18 @@ def _keep_alike_together(
     report.alike = sum(size for size in Counter(groups).values() if size > 1)
 
 
-def _both_sides(domain: str, mine: dict[bytes, Entry], report: CorpusReport) -> None:
-    """Move documents where the hash left a side empty: the nearest to it with its near-copies,
-    or alone if all are alike.
+def _without_common(groups: list[int], entries: list[Entry]) -> list[int]:
+    """The groups, but for those with more than half of a domain: what most of a domain is alike in
+    is its manner, and its documents are held out one by one.
     """
+    documents = Counter(entry.domain for entry in entries)
+    sizes = Counter((group, entry.domain) for group, entry in zip(groups, entries))
+    common = {group for (group, domain), size in sizes.items() if 2 * size > documents[domain]}
+    return [-1 - number if group in common else group for number, group in enumerate(groups)]
+
+
+def _both_sides(domain: str, mine: dict[bytes, Entry], report: CorpusReport) -> None:
+    """Move documents where the hash left a side empty: the nearest to it, with its near-copies."""
     if len(mine) < 2:
         problems = ", ".join(f"{number} {problem}" for problem, number in report.problems.items())
         raise DataError(
@@ -213,7 +221,7 @@ def _both_sides(domain: str, mine: dict[bytes, Entry], report: CorpusReport) -> 
     for split, nearest in (("validation", min(mine)), ("train", max(mine))):
         if split not in splits:
             moved = [key for key, entry in mine.items() if entry.group == mine[nearest].group]
-            for key in moved if len(moved) < len(mine) else [nearest]:
+            for key in moved:
                 mine[key] = replace(mine[key], split=split)
 
 

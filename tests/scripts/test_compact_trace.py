@@ -10,9 +10,9 @@ from pangu_locmoe.expert_load.trace import read_trace
 
 
 def write(path, most, **more):
-    load_KLE = np.random.default_rng(1).integers(0, 9, size=(6, 2, 4))
-    load_KLE[3, 1, 2] = most
-    np.savez(path, step=np.arange(1, 7), load=load_KLE, **more)
+    load_WLE = np.random.default_rng(1).integers(0, 9, size=(6, 2, 4))
+    load_WLE[3, 1, 2] = most
+    np.savez(path, step=np.arange(1, 7), load=load_WLE, **more)
 
 
 @pytest.mark.parametrize("names", [(), ("dropped",)])
@@ -25,8 +25,8 @@ def test_counts_stay(tmp_path, capsys, names):
         assert small["load"].dtype == np.uint16
         assert set(small) == {"step", "load", *names}
     before, after = read_trace(path), read_trace(output)
-    np.testing.assert_array_equal(before.load_KLE, after.load_KLE)
-    np.testing.assert_array_equal(before.step_K, after.step_K)
+    np.testing.assert_array_equal(before.load_WLE, after.load_WLE)
+    np.testing.assert_array_equal(before.step_W, after.step_W)
 
 
 def test_counts_that_do_not_fit_are_refused(tmp_path, capsys):
