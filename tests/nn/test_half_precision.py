@@ -26,7 +26,11 @@ EDGES = np.array(
 )
 
 
-@pytest.fixture(params=[ms.GRAPH_MODE, ms.PYNATIVE_MODE], ids=["graph", "pynative"], autouse=True)
+@pytest.fixture(
+    params=[pytest.param(ms.GRAPH_MODE, marks=pytest.mark.slow), ms.PYNATIVE_MODE],
+    ids=["graph", "pynative"],
+    autouse=True,
+)
 def mode(request):
     before = ms.get_context("mode")
     ms.set_context(mode=request.param)

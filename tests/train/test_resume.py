@@ -176,6 +176,7 @@ def test_a_checkpoint_of_another_model_names_the_first_weight(short_run):
         train(short_config(), short_run, resume=True, progress=False)
 
 
+@pytest.mark.slow
 def test_the_schedule_counts_updates_and_so_does_a_resumed_run(tmp_path):
     """fp16 with a scale that overflows at first: the rate of the first update is that of update
     1, at whichever step it comes.
