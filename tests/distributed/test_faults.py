@@ -20,7 +20,7 @@ from support import jobs, tiny
 pytestmark = pytest.mark.alone
 
 RANKS = 4
-LAUNCH = jobs.ROOT / "pangu_locmoe" / "launch.py"
+LAUNCH = jobs.ROOT / "pangu_locmoe" / "cli" / "launch.py"
 
 
 def config_file(folder: Path, **train) -> Path:
