@@ -436,3 +436,9 @@ def test_a_folder_without_a_checkpoint_is_said_to_be_none(tmp_path):
         CheckpointError, match="is neither a checkpoint nor a run directory with one"
     ):
         checkpoints.find_checkpoint(tmp_path)
+
+
+def test_the_name_of_the_version_before_is_this_module():
+    from pangu_locmoe.train import checkpoint
+
+    assert checkpoint is checkpoints
