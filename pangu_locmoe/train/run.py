@@ -180,7 +180,8 @@ def _check_run_dir(config: Config, run_dir: Path, resume: bool) -> Config:
         config, _ = as_before(config, before)
         folder = latest_whole_checkpoint(run_dir)
         compared = folder is not None and read_identity(folder) is not None
-        free = (*_FREE_KEYS, *_PLACES) if compared else _FREE_KEYS
+        # The tokenizer is compared in any case; older versions did not keep what the text was.
+        free = (*_FREE_KEYS, *(_PLACES if compared else _PLACES[1:]))
         _check_same_run(before, config, run_dir, free)
     return config
 
