@@ -110,7 +110,11 @@ def test_the_layer_against_numpy(capacity, order):
 
 
 @pytest.mark.parametrize("router", ROUTERS)
-@pytest.mark.parametrize("capacity", [DROPLESS, TOKENS], ids=["dropless", "capacity"])
+@pytest.mark.parametrize(
+    "capacity",
+    [pytest.param(DROPLESS, marks=pytest.mark.slow), TOKENS],
+    ids=["dropless", "capacity"],
+)
 def test_one_expert_equals_the_dense_network(router, capacity):
     config = small_config(moe={"router": router, "num_experts": 1, "balance_loss": 0.0})
     layer = make(config)
