@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from typing import Iterator, List, Optional, Sequence
 
 from pangu_locmoe.config import Config
+from pangu_locmoe.config.routers import top_k
+from pangu_locmoe.moe import balance
+from pangu_locmoe.moe.routers import router_class
 from pangu_locmoe.moe.slot_sizes import group_slots
 from pangu_locmoe.parallel.gradients import holders_of, piece
 from pangu_locmoe.parallel.hccl import group_name
@@ -45,7 +48,7 @@ def communication_plan(
     return [
         *exchanges(config, topology, rank),
         *_tensor_sums(config, topology, rank),
-        *_statistics(config, topology),
+        *_statistics(config, topology, rank),
         *_reductions(config, topology, rank, weights),
     ]
 
@@ -65,7 +68,7 @@ def _tensor_sums(config: Config, topology: Topology, rank: int) -> Iterator[Oper
     tokens = config.micro_batch // topology.num_replicas * model.seq_length
     features = model.hidden_size
     chunks = config.parallel.overlap_chunks
-    slots_RE = group_slots(config.moe.capacity, topology, rank, tokens) // chunks
+    slots_RE = group_slots(config.moe.capacity, topology, rank, tokens, top_k(config)) // chunks
     held = topology.experts_of_rank(rank)
     whole = (tokens, features)
     part = (tokens // topology.tensor_parallel, features)
@@ -73,6 +76,7 @@ def _tensor_sums(config: Config, topology: Topology, rank: int) -> Iterator[Oper
     layers = model.num_layers
     sparse = model.num_moe_layers
     dense = layers - sparse
+    shared = sparse if config.moe.shared_experts else 0
     rounded = IR_NAMES[config.train.precision]
     name = group_name(own, topology.num_ranks)
 
@@ -96,14 +100,15 @@ def _tensor_sums(config: Config, topology: Topology, rank: int) -> Iterator[Oper
         yield from operations("AllReduce", direction, dtype, shape, shape, times)
     leaving = (
         ("Float32", 1),
-        (rounded, layers + dense),
+        (rounded, layers + dense + shared),
     )  # the embedding; attention and feed-forward networks
-    entering = layers + dense + 1  # the same and the head
+    entering = layers + dense + 1  # the same and the head, but for the shared experts
     if not config.parallel.sequence_parallel:
         for dtype, times in leaving:
             yield from operations("AllReduce", "forward", dtype, whole, whole, times)
-        yield from operations("AllReduce", "backward", rounded, whole, whole, entering)
+        yield from operations("AllReduce", "backward", rounded, whole, whole, entering + shared)
         return
+    yield from operations("AllReduce", "backward", rounded, whole, whole, shared)
     for dtype, times in leaving:
         yield from operations("ReduceScatter", "forward", dtype, whole, part, times)
         yield from operations("AllGather", "backward", dtype, part, whole, times)
@@ -116,9 +121,9 @@ def _tensor_sums(config: Config, topology: Topology, rank: int) -> Iterator[Oper
     )  # the gradient of what comes back from the experts
 
 
-def _statistics(config: Config, topology: Topology) -> Iterator[Operation]:
+def _statistics(config: Config, topology: Topology, rank: int) -> Iterator[Operation]:
     """Counts and mean probabilities of all ranks, for the balance and the locality loss and the
-    load trace.
+    load trace; the histograms of moe.balance: quantile.
     """
     numbers = 2 * config.moe.num_experts
     world = group_name(range(topology.num_ranks), topology.num_ranks)
@@ -126,6 +131,13 @@ def _statistics(config: Config, topology: Topology) -> Iterator[Operation]:
         "AllGather", world, "forward", "Float32", (1, numbers), (topology.num_ranks, numbers)
     )
     yield from [gather] * config.model.num_moe_layers
+    router = router_class(config)
+    if config.moe.balance == "quantile" and router.traits.has_balance_bias:
+        options = router.options(config).shape[1]  # type: ignore[attr-defined]
+        shape = (options * balance.BINS + max(1, len(config.domains)),)
+        group = group_name(topology.same_part(rank), topology.num_ranks)
+        histogram = Operation("AllReduce", group, "forward", "Int32", shape, shape)
+        yield from [histogram] * (len(balance.WINDOWS) * config.model.num_moe_layers)
 
 
 def weight_piece(weight: Weight, config: Config, topology: Topology, rank: int) -> Optional[Piece]:

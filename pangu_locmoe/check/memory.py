@@ -18,6 +18,7 @@ from typing import Any, Dict, List, Sequence
 
 from pangu_locmoe.check.communication import Weight, buffer_megabytes, weight_piece
 from pangu_locmoe.config import Config
+from pangu_locmoe.config.routers import top_k
 from pangu_locmoe.moe.slot_sizes import group_slots
 from pangu_locmoe.parallel.operation import ITEM_BYTES
 from pangu_locmoe.parallel.topology import Topology
@@ -159,7 +160,7 @@ class _Sizes:
         self.inner = model.ffn_size // split
         self.vocabulary = model.vocab_size // split
         self.own_hidden = model.hidden_size // split  # features of this rank's heads
-        slots_RE = group_slots(config.moe.capacity, topology, rank, self.tokens)
+        slots_RE = group_slots(config.moe.capacity, topology, rank, self.tokens, top_k(config))
         held = topology.experts_of_rank(rank)
         self.rows = int(slots_RE[:, held.start : held.stop].sum())
         self.row_bytes = (
@@ -227,8 +228,13 @@ class _Sizes:
             + self.routing()
             + self.expert_rows()
             + self.network(self.rows)
+            + self.shared()
             + self.dropout()
         )
+
+    def shared(self) -> int:
+        """The shared experts' network."""
+        return self.config.moe.shared_experts * self.network(self.tokens)
 
     def norm(self) -> int:
         """The centred rows in fp32, and one number for each."""

@@ -27,6 +27,7 @@ from pangu_locmoe.config.models import (
     TrainConfig,
 )
 from pangu_locmoe.config.reading import override_value, read, set_value
+from pangu_locmoe.config.routers import with_node_groups
 from pangu_locmoe.config.rules import broken_rules, doubtful_settings
 from pangu_locmoe.errors import ConfigError
 
@@ -79,7 +80,7 @@ def load_config(
 
 def parse_config(values: dict[str, Any]) -> Config:
     """Validate plain nested values. Raises ConfigError with one line per problem."""
-    config = _typed(values)
+    config = with_node_groups(_typed(values))
     refuse(config, broken_rules(config))
     return config
 

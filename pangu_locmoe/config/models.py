@@ -165,8 +165,8 @@ class MoEConfig(Section):
     router: str = Field(
         "locmoe",
         description=(
-            "hash | switch | locmoe | locmoe_plus, or module:Class of your own, found in the "
-            "working directory or on the Python path"
+            "hash | switch | locmoe | locmoe_plus | local_hash, or module:Class of your own, "
+            "found in the working directory or on the Python path"
         ),
     )
     num_experts: int = Field(8, ge=1, description="E, experts in each sparse layer")
@@ -181,16 +181,71 @@ class MoEConfig(Section):
     group_sizes: Optional[Dict[str, int]] = Field(
         None, description="experts of each domain's group (levels: 2); null: as many for each"
     )
+    node_groups: Optional[int] = Field(
+        None,
+        ge=1,
+        description=(
+            "groups of as many consecutive experts each, one for each node that the model is "
+            "made for: local_hash's gate chooses among them, and moe.token_prior has a table for "
+            "each (locmoe, locmoe_plus); belongs to the model wherever it runs; null: "
+            "parallel.nodes, and the run's own configuration has the number"
+        ),
+    )
+    top_k: int = Field(
+        1, ge=1, description="K, experts of a token (switch, locmoe); the most likely ones"
+    )
+    weight: Optional[Literal["probability", "normalized", "unit"]] = Field(
+        None,
+        description=(
+            "what an expert's output is multiplied by. probability: the router's; normalized: "
+            "divided by the sum over the token's experts; unit: the same, with no gradient "
+            "through the sum, so that one expert has weight 1 (local_hash: 1, and no gradient at "
+            "all); null: unit for local_hash, else probability"
+        ),
+    )
+    shared_experts: int = Field(
+        0,
+        ge=0,
+        description="experts of each sparse layer that every token has besides its own, weight 1",
+    )
+    token_prior: float = Field(
+        0.0,
+        ge=0,
+        description=(
+            "beta, added to the logit that the token has in a hash table (switch, locmoe, "
+            "locmoe_plus; with a locality loss one table for each of moe.node_groups): learned "
+            "routing that starts as a hash table; 0: none"
+        ),
+    )
+    learn_token_prior: bool = Field(
+        False, description="moe.token_prior is where each token's own beta starts, a weight"
+    )
+    balance: Literal["loss", "bias", "quantile"] = Field(
+        "loss",
+        description=(
+            "what keeps the load even (switch, locmoe, local_hash). loss: moe.balance_loss; bias: "
+            "a bias for each expert, moved by moe.bias_rate after each step; quantile: a bias "
+            "that evens the load of the step's own tokens while training"
+        ),
+    )
+    bias_rate: Optional[float] = Field(
+        None,
+        gt=0,
+        description="change of a bias in a step (balance: bias); null: 0.001, as DeepSeek-V3",
+    )
     balance_loss: float = Field(
         0.01,
         ge=0,
-        description="alpha, weight of the load-balance loss (switch, locmoe, locmoe_plus)",
+        description=(
+            "alpha, weight of the load-balance loss (balance: loss; switch, locmoe, locmoe_plus, "
+            "local_hash)"
+        ),
     )
     locality_loss: Optional[float] = Field(
         None,
         ge=0,
         description=(
-            "mu, weight of the locality loss (locmoe, locmoe_plus); null: 0.1, but 0 with "
+            "mu, weight of the locality loss (locmoe, locmoe_plus, local_hash); null: 0.1, but 0 with "
             "data.sharding: iid, where it can only cost"
         ),
     )
@@ -201,7 +256,8 @@ class MoEConfig(Section):
         0.0,
         ge=0,
         description=(
-            "weight of the squared log-partition of the gate's logits (switch, locmoe, locmoe_plus)"
+            "weight of the squared log-partition of the gate's logits (switch, locmoe, "
+            "locmoe_plus, local_hash)"
         ),
     )
     jitter: float = Field(
@@ -214,7 +270,8 @@ class MoEConfig(Section):
         None,
         gt=0,
         description=(
-            "scale of GrAP logits (locmoe, locmoe_plus); null: sqrt(hidden_size/num_experts)"
+            "scale of GrAP logits (locmoe, locmoe_plus, local_hash); null: "
+            "sqrt(hidden_size/num_experts)"
         ),
     )
     cut_from: Optional[CutFromConfig] = Field(
@@ -539,6 +596,11 @@ class Config(Section):
         if self.moe.locality_loss is not None:
             return self.moe.locality_loss
         return 0.1 if self.data.sharding != "iid" else 0.0
+
+    @property
+    def node_groups(self) -> int:
+        """G, groups of consecutive experts, one for each node that the model is made for."""
+        return self.moe.node_groups or self.parallel.nodes
 
     @property
     def micro_batch(self) -> int:

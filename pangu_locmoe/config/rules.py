@@ -347,9 +347,9 @@ def doubtful_settings(config: Config, num_ranks: Optional[int] = None) -> Iterat
         )
     # No error: one key should switch the router.
     if moe.router in ROUTER_TRAITS:
-        for key in type(moe).model_fields:
+        for key, field in type(moe).model_fields.items():
             users = [name for name, traits in ROUTER_TRAITS.items() if key in traits.uses]
-            if users and getattr(moe, key) and moe.router not in users:
+            if users and getattr(moe, key) != field.default and moe.router not in users:
                 yield (
                     f"moe.{key} = {getattr(moe, key)}: not used by moe.router = {moe.router!r}, "
                     f"but by {', '.join(users)}"

@@ -118,7 +118,7 @@ def cut_arrays(
                 kept[f"{block}.moe.experts.{int(expert) - experts.start}.{weight}"] = array
         elif ".moe.router." in name:
             kept[name] = router_class(config).cut(
-                config, name.rpartition(".")[2], array, domain, experts
+                config, name.partition(".moe.router.")[2], array, domain, experts
             )
         elif name == "word_table" and config.model.domain_embeddings:
             kept[name] = array.reshape(len(config.domains), config.model.vocab_size, -1)[domain]

@@ -24,20 +24,22 @@ from pangu_locmoe.parallel.tensor import Cut, TensorGroup
 
 
 class FeedForward(nn.Cell):
-    """y = GELU(x W_in) W_out, dense. Its input has entered the tensor-parallel group."""
+    """y = GELU(x W_in) W_out, dense. Its input has entered the tensor-parallel group.
 
-    def __init__(self, config: ModelConfig, seed: list[int], tensor: TensorGroup) -> None:
+    `networks` of them side by side are one of as many times the inner width.
+    """
+
+    def __init__(
+        self, config: ModelConfig, seed: list[int], tensor: TensorGroup, networks: int = 1
+    ) -> None:
         super().__init__()
         out_std = config.init_std / np.sqrt(2 * config.num_layers)
+        inner = networks * config.ffn_size
         self.w_in = tensor.parameter(
-            normal([*seed, 3], (config.hidden_size, config.ffn_size), config.init_std),
-            "w_in",
-            Cut(1),
+            normal([*seed, 3], (config.hidden_size, inner), config.init_std), "w_in", Cut(1)
         )
         self.w_out = tensor.parameter(
-            normal([*seed, 4], (config.ffn_size, config.hidden_size), float(out_std)),
-            "w_out",
-            Cut(0),
+            normal([*seed, 4], (inner, config.hidden_size), float(out_std)), "w_out", Cut(0)
         )
         self.leave = tensor.leave_rows
         self.gelu = Gelu()
@@ -51,7 +53,8 @@ class FeedForward(nn.Cell):
 class DecoderBlock(nn.Cell):
     """x = x + Attn(LN1(x)); x = x + FFN(LN2(x)).
 
-    With a router context the feed-forward network is an MoE layer.
+    With a router context the feed-forward network is an MoE layer, and moe.shared_experts, which
+    every token has, beside it (DeepSeekMoE, arXiv 2401.06066, section 3.2).
     """
 
     def __init__(
@@ -75,6 +78,12 @@ class DecoderBlock(nn.Cell):
         self.enter2 = tensor.whole_rows if self.sparse else tensor.enter_rows
         if context is not None:
             self.moe = MoELayer.of(config, context, exchange, tensor)
+            self.has_shared = config.moe.shared_experts > 0
+            if self.has_shared:
+                self.enter_shared = tensor.enter
+                self.shared_ffn = FeedForward(
+                    config.model, [*seed, 6], tensor, config.moe.shared_experts
+                )
         else:
             self.ffn = FeedForward(config.model, seed, tensor)
 
@@ -89,6 +98,8 @@ class DecoderBlock(nn.Cell):
             self.moe.experts if self.sparse else self.ffn,
         ):
             part.recompute()
+        if self.sparse and self.has_shared:
+            self.shared_ffn.recompute()
 
     def construct(
         self,
@@ -106,9 +117,16 @@ class DecoderBlock(nn.Cell):
         if self.sparse:
             y_TD, stats = self.moe(normed_TD, tokens_T, domains_T, noise, capacity, training)
             y_MD = self.own_rows(y_TD)
+            if self.has_shared:
+                y_MD = y_MD + self.shared(normed_TD)
         else:
             y_MD = self.ffn(normed_TD)
         return x_MD + self.dropout(y_MD, noise[0], noise[1], self.site + 1, training), stats
+
+    def shared(self, normed_TD: Tensor) -> Tensor:
+        """What the shared experts add, y_MD."""
+        y_MD: Tensor = self.shared_ffn(self.enter_shared(normed_TD))
+        return y_MD
 
     def attend(
         self,

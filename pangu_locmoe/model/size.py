@@ -11,19 +11,21 @@ from pangu_locmoe.moe.routers import router_class
 def num_params(config: Config) -> int:
     """All trainable parameters."""
     return _dense_params(config) + config.model.num_moe_layers * (
-        config.moe.num_experts * _ffn_params(config) + router_class(config).num_params(config)
+        (config.moe.num_experts + config.moe.shared_experts) * _ffn_params(config)
+        + router_class(config).num_params(config)
     )
 
 
 def num_active_params(config: Config) -> int:
-    """Trainable parameters that one token meets at most: its experts in each sparse layer, most
-    often one, and one word-embedding slot.
+    """Trainable parameters that one token meets at most: its experts in each sparse layer, the
+    shared ones among them, and one word-embedding slot.
     """
     model = config.model
     unused_slots = max(0, len(config.domains) - 1) if model.domain_embeddings else 0
     router = router_class(config)
     sparse = model.num_moe_layers * (
-        router.max_choices(config) * _ffn_params(config) + router.num_params(config)
+        (router.max_choices(config) + config.moe.shared_experts) * _ffn_params(config)
+        + router.num_params(config)
     )
     return _dense_params(config) + sparse - unused_slots * model.vocab_size * model.hidden_size
 

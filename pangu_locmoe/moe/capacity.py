@@ -168,10 +168,12 @@ def cosine_statistic(cosines: np.ndarray, statistic: str | float) -> float:
     return float(np.quantile(cosines, quantile))
 
 
-def initial_capacity(config: CapacityConfig, num_tokens: int, num_experts: int) -> int:
+def initial_capacity(
+    config: CapacityConfig, num_tokens: int, num_experts: int, choices: int = 1
+) -> int:
     """Capacity at the start of a run: DROPLESS, or the factor's, which `bound` and `dynamic` too
-    use until they have measured.
+    use until they have measured. A token is due `choices` experts.
     """
     if config.policy == "dropless":
         return DROPLESS
-    return min(num_tokens, factor_capacity(config.factor, num_tokens, num_experts))
+    return min(num_tokens, factor_capacity(config.factor * choices, num_tokens, num_experts))

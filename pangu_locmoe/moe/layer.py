@@ -44,6 +44,7 @@ class MoELayer(nn.Cell):
         self.router = router
         self.transport = transport
         self.experts = experts
+        self.balances = router.balancer is not None
         # While inheriting: experts that are all alike then equal the dense network.
         self.unit_weight = False
 
@@ -94,12 +95,16 @@ class MoELayer(nn.Cell):
             together, mean over tokens; fp32 scalars), load_NE (assignments by source node and
             expert before drops, of the world, fp32; in one process there is one node when not
             training), dropped_E (of them, those that this process knows of, fp32), cosine_T (fp32),
-            and with several experts for a token `unrouted`, the fraction of tokens without any
-            (fp32 scalar).
+            with several experts for a token `unrouted`, the fraction of tokens without any (fp32
+            scalar), and while training with moe.balance: quantile the bias that evened the load,
+            bias_O (fp32).
         """
         layout, room = self.transport.layout(x_TD.shape[0], capacity, training)
+        bias_O = None
+        if training and self.balances:
+            bias_O = self.balanced(x_TD, tokens_T, domains_T, noise)
         packed, routed, own = self.route(
-            x_TD, tokens_T, domains_T, noise[0], noise[1], layout, room, training
+            x_TD, tokens_T, domains_T, noise[0], noise[1], layout, room, training, bias_O
         )
         shared = self.transport.share(routed["own_load_NE"], routed["own_probs_NE"])
         y_QD, dropped_E = self.transport.carry(self.experts, packed, shared, capacity, training)
@@ -122,6 +127,7 @@ class MoELayer(nn.Cell):
             "load_NE": shared["load_NE"],
             "dropped_E": dropped_E,
             "cosine_T": routed["cosine_T"],
+            "bias_O": bias_O,
             "unrouted": dispatch.unrouted_fraction(y_TD) if self.router.choices > 1 else None,
         }
         return y_TD, {name: value for name, value in stats.items() if value is not None}
@@ -136,6 +142,7 @@ class MoELayer(nn.Cell):
         layout: Tensor,
         room: int,
         training: bool,
+        bias_O: Optional[Tensor] = None,
     ) -> Tuple[Packed, Dict[str, Tensor], Dict[str, Tensor]]:
         """All that comes before ranks meet, and so can be compiled in any job (`compile_parts`).
 
@@ -147,7 +154,11 @@ class MoELayer(nn.Cell):
             no gradient) and own_probs_NE (mean probabilities), all fp32; the losses that the plan has.
         """
         noise = (row_keys_T, column_keys_D)
-        plan = self.router(ops.cast(x_TD, mstype.float32), tokens_T, domains_T, noise, training)
+        x_TD_fp32 = ops.cast(x_TD, mstype.float32)
+        if bias_O is None:
+            plan = self.router(x_TD_fp32, tokens_T, domains_T, noise, training)
+        else:
+            plan = self.router(x_TD_fp32, tokens_T, domains_T, noise, training, bias_O)
         nodes = self.transport.nodes_here if training else 1
         own_load_NE = ops.stop_gradient(_sum_by_node(plan["one_hot_AE"], nodes))
         load_E = ops.reduce_sum(own_load_NE, 0)
@@ -160,6 +171,31 @@ class MoELayer(nn.Cell):
             "own_probs_NE": _sum_by_node(plan["probs_TE"], nodes) * (nodes / x_TD.shape[0]),
         }
         return packed, routed, {name: plan[name] for name in LOSSES if name in plan}
+
+    def balanced(self, x_TD: Tensor, tokens_T: Tensor, domains_T: Tensor, noise: Noise) -> Tensor:
+        """The bias that evens the load of everybody's tokens, found from the last step's; no
+        gradient.
+        """
+        balancer = self.router.balancer
+        x_TD = ops.stop_gradient(ops.cast(x_TD, mstype.float32))
+        scores_TO = self.scores_of(x_TD, tokens_T, domains_T, noise[0], noise[1])
+        bias_O = self.router.bias
+        for window in balancer.windows:
+            seen_X = self.transport.total(balancer.seen(scores_TO, bias_O, domains_T, window))
+            bias_O = balancer.corrected(seen_X, bias_O, window)
+        return ops.stop_gradient(bias_O)
+
+    def scores_of(
+        self,
+        x_TD: Tensor,
+        tokens_T: Tensor,
+        domains_T: Tensor,
+        row_keys_T: Tensor,
+        column_keys_D: Tensor,
+    ) -> Tensor:
+        """The router's, while training."""
+        noise = (row_keys_T, column_keys_D)
+        return self.router.scores_of(x_TD, tokens_T, domains_T, noise, True)
 
     def shared_losses(
         self,
@@ -190,6 +226,11 @@ class MoELayer(nn.Cell):
             return dict(zip(names, packed)), dict(zip(ROUTED, routed)), own_losses
 
         self.route = route  # type: ignore[method-assign,assignment]
+        if self.balances:
+            balancer = self.router.balancer
+            self.scores_of = ms.jit(self.scores_of)  # type: ignore[method-assign]
+            balancer.seen = ms.jit(balancer.seen)
+            balancer.corrected = ms.jit(balancer.corrected)
         self.shared_losses = ms.jit(self.shared_losses)  # type: ignore[method-assign]
 
     def _route_in_tuples(self, *arguments: Any) -> Tuple[Tuple[Any, ...], ...]:

@@ -47,7 +47,7 @@ def next_factors(
     now: CapacityConfig,
     load_LNE: np.ndarray,
     topology: Topology,
-    num_tokens: int | None = None,
+    num_assignments: int | None = None,
 ) -> CapacityConfig:
     """The factors after a step.
 
@@ -57,11 +57,11 @@ def next_factors(
         load_LNE: tokens (their assignments, where a token may have several experts) by source node
             and expert before drops.
         topology: a node's tokens are shared evenly by its ranks.
-        num_tokens: of the step, of which the factors are; None: a layer's load, where a token has
-            one expert.
+        num_assignments: that are due in the step, of which the factors are; None: a layer's load,
+            where a token has as many experts as it is due.
     """
-    tokens = load_LNE.sum() / load_LNE.shape[0] if num_tokens is None else num_tokens
-    base = tokens / topology.num_replicas / topology.num_experts
+    due = load_LNE.sum() / load_LNE.shape[0] if num_assignments is None else num_assignments
+    base = due / topology.num_replicas / topology.num_experts
     local_LNE = np.broadcast_to(topology.local_NE, load_LNE.shape)
     factors: Dict[str, Any] = {}
     for key, chosen_LNE in (("local_factor", local_LNE), ("remote_factor", ~local_LNE)):

@@ -11,15 +11,17 @@ from typing import Iterator
 import numpy as np
 
 from pangu_locmoe.config import CapacityConfig, Config
+from pangu_locmoe.config.routers import top_k
 from pangu_locmoe.moe.capacity import factor_capacity
 from pangu_locmoe.moe.slot_factors import automatic, starting_factors
 from pangu_locmoe.parallel.topology import Topology
 
 
 def source_slots(
-    capacity: CapacityConfig, topology: Topology, rank: int, num_tokens: int
+    capacity: CapacityConfig, topology: Topology, rank: int, num_tokens: int, choices: int = 1
 ) -> np.ndarray:
-    """Slots that a rank has for each expert, int [E]; `num_tokens` is the rank's T.
+    """Slots that a rank has for each expert, int [E]; `num_tokens` is the rank's T, and a token is
+    due `choices` experts.
 
     With tensor parallelism rounded up, so that the ranks of a replica can share them out evenly.
     """
@@ -28,7 +30,7 @@ def source_slots(
         min(
             num_tokens,
             -(
-                -factor_capacity(float(factor or 0.0), num_tokens, topology.num_experts)
+                -factor_capacity(float(factor or 0.0) * choices, num_tokens, topology.num_experts)
                 // ranks_per_replica
             )
             * ranks_per_replica,
@@ -41,12 +43,12 @@ def source_slots(
 
 
 def group_slots(
-    capacity: CapacityConfig, topology: Topology, rank: int, num_tokens: int
+    capacity: CapacityConfig, topology: Topology, rank: int, num_tokens: int, choices: int = 1
 ) -> np.ndarray:
     """`source_slots` of all ranks of this rank's expert-parallel group, int [R, E]."""
     return np.stack(
         [
-            source_slots(capacity, topology, source, num_tokens)
+            source_slots(capacity, topology, source, num_tokens, choices)
             for source in topology.expert_group(rank)
         ]
     )
@@ -58,18 +60,20 @@ def certain_drops(config: Config, topology: Topology, rank: int, num_tokens: int
     """
     if automatic(config.moe.capacity):
         return
-    slots_E = source_slots(config.moe.capacity, topology, rank, num_tokens)
+    choices = top_k(config)
+    slots_E = source_slots(config.moe.capacity, topology, rank, num_tokens, choices)
+    num_assignments = num_tokens * choices
     holders = (
         np.repeat(topology.expert_group(rank), topology.experts_per_rank) // topology.ranks_per_node
     )
     local_E = holders == topology.node_of_rank(rank)
-    if slots_E.sum() < num_tokens:
+    if slots_E.sum() < num_assignments:
         yield (
-            f"a rank has {slots_E.sum()} slots for {num_tokens} tokens: at least "
-            f"{1 - slots_E.sum() / num_tokens:.0%} are dropped"
+            f"a rank has {slots_E.sum()} slots for {num_assignments} tokens: at least "
+            f"{1 - slots_E.sum() / num_assignments:.0%} are dropped"
         )
-    elif slots_E[local_E].sum() < num_tokens:
-        lost = 1 - slots_E[local_E].sum() / num_tokens
+    elif slots_E[local_E].sum() < num_assignments:
+        lost = 1 - slots_E[local_E].sum() / num_assignments
         needed = topology.num_experts / max(1, int(local_E.sum()))
         yield (
             f"if all tokens stay in their node, {lost:.0%} are dropped: "

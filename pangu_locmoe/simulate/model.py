@@ -10,6 +10,7 @@ import math
 from typing import List, Optional, Sequence, Tuple
 
 from pangu_locmoe.config import Config
+from pangu_locmoe.config.routers import ROUTER_TRAITS, RouterTraits
 from pangu_locmoe.errors import ConfigError
 from pangu_locmoe.expert_load.trace import Trace
 from pangu_locmoe.simulate.cost import CROSSINGS, Work, step_time
@@ -88,6 +89,11 @@ def _traced(
                 f"{', '.join(routers)}: name it"
             )
     for router in routers:
+        if config.moe.top_k > 1 and ROUTER_TRAITS.get(router, RouterTraits()).has_top_k:
+            raise ConfigError(
+                f"moe.top_k = {config.moe.top_k}: the model of a step has one expert for each "
+                "token: must be 1"
+            )
         if router == "locmoe_plus":  # by name: routers need MindSpore, and this does not
             raise ConfigError(
                 f"router = {router!r}: a token may have several of its experts, and the "
@@ -112,7 +118,8 @@ def work_of(config: Config, router: str, gradient_bytes: int = 4) -> Work:
     moe = config.moe
     ffn = 2 * model.hidden_size * model.ffn_size
     attention = 4 * model.hidden_size**2
-    dense_ffns = model.num_layers - model.num_moe_layers
+    # Every token has the shared experts of a sparse layer, as it has a dense network.
+    dense_ffns = model.num_layers + model.num_moe_layers * (moe.shared_experts - 1)
     gates = model.num_moe_layers * moe.num_experts * model.hidden_size if router == "switch" else 0
     blocks = (
         2 * (model.num_layers * attention + dense_ffns * ffn + gates)

@@ -94,7 +94,7 @@ def test_a_class_says_what_is_otherwise_with_it_than_with_the_one_it_is_made_fro
 
 
 def test_the_table_of_traits_is_that_of_the_classes():
-    names = ["hash", "locmoe", "locmoe_plus", "switch"]
+    names = ["hash", "local_hash", "locmoe", "locmoe_plus", "switch"]
     assert sorted(name for name in ROUTERS if ":" not in name) == names
     assert all(ROUTERS[name].traits == ROUTER_TRAITS[name] for name in names)
 

@@ -16,7 +16,7 @@ from pangu_locmoe.moe.layer import MoELayer
 from pangu_locmoe.moe.plan import LOSSES
 from pangu_locmoe.moe.routers import ROUTERS, Router
 from pangu_locmoe.moe.routers.base import RouterContext
-from pangu_locmoe.moe.routers.hash import balanced_table
+from pangu_locmoe.moe.token_table import balanced_table
 from pangu_locmoe.nn.noise import draw_keys
 from pangu_locmoe.parallel.topology import Topology
 

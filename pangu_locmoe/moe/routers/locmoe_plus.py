@@ -14,7 +14,7 @@ from mindspore.common import dtype as mstype
 from pangu_locmoe.config import Config
 from pangu_locmoe.config.routers import ROUTER_TRAITS, token_choice
 from pangu_locmoe.moe import gate
-from pangu_locmoe.moe.routers.base import RouterContext
+from pangu_locmoe.moe.routers.base import RouterContext, interleaved
 from pangu_locmoe.moe.routers.locmoe import LocMoERouter
 from pangu_locmoe.nn.noise import Noise
 
@@ -48,7 +48,14 @@ class LocMoEPlusRouter(LocMoERouter, name="locmoe_plus"):
     def logits(self, x_TD: Tensor, noise: Noise, training: bool) -> Tensor:
         return super().logits(gate.scaled_to_norm(x_TD, self.norm), noise, training)
 
-    def choose(self, logits_TE: Tensor, probs_TE: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    def choose(
+        self,
+        scores_TO: Tensor,
+        logits_TE: Tensor,
+        probs_TE: Tensor,
+        tokens_T: Tensor,
+        domains_T: Tensor,
+    ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
         experts = []
         one_hots = []
         weights = []
@@ -56,11 +63,8 @@ class LocMoEPlusRouter(LocMoERouter, name="locmoe_plus"):
         left_TE = probs_TE
         sum_T = ops.zeros_like(probs_TE[:, 0])
         for _ in range(self.choices):
-            expert_T, probability_T = ops.ArgMaxWithValue(-1)(left_TE)
-            expert_T = ops.cast(expert_T, mstype.int32)
-            one_hot_TE = ops.stop_gradient(
-                ops.cast(ops.equal(ops.expand_dims(expert_T, 1), self.experts_E), probs_TE.dtype)
-            )
+            expert_T, one_hot_TE = self.highest(left_TE)
+            probability_T = ops.reduce_sum(probs_TE * one_hot_TE, 1)
             # Experts of other domains have probability 0: rounding must not let them in where a
             # group's sum is below 1.
             proposed = ops.logical_and(
@@ -76,11 +80,12 @@ class LocMoEPlusRouter(LocMoERouter, name="locmoe_plus"):
             )
             sum_T = sum_T + probability_T
             left_TE = left_TE - 2.0 * one_hot_TE
-        one_hot_AE = ops.reshape(ops.stack(one_hots, 1), (-1, self.num_experts))
-        expert_A, weight_A, affinity_A = (
-            ops.reshape(ops.stack(part, 1), (-1,)) for part in (experts, weights, affinities)
+        return (
+            interleaved(experts),
+            interleaved(one_hots),
+            interleaved(weights),
+            interleaved(affinities),
         )
-        return expert_A, one_hot_AE, weight_A, affinity_A
 
     def cosine(self, x_TD: Tensor, logits_TE: Tensor, expert_T: Tensor) -> Tensor:
         return gate.chosen(logits_TE, expert_T) * (1.0 / (self.scale * self.gate_norm * self.norm))

@@ -32,13 +32,15 @@ class SwitchRouter(GatedRouter, name="switch"):
 
     @classmethod
     def num_params(cls, config: Config) -> int:
-        return config.moe.num_experts * config.model.hidden_size
+        return config.moe.num_experts * config.model.hidden_size + super().num_params(config)
 
     @classmethod
     def cut(
         cls, config: Config, name: str, array: np.ndarray, domain: int, experts: range
     ) -> np.ndarray:
-        return array[experts.start : experts.stop]
+        if name == "w":
+            return array[experts.start : experts.stop]
+        return super().cut(config, name, array, domain, experts)
 
     def logits(self, x_TD: Tensor, noise: Noise, training: bool) -> Tensor:
         if training and self.jitter > 0:

@@ -97,6 +97,10 @@ class Transport(nn.Cell):
         """
         raise NotImplementedError
 
+    def total(self, counts_X: Tensor) -> Tensor:
+        """The sum of counts over all tokens of the job, int32."""
+        raise NotImplementedError
+
     def with_own_gradient(self, probs_NE: Tensor, own_probs_NE: Tensor) -> Tensor:
         """Everyone's means with the gradient of this process's, see `plan.Shared`."""
         raise NotImplementedError
@@ -146,6 +150,9 @@ class RankTransport(Transport):
         own_N1 = np.zeros((topology.num_nodes, 1), np.float32)
         own_N1[topology.node_of_rank(rank)] = topology.num_nodes
         self.own_N1 = Tensor(own_N1)
+        if config.moe.balance == "quantile":
+            # The ranks of a replica have the same tokens: one of each counts.
+            self.sum = exchange.communicator.summing(topology.same_part(rank))
 
     def set_placement(self, expert_of_slot_P: np.ndarray) -> None:
         """Say which expert each slot holds, int [P], a permutation; weights are not touched."""
@@ -155,6 +162,9 @@ class RankTransport(Transport):
     @property
     def held_experts(self) -> np.ndarray:
         return self.expert_of_slot_P[self.held_slots.start : self.held_slots.stop]
+
+    def total(self, counts_X: Tensor) -> Tensor:
+        return self.sum(counts_X)
 
     def with_own_gradient(self, probs_NE: Tensor, own_probs_NE: Tensor) -> Tensor:
         # A node's mean is one over its replicas' number times their sum, and gradients are averaged

@@ -28,6 +28,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from pangu_locmoe.config import CapacityConfig, Config
+from pangu_locmoe.config.routers import top_k
 from pangu_locmoe.errors import ConfigError
 from pangu_locmoe.moe import dispatch
 from pangu_locmoe.moe.capacity import DROPLESS
@@ -105,6 +106,7 @@ class SlotsTransport(RankTransport):
         self.replicas_per_node = topology.replicas_per_node
         self.chunks = config.parallel.overlap_chunks
         self.num_tokens = config.micro_batch * config.model.seq_length // topology.num_replicas
+        self.top_k = top_k(config)
         self.features = config.model.hidden_size
         self.set_factors(config.moe.capacity)
         self._evaluated: Dict[Tuple[int, int], SlotExchange] = {}
@@ -117,7 +119,7 @@ class SlotsTransport(RankTransport):
             ConfigError: the ranks of a replica cannot share them evenly.
         """
         rank = self.exchange.communicator.rank
-        slots_RE = group_slots(capacity, self.topology, rank, self.num_tokens)
+        slots_RE = group_slots(capacity, self.topology, rank, self.num_tokens, self.top_k)
         what = "slots of a source for an expert"
         _check_divisible(slots_RE, "parallel.overlap_chunks", self.chunks, what)
         slots_RE = slots_RE // self.chunks

@@ -7,6 +7,7 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, Protocol
 from pangu_locmoe.config import Config
 from pangu_locmoe.expert_load.trace import Trace
 from pangu_locmoe.train.metrics import Row
+from pangu_locmoe.train.policies.balance import Balance
 from pangu_locmoe.train.policies.capacity import Capacity
 from pangu_locmoe.train.policies.placement import Placement
 from pangu_locmoe.train.policies.slot_factors import SlotFactors
@@ -46,6 +47,8 @@ def make_policies(config: Config, stepper: Stepper, trace: Callable[[], Trace]) 
         trace: the load trace up to the step that was made; asked for on rank 0, which records it.
     """
     policies: List[Policy] = [Capacity(config, stepper)]
+    if Balance.wanted(stepper):
+        policies.append(Balance(config, stepper))
     if SlotFactors.wanted(config, stepper):
         policies.append(SlotFactors(config, stepper))
     if Placement.wanted(config, stepper):

@@ -15,6 +15,7 @@ from typing import Any, Dict, Iterator, List, Mapping
 import numpy as np
 
 from pangu_locmoe.config import Config
+from pangu_locmoe.config.routers import top_k
 from pangu_locmoe.moe.capacity import (
     CapacityBounds,
     bound_capacity,
@@ -45,7 +46,7 @@ class Capacity:
         self._capacity = config.moe.capacity
         self._stepper = stepper
         self._upper = initial_capacity(
-            config.moe.capacity, stepper.num_tokens, config.moe.num_experts
+            config.moe.capacity, stepper.num_tokens, config.moe.num_experts, top_k(config)
         )
         choice = config.moe.token_choice
         self._transition = choice.transition_steps if choice is not None else 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, Dict, Iterator, Mapping
 
 from pangu_locmoe.config import Config
+from pangu_locmoe.config.routers import top_k
 from pangu_locmoe.moe.slot_factors import EVERY, automatic, next_factors
 from pangu_locmoe.train.metrics import Row
 from pangu_locmoe.train.step import Stepper, StepResult
@@ -24,7 +25,7 @@ class SlotFactors:
     def __init__(self, config: Config, stepper: Stepper) -> None:
         self._capacity = config.moe.capacity
         self._stepper = stepper
-        self._tokens = config.train.batch_size * config.model.seq_length
+        self._assignments = config.train.batch_size * config.model.seq_length * top_k(config)
 
     @staticmethod
     def wanted(config: Config, stepper: Stepper) -> bool:
@@ -36,7 +37,7 @@ class SlotFactors:
             return
         now = self._stepper.factors
         topology = self._stepper.world.topology
-        after = next_factors(self._capacity, now, result.load_LNE, topology, self._tokens)
+        after = next_factors(self._capacity, now, result.load_LNE, topology, self._assignments)
         if after == now:
             return
         self._stepper.set_factors(after)

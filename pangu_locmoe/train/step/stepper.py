@@ -14,6 +14,7 @@ import numpy as np
 from mindspore import Tensor
 
 from pangu_locmoe.config import CapacityConfig, Config
+from pangu_locmoe.config.routers import top_k
 from pangu_locmoe.data.loader import Batch
 from pangu_locmoe.model.sigma import PanguSigma
 from pangu_locmoe.moe.capacity import initial_capacity
@@ -93,7 +94,9 @@ class Stepper(ABC):
         tokens = config.micro_batch * config.model.seq_length
         self.num_tokens = tokens * topology.expert_parallel // topology.num_replicas
         if capacities is None:
-            start = initial_capacity(config.moe.capacity, self.num_tokens, config.moe.num_experts)
+            start = initial_capacity(
+                config.moe.capacity, self.num_tokens, config.moe.num_experts, top_k(config)
+            )
             capacities = (start,) * config.model.num_moe_layers
         self.capacities = capacities
         self.factors = starting_factors(config.moe.capacity)

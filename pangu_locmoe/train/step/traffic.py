@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import Iterator
 
 from pangu_locmoe.config import Config
+from pangu_locmoe.config.routers import top_k
 from pangu_locmoe.moe.slot_sizes import group_slots
 from pangu_locmoe.parallel.exchange import Ledger
 from pangu_locmoe.parallel.hccl import group_name
@@ -26,7 +27,7 @@ def exchanges(config: Config, topology: Topology, rank: int) -> Iterator[Operati
     position = group.index(rank)
     chunks = config.parallel.overlap_chunks
     rows_RR = (
-        (group_slots(config.moe.capacity, topology, rank, tokens) // chunks)
+        (group_slots(config.moe.capacity, topology, rank, tokens, top_k(config)) // chunks)
         .reshape(size, size, -1)
         .sum(axis=2)
     )
