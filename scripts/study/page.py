@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import List, Sequence, Union
 
 from pangu_locmoe.files import write_atomic
-from study import capacity, documents, gates, load, recorded, training, verdict
+from study import capacity, documents, gates, load, recorded, routing, training, verdict
 from study.experiment import Claim, Experiment, read_measured
 from study.recorded import Recorded
 
 ALL: List[Union[Experiment, Recorded]] = [
     recorded.COMPARISON,
+    routing.EXPERIMENT,
     training.EXPERIMENT,
     gates.EXPERIMENT,
     capacity.EXPERIMENT,
