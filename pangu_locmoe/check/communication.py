@@ -136,7 +136,7 @@ def _statistics(config: Config, topology: Topology, rank: int) -> Iterator[Opera
         options = router.options(config).shape[1]  # type: ignore[attr-defined]
         shape = (options * balance.BINS + max(1, len(config.domains)),)
         group = group_name(topology.same_part(rank), topology.num_ranks)
-        histogram = Operation("AllReduce", group, "forward", "Int32", shape, shape)
+        histogram = Operation("AllReduce", group, "forward", "Float32", shape, shape)
         yield from [histogram] * (len(balance.WINDOWS) * config.model.num_moe_layers)
 
 

@@ -8,7 +8,8 @@ biases are corrected at once, and each correction moves the others' alpha: so by
 times over.
 
 Quantiles come from histograms around the bias of before, in windows that get narrower. Their counts
-are integers, so that their sum over ranks is the same on any number of them, and so is the bias.
+are integers, which fp32 adds up exactly to 2^24: their sum over ranks is the same on any number of
+them, and so is the bias. (MindSpore's CPU collectives have no integer sum.)
 
 Only while training: a token's expert then depends on the whole batch, as with a capacity its being
 dropped does. Evaluation and generation use the bias of the last step.
@@ -58,22 +59,21 @@ class QuantileBalancer(nn.Cell):
         self.bins_B = Tensor(np.arange(BINS, dtype=np.float32))
 
     def seen(self, scores_TO: Tensor, bias_O: Tensor, domains_T: Tensor, window: Tensor) -> Tensor:
-        """This process's tokens: a histogram for each option, and the tokens of each domain, int32
-        [O * B + J].
+        """This process's tokens: a histogram for each option, and the tokens of each domain,
+        integers in fp32 [O * B + J].
         """
         needed_TO = self._threshold(scores_TO + bias_O) - scores_TO
         bin_TO = ops.floor((needed_TO - bias_O + window) * (BINS / 2.0 / window))
         bin_TO = ops.cast(ops.minimum(ops.maximum(bin_TO, 0.0), BINS - 1.0), mstype.int32)
         index_X = ops.reshape(bin_TO + self.options_O * BINS, (-1,))
-        ones_X = ops.ones_like(index_X)
+        ones_X = ops.ones_like(ops.cast(index_X, mstype.float32))
         counts_X = ops.unsorted_segment_sum(ones_X, index_X, self.options * BINS)
         of_domain_TJ = ops.equal(ops.expand_dims(domains_T, 1), self.domains_J)
         tokens_J = ops.reduce_sum(ops.cast(of_domain_TJ, mstype.float32), 0)
-        return ops.concat((counts_X, ops.cast(tokens_J, mstype.int32)), 0)
+        return ops.concat((counts_X, tokens_J), 0)
 
     def corrected(self, seen_X: Tensor, bias_O: Tensor, window: Tensor) -> Tensor:
         """The next bias, fp32 [O], of what all have `seen` with this one."""
-        seen_X = ops.cast(seen_X, mstype.float32)
         counts_OB = ops.reshape(seen_X[: self.options * BINS], (self.options, BINS))
         tokens_J1 = ops.expand_dims(seen_X[self.options * BINS :], 1)
         due_O1 = ops.expand_dims(ops.reduce_sum(tokens_J1 * self.share_JO, 0), 1)

@@ -53,6 +53,8 @@ def assert_same_as_one_process(found: list[dict[str, Any]], name: str, steps: in
     assert difference <= (5e-3 if half else 1e-5), f"losses differ by {difference}"
     for row, one in zip(rows, wanted):
         assert row["skipped"] is False
+        if one["bias"] is not None:
+            np.testing.assert_allclose(row["bias"], one["bias"], atol=1e-6)
         if not half:
             np.testing.assert_array_equal(row["load"], one["load"])
             np.testing.assert_array_equal(row["dropped"], one["dropped"])
@@ -87,6 +89,7 @@ def test_the_cases_test_something(ranks, name):
     )
     loads = np.array([row["load"] for row in rows])
     tokens = steps * cases.BATCH * cases.LENGTH * case.model.get("num_moe_layers", 1)
+    tokens *= case.moe.get("top_k", 1)
     if case.moe.get("router") == "locmoe_plus":
         assert 1.2 * tokens < loads.sum() < 2.8 * tokens and all(
             row["unrouted"] > 0 for row in rows

@@ -40,7 +40,7 @@ def balanced(balancer, scores_TO, parts: int = 1, bias_O=None, domains_T=None) -
                 np.array_split(scores_TO, parts), np.array_split(domains_T, parts)
             )
         ]
-        bias_O = balancer.corrected(Tensor(np.sum(seen, axis=0, dtype=np.int32)), bias_O, window)
+        bias_O = balancer.corrected(Tensor(np.sum(seen, axis=0, dtype=np.float32)), bias_O, window)
     return bias_O.asnumpy()
 
 

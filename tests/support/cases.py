@@ -23,6 +23,7 @@ from pangu_locmoe.nn.noise import draw_keys
 from pangu_locmoe.parallel.communicator import Communicator
 from pangu_locmoe.parallel.gradients import is_expert, kind
 from pangu_locmoe.parallel.world import World
+from pangu_locmoe.train.policies.balance import Balance
 from pangu_locmoe.train.step import Objective, Stepper, StepResult, counts, make_stepper
 from pangu_locmoe.train.step.objective import batch_inputs
 
@@ -121,6 +122,10 @@ PLUS = {"router": "locmoe_plus", "token_choice": {"threshold": 0.4, "max_experts
 # Losses that a router of the user's own brings, weighed so that a difference would be seen.
 OWN = {"router": "support.own_routers:OwnLosses", "balance_loss": 0.5, "z_loss": 0.1}
 UNBALANCED = {"router": "support.own_routers:Unbalanced", "balance_loss": 0.5}
+LOCAL_HASH = {"router": "local_hash", "capacity": {"factor": 1.0}}
+QUANTILE = {"balance": "quantile", "token_prior": 1.0, "weight": "unit", "capacity": TIGHT}
+# Two experts for a token, and one that all tokens share.
+TOP_2 = {"router": "switch", "top_k": 2, "weight": "normalized", "shared_experts": 1}
 CASES = {
     "hash": Case({"router": "hash", "capacity": TIGHT}),
     "hash by position": Case(
@@ -279,6 +284,39 @@ CASES = {
     ),
     "no balance loss": Case({**UNBALANCED, "capacity": TIGHT}, nodes=2),
     "no balance loss, static": Case({**UNBALANCED, "capacity": DROPLESS}, nodes=2, static=True),
+    "local_hash, nodes": Case(LOCAL_HASH, nodes=2),
+    "local_hash, quantile, nodes, moves": Case(
+        {**LOCAL_HASH, "balance": "quantile", "weight": "probability"}, nodes=2, moves=True
+    ),
+    "local_hash, static": Case(
+        {**LOCAL_HASH, "balance": "quantile", "capacity": DROPLESS}, nodes=2, static=True
+    ),
+    "local_hash, tensor and expert parallel": Case(LOCAL_HASH, nodes=2, tensor=2),
+    "quantile, compiled": Case(
+        QUANTILE, {"num_layers": 4, "num_moe_layers": 2}, {"mode": "graph"}, nodes=2
+    ),
+    "quantile, two levels": Case(
+        {**QUANTILE, "levels": 2, "learn_token_prior": True},
+        train={"accumulation_steps": 3},
+        nodes=2,
+    ),
+    "quantile, tensor and expert parallel": Case(QUANTILE, nodes=2, tensor=2),
+    "quantile, static": Case({**QUANTILE, "capacity": DROPLESS}, nodes=2, static=True),
+    "bias": Case({"router": "switch", "balance": "bias", "bias_rate": 0.01, "capacity": TIGHT}),
+    "top-2, nodes, hierarchical": Case(
+        {**TOP_2, "capacity": TIGHT}, nodes=2, exchange="hierarchical", moves=True
+    ),
+    "top-2, compiled": Case({**TOP_2, "capacity": TIGHT}, train={"mode": "graph"}),
+    "top-2, tensor and expert parallel": Case({**TOP_2, "capacity": TIGHT}, nodes=2, tensor=2),
+    "top-2, sequence parallel, compiled": Case(
+        {**TOP_2, "balance": "quantile", "capacity": TIGHT},
+        {"dropout": 0.2},
+        {"mode": "graph"},
+        nodes=2,
+        tensor=2,
+        rows=True,
+    ),
+    "top-2, static": Case({**TOP_2, "capacity": DROPLESS}, nodes=2, static=True),
     "half precision": Case(
         {"router": "switch", "capacity": TIGHT},
         train={"precision": "fp16", "loss_scale": 1024.0},
@@ -298,6 +336,9 @@ EVERYDAY = {
         "own losses, static": 3,
         "no balance loss": 3,
         "no balance loss, static": 3,
+        "quantile, compiled": 3,
+        "local_hash, static": 3,
+        "top-2, static": 3,
     },
     3: {"three nodes": 6},
     4: {
@@ -310,10 +351,13 @@ EVERYDAY = {
         "tensor and expert parallel, groupwise": 6,
         "sharded": 6,
         "sequence parallel, compiled": 3,
+        "local_hash, quantile, nodes, moves": 6,
+        "top-2, tensor and expert parallel": 3,
     },
 }
 GRADIENTS = (
     "locmoe, nodes",
+    "top-2, static",
     "data parallel",
     "idle",
     "locmoe, static",
@@ -401,6 +445,7 @@ def row(result: StepResult) -> dict[str, Any]:
     )
     return {
         "losses": [*result.losses.values(), result.grad_norm],
+        "bias": None if result.bias_LO is None else result.bias_LO.tolist(),
         "load": result.load_LNE.tolist(),
         "dropped": result.dropped_LE.tolist(),
         "skipped": result.skipped,
@@ -415,6 +460,9 @@ class Run:
     def __init__(self, case: Case, communicator: Optional[Communicator] = None) -> None:
         self.stepper = stepper_of(case, communicator)
         self.moves = case.moves and communicator is not None
+        self.balance: list[Balance] = []
+        if Balance.wanted(self.stepper):
+            self.balance.append(Balance(self.stepper.config, self.stepper))
         self._rows: list[dict[str, Any]] = []
 
     def rows(self, steps: int) -> list[dict[str, Any]]:
@@ -422,7 +470,10 @@ class Run:
         for number in range(len(self._rows) + 1, steps + 1):
             if self.moves and number % 5 == 0:
                 shuffle_experts(self.stepper, number)
-            self._rows.append(row(self.stepper(batch(number), number, RATE)))
+            result = self.stepper(batch(number), number, RATE)
+            for policy in self.balance:
+                assert list(policy(number, result)) == []
+            self._rows.append(row(result))
         return self._rows[:steps]
 
     def digest(self) -> str:

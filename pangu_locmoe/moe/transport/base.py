@@ -98,7 +98,7 @@ class Transport(nn.Cell):
         raise NotImplementedError
 
     def total(self, counts_X: Tensor) -> Tensor:
-        """The sum of counts over all tokens of the job, int32."""
+        """The sum of counts over all tokens of the job, integers in fp32."""
         raise NotImplementedError
 
     def with_own_gradient(self, probs_NE: Tensor, own_probs_NE: Tensor) -> Tensor:
