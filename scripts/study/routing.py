@@ -72,7 +72,7 @@ def measure(case: Case) -> Any:
         f"{key}, {end}": statistics.mean(row[key] for row in rows)
         for end, rows in ends.items()
         for key in keys
-        if key in rows[0]
+        if rows[0].get(key) is not None
     }
     return {"validation": record.validation[-1][1], **routed}
 
