@@ -9,7 +9,7 @@ case that is there with the same settings is not measured again, so a call that 
 hours and wants the machine to itself. The numbers of longer scripts (compare_routers.sh, measure_placement.sh), which take
 hours more, are used as they are unless --again names them.
 TEXT
-experiments='compare_routers|routing|training|gates|capacity|states|forecasts|placement'
+experiments='compare_routers|routing|experts_per_node|late|training|gates|capacity|states|forecasts|placement'
 handed chosen --quick '' 'small settings, under 15 minutes; everything goes to runs/reproduce-quick, and docs/results stays as it is'
 handed chosen --only "$experiments" 'run only this experiment; repeatable'
 handed chosen --again "$experiments" 'measure all of this experiment anew; repeatable'

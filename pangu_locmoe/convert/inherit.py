@@ -81,13 +81,16 @@ def inherit(dense: Path, config: Config, output: Path) -> str:
 
 def copy_dense(arrays: Mapping[str, np.ndarray], model: PanguSigma, origin: str) -> None:
     """Set a sparse model's weights from a dense model's arrays; routers keep their own initial
-    weights.
+    weights, and shared experts begin with an output of zero.
     """
     left = set(arrays)
     values: dict[str, np.ndarray] = {}
     for name, own in named_arrays(model.get_parameters(), Held.by(model)).items():
         if ".moe.router." in name:
             values[name] = own
+            continue
+        if ".shared_ffn." in name:  # adds nothing at first
+            values[name] = np.zeros_like(own) if name.endswith("w_out") else own
             continue
         source = name
         if ".moe.experts." in name:

@@ -9,13 +9,25 @@ from pathlib import Path
 from typing import List, Sequence, Union
 
 from pangu_locmoe.files import write_atomic
-from study import capacity, documents, gates, load, recorded, routing, training, verdict
+from study import (
+    capacity,
+    documents,
+    gates,
+    leverage,
+    load,
+    recorded,
+    routing,
+    training,
+    verdict,
+)
 from study.experiment import Claim, Experiment, read_measured
 from study.recorded import Recorded
 
 ALL: List[Union[Experiment, Recorded]] = [
     recorded.COMPARISON,
     routing.EXPERIMENT,
+    leverage.EXPERTS,
+    leverage.LATE,
     training.EXPERIMENT,
     gates.EXPERIMENT,
     capacity.EXPERIMENT,
@@ -91,6 +103,8 @@ def write_page(file: Path, raw: Path, committed: Path, quick: bool) -> None:
                 f"![{one.caption}]({_relative(picture, file.parent)})\n\n{one.caption}."
                 + f"\n\n{table}" * bool(table)
             )
+        elif table:
+            pictures.append(f"{one.caption}.\n\n{table}")
     if machines:
         notes.append(
             f"Measured on {'; '.join(sorted(machines))}, where a row names no other machine."
@@ -107,7 +121,7 @@ def write_page(file: Path, raw: Path, committed: Path, quick: bool) -> None:
         _table(rows),
         "## Rules\n",
         "\n".join(f"{i}. {rule}" for i, rule in enumerate(rules, 1)),
-        *(["\n## Pictures\n"] if pictures else []),
+        *(["\n## Pictures and tables\n"] if pictures else []),
         "\n\n".join(pictures),
     ]
     file.parent.mkdir(parents=True, exist_ok=True)

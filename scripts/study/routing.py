@@ -197,4 +197,11 @@ def table(measured: List[Measured]) -> str:
     return "\n".join(lines)
 
 
-EXPERIMENT = Experiment("routing", cases, measure, claims, table=table)
+EXPERIMENT = Experiment(
+    "routing",
+    cases,
+    measure,
+    claims,
+    caption="What a hash table has and learned routing has not, one property at a time",
+    table=table,
+)

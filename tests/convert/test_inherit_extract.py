@@ -310,6 +310,15 @@ def test_inheriting_refuses(inherited, tmp_path):
 # of 8 experts.
 
 
+# Tables and biases of their own, which are cut; zh's experts are of two node groups.
+MORE = {
+    ("local_hash", False): {"node_groups": 4, "balance": "quantile"},
+    ("switch", True): {"token_prior": 2.0, "learn_token_prior": True, "balance": "bias"},
+    ("locmoe", False): {"token_prior": 2.0, "node_groups": 4, "balance": "quantile"},
+    ("locmoe", True): {"shared_experts": 1},
+}
+
+
 def two_level_config(router, embeddings):
     return tiny.tiny_config(
         model={**SIZES, "num_moe_layers": 2, "domain_embeddings": embeddings},
@@ -318,6 +327,7 @@ def two_level_config(router, embeddings):
             "num_experts": 8,
             "levels": 2,
             "group_sizes": {"en": 1, "zh": 3, "code": 4},
+            **MORE.get((router, embeddings), {}),
         },
         parallel={"nodes": 2},
         data={"mixture": {"en": 1, "zh": 1, "code": 1}},
@@ -329,9 +339,13 @@ def whole(router, embeddings):
     config = two_level_config(router, embeddings)
     folder = tiny.corpus() / f"whole-{router}-{embeddings}"
     prepared = prepare(config, False)
-    save_checkpoint(
-        folder, config, prepared.path / "tokenizer.json", PanguSigma(config, prepared.token_counts)
-    )
+    model = PanguSigma(config, prepared.token_counts)
+    random = np.random.default_rng(5)
+    for parameter in model.get_parameters():
+        if parameter.name.endswith(("router.bias", "prior.beta")):
+            values = random.normal(1.0, 0.3, parameter.shape).astype(np.float32)
+            parameter.set_data(Tensor(values))
+    save_checkpoint(folder, config, prepared.path / "tokenizer.json", model)
     return folder
 
 
@@ -346,6 +360,8 @@ def whole(router, embeddings):
         ("locmoe", True, "code", 4),
         ("locmoe_plus", False, "code", 4),
         ("locmoe_plus", True, "zh", 3),
+        ("local_hash", False, "zh", 3),
+        ("local_hash", True, "code", 4),
     ],
 )
 def test_the_part_gives_the_whole_models_logits(tmp_path, router, embeddings, domain, held):

@@ -461,7 +461,7 @@ class Run:
         self.stepper = stepper_of(case, communicator)
         self.moves = case.moves and communicator is not None
         self.balance: list[Balance] = []
-        if Balance.wanted(self.stepper):
+        if Balance.wanted(self.stepper.config):
             self.balance.append(Balance(self.stepper.config, self.stepper))
         self._rows: list[dict[str, Any]] = []
 

@@ -47,7 +47,7 @@ def make_policies(config: Config, stepper: Stepper, trace: Callable[[], Trace]) 
         trace: the load trace up to the step that was made; asked for on rank 0, which records it.
     """
     policies: List[Policy] = [Capacity(config, stepper)]
-    if Balance.wanted(stepper):
+    if Balance.wanted(config):
         policies.append(Balance(config, stepper))
     if SlotFactors.wanted(config, stepper):
         policies.append(SlotFactors(config, stepper))

@@ -39,10 +39,11 @@ class Balance:
         self._options_EO = router_class(config).options(config)  # type: ignore[attr-defined]
 
     @staticmethod
-    def wanted(stepper: Stepper) -> bool:
-        """Whether there are biases."""
-        layers = stepper.model.moe_layers.values()
-        return any(getattr(layer.router, "has_bias", False) for layer in layers)
+    def wanted(config: Config) -> bool:
+        """Whether the routers have biases."""
+        if config.moe.balance == "loss" or config.model.num_moe_layers == 0:
+            return False
+        return router_class(config).traits.has_balance_bias
 
     def __call__(self, step: int, result: StepResult) -> Iterator[Row]:
         if not result.skipped:

@@ -71,6 +71,8 @@ def test_a_run_has_the_policies_that_it_asks_for():
         (static(local_factor=2.0, remote_factor=0.5), [Capacity]),
         (auto, [Capacity, SlotFactors]),
         (placed, [Capacity, Placement]),
+        (small_config(moe={"router": "hash", "balance": "bias"}), [Capacity]),
+        (small_config(moe={"balance": "bias"}, model={"num_moe_layers": 0}), [Capacity]),
     ):
         assert [
             type(one) for one in make_policies(config, OnPaper(config, exchange), no_trace)
