@@ -133,7 +133,7 @@ class PanguSigma(nn.Cell):
             logits_TV in fp32 (this rank's part of V, which `vocabulary` knows what to do with), and
             a dict of fp32 tensors: balance_loss, locality_loss, z_loss (sums over MoE layers, not
             weighted), load_LNE, dropped_LE, cosine_LT, weight_L (without MoE layers these four are
-            absent), unrouted_L (only with several experts for a token), bias_LO (only while
+            absent), unrouted_L (only with several experts for a token), bias_LX (only while
             training with moe.balance: quantile), layer_sums (one number for
             each layer, finite exactly where its output is).
         """
@@ -264,7 +264,7 @@ def _gather_stats(layer_stats: list, layer_sums: Tensor) -> Dict[str, Tensor]:
         "cosine_T": "cosine_LT",
         "weight": "weight_L",
         "unrouted": "unrouted_L",
-        "bias_O": "bias_LO",
+        "bias_X": "bias_LX",
     }
     for source, name in names.items():
         if source not in layer_stats[0]:

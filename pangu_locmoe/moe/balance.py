@@ -14,8 +14,8 @@ them, and so is the bias. (MindSpore's CPU collectives have no integer sum.)
 Only while training: a token's expert then depends on the whole batch, as with a capacity its being
 dropped does. Evaluation and generation use the bias of the last step.
 
-Letters: T tokens, E experts, O options (experts, or groups of them), K choices of a token, B bins,
-J domains.
+Letters: T tokens, E experts, X options (experts, or groups of them), K choices of a token, B bins,
+J domains, I = X * B + J what ranks add up.
 """
 
 from __future__ import annotations
@@ -38,71 +38,71 @@ class QuantileBalancer(nn.Cell):
     """The two halves of a round; between them ranks add up what they have seen.
 
     Args:
-        options_EO: which experts are behind each option, bool.
+        options_EX: which experts are behind each option, bool.
         allowed_JE: which experts each domain may use, bool.
         choices: K.
     """
 
-    def __init__(self, options_EO: np.ndarray, allowed_JE: np.ndarray, choices: int) -> None:
+    def __init__(self, options_EX: np.ndarray, allowed_JE: np.ndarray, choices: int) -> None:
         super().__init__()
         allowed = allowed_JE.astype(np.float32)
-        share_JO = (
-            choices * (allowed @ options_EO.astype(np.float32)) / allowed.sum(1, keepdims=True)
+        share_JX = (
+            choices * (allowed @ options_EX.astype(np.float32)) / allowed.sum(1, keepdims=True)
         )
-        self.domains, self.options = share_JO.shape
+        self.domains, self.options = share_JX.shape
         self.choices = choices
         # An option is due each domain's assignments by its part of the experts that it may use.
-        self.share_JO = Tensor(share_JO.astype(np.float32))
+        self.share_JX = Tensor(share_JX.astype(np.float32))
         self.windows = [Tensor(window, mstype.float32) for window in WINDOWS]
-        self.options_O = Tensor(np.arange(self.options, dtype=np.int32))
+        self.options_X = Tensor(np.arange(self.options, dtype=np.int32))
         self.domains_J = Tensor(np.arange(self.domains, dtype=np.int32))
         self.bins_B = Tensor(np.arange(BINS, dtype=np.float32))
 
-    def seen(self, scores_TO: Tensor, bias_O: Tensor, domains_T: Tensor, window: Tensor) -> Tensor:
+    def seen(self, scores_TX: Tensor, bias_X: Tensor, domains_T: Tensor, window: Tensor) -> Tensor:
         """This process's tokens: a histogram for each option, and the tokens of each domain,
-        integers in fp32 [O * B + J].
+        integers in fp32 [X * B + J].
         """
-        needed_TO = self._threshold(scores_TO + bias_O) - scores_TO
-        bin_TO = ops.floor((needed_TO - bias_O + window) * (BINS / 2.0 / window))
-        bin_TO = ops.cast(ops.minimum(ops.maximum(bin_TO, 0.0), BINS - 1.0), mstype.int32)
-        index_X = ops.reshape(bin_TO + self.options_O * BINS, (-1,))
-        ones_X = ops.ones_like(ops.cast(index_X, mstype.float32))
-        counts_X = ops.unsorted_segment_sum(ones_X, index_X, self.options * BINS)
+        needed_TX = self._threshold(scores_TX + bias_X) - scores_TX
+        bin_TX = ops.floor((needed_TX - bias_X + window) * (BINS / 2.0 / window))
+        bin_TX = ops.cast(ops.minimum(ops.maximum(bin_TX, 0.0), BINS - 1.0), mstype.int32)
+        index_I = ops.reshape(bin_TX + self.options_X * BINS, (-1,))
+        ones_I = ops.ones_like(ops.cast(index_I, mstype.float32))
+        counts_I = ops.unsorted_segment_sum(ones_I, index_I, self.options * BINS)
         of_domain_TJ = ops.equal(ops.expand_dims(domains_T, 1), self.domains_J)
         tokens_J = ops.reduce_sum(ops.cast(of_domain_TJ, mstype.float32), 0)
-        return ops.concat((counts_X, tokens_J), 0)
+        return ops.concat((counts_I, tokens_J), 0)
 
-    def corrected(self, seen_X: Tensor, bias_O: Tensor, window: Tensor) -> Tensor:
-        """The next bias, fp32 [O], of what all have `seen` with this one."""
-        counts_OB = ops.reshape(seen_X[: self.options * BINS], (self.options, BINS))
-        tokens_J1 = ops.expand_dims(seen_X[self.options * BINS :], 1)
-        due_O1 = ops.expand_dims(ops.reduce_sum(tokens_J1 * self.share_JO, 0), 1)
-        up_to_OB = ops.cumsum(counts_OB, 1)
-        short_OB = ops.cast(ops.less(up_to_OB, due_O1), mstype.float32)
-        bin_O = ops.minimum(ops.reduce_sum(short_OB, 1), BINS - 1.0)
-        here_OB = ops.cast(ops.equal(ops.expand_dims(bin_O, 1), self.bins_B), mstype.float32)
-        count_O = ops.reduce_sum(counts_OB * here_OB, 1)
-        before_O = ops.reduce_sum(up_to_OB * here_OB, 1) - count_O
-        inside_O = (ops.squeeze(due_O1, 1) - before_O) / ops.maximum(count_O, 1.0)
-        inside_O = ops.minimum(ops.maximum(inside_O, 0.0), 1.0)
-        quantile_O = bias_O - window + (bin_O + inside_O) * (window * (2.0 / BINS))
-        next_O = (bias_O + quantile_O) * 0.5
-        next_O = next_O - ops.reduce_mean(next_O)
-        return ops.floor(next_O * STEPS_OF_ONE + 0.5) * (1.0 / STEPS_OF_ONE)
+    def corrected(self, seen_I: Tensor, bias_X: Tensor, window: Tensor) -> Tensor:
+        """The next bias, fp32 [X], of what all have `seen` with this one."""
+        counts_XB = ops.reshape(seen_I[: self.options * BINS], (self.options, BINS))
+        tokens_J1 = ops.expand_dims(seen_I[self.options * BINS :], 1)
+        due_X1 = ops.expand_dims(ops.reduce_sum(tokens_J1 * self.share_JX, 0), 1)
+        up_to_XB = ops.cumsum(counts_XB, 1)
+        short_XB = ops.cast(ops.less(up_to_XB, due_X1), mstype.float32)
+        bin_X = ops.minimum(ops.reduce_sum(short_XB, 1), BINS - 1.0)
+        here_XB = ops.cast(ops.equal(ops.expand_dims(bin_X, 1), self.bins_B), mstype.float32)
+        count_X = ops.reduce_sum(counts_XB * here_XB, 1)
+        before_X = ops.reduce_sum(up_to_XB * here_XB, 1) - count_X
+        inside_X = (ops.squeeze(due_X1, 1) - before_X) / ops.maximum(count_X, 1.0)
+        inside_X = ops.minimum(ops.maximum(inside_X, 0.0), 1.0)
+        quantile_X = bias_X - window + (bin_X + inside_X) * (window * (2.0 / BINS))
+        next_X = (bias_X + quantile_X) * 0.5
+        next_X = next_X - ops.reduce_mean(next_X)
+        return ops.floor(next_X * STEPS_OF_ONE + 0.5) * (1.0 / STEPS_OF_ONE)
 
-    def _threshold(self, biased_TO: Tensor) -> Tensor:
+    def _threshold(self, biased_TX: Tensor) -> Tensor:
         """The K-th highest biased score among each token's other options."""
-        chosen_TO = ops.zeros_like(biased_TO)
-        left_TO = biased_TO
+        chosen_TX = ops.zeros_like(biased_TX)
+        left_TX = biased_TX
         highest = ops.ReduceMax(keep_dims=True)
-        last_T1 = highest(left_TO, 1)
+        last_T1 = highest(left_TX, 1)
         for _ in range(self.choices):
-            last_T1 = highest(left_TO, 1)
-            option_T = ops.cast(ops.ArgMaxWithValue(-1)(left_TO)[0], mstype.int32)
-            one_hot_TO = ops.cast(
-                ops.equal(ops.expand_dims(option_T, 1), self.options_O), mstype.float32
+            last_T1 = highest(left_TX, 1)
+            option_T = ops.cast(ops.ArgMaxWithValue(-1)(left_TX)[0], mstype.int32)
+            one_hot_TX = ops.cast(
+                ops.equal(ops.expand_dims(option_T, 1), self.options_X), mstype.float32
             )
-            chosen_TO = chosen_TO + one_hot_TO
-            left_TO = left_TO - _FAR * one_hot_TO
-        next_T1 = highest(left_TO, 1)
-        return last_T1 + chosen_TO * (next_T1 - last_T1)
+            chosen_TX = chosen_TX + one_hot_TX
+            left_TX = left_TX - _FAR * one_hot_TX
+        next_T1 = highest(left_TX, 1)
+        return last_T1 + chosen_TX * (next_T1 - last_T1)

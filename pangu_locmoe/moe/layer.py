@@ -97,14 +97,14 @@ class MoELayer(nn.Cell):
             training), dropped_E (of them, those that this process knows of, fp32), cosine_T (fp32),
             with several experts for a token `unrouted`, the fraction of tokens without any (fp32
             scalar), and while training with moe.balance: quantile the bias that evened the load,
-            bias_O (fp32).
+            bias_X (fp32).
         """
         layout, room = self.transport.layout(x_TD.shape[0], capacity, training)
-        bias_O = None
+        bias_X = None
         if training and self.balances:
-            bias_O = self.balanced(x_TD, tokens_T, domains_T, noise)
+            bias_X = self.balanced(x_TD, tokens_T, domains_T, noise)
         packed, routed, own = self.route(
-            x_TD, tokens_T, domains_T, noise[0], noise[1], layout, room, training, bias_O
+            x_TD, tokens_T, domains_T, noise[0], noise[1], layout, room, training, bias_X
         )
         shared = self.transport.share(routed["own_load_NE"], routed["own_probs_NE"])
         y_QD, dropped_E = self.transport.carry(self.experts, packed, shared, capacity, training)
@@ -127,7 +127,7 @@ class MoELayer(nn.Cell):
             "load_NE": shared["load_NE"],
             "dropped_E": dropped_E,
             "cosine_T": routed["cosine_T"],
-            "bias_O": bias_O,
+            "bias_X": bias_X,
             "unrouted": dispatch.unrouted_fraction(y_TD) if self.router.choices > 1 else None,
         }
         return y_TD, {name: value for name, value in stats.items() if value is not None}
@@ -142,7 +142,7 @@ class MoELayer(nn.Cell):
         layout: Tensor,
         room: int,
         training: bool,
-        bias_O: Optional[Tensor] = None,
+        bias_X: Optional[Tensor] = None,
     ) -> Tuple[Packed, Dict[str, Tensor], Dict[str, Tensor]]:
         """All that comes before ranks meet, and so can be compiled in any job (`compile_parts`).
 
@@ -155,10 +155,10 @@ class MoELayer(nn.Cell):
         """
         noise = (row_keys_T, column_keys_D)
         x_TD_fp32 = ops.cast(x_TD, mstype.float32)
-        if bias_O is None:
+        if bias_X is None:
             plan = self.router(x_TD_fp32, tokens_T, domains_T, noise, training)
         else:
-            plan = self.router(x_TD_fp32, tokens_T, domains_T, noise, training, bias_O)
+            plan = self.router(x_TD_fp32, tokens_T, domains_T, noise, training, bias_X)
         nodes = self.transport.nodes_here if training else 1
         own_load_NE = ops.stop_gradient(_sum_by_node(plan["one_hot_AE"], nodes))
         load_E = ops.reduce_sum(own_load_NE, 0)
@@ -178,12 +178,12 @@ class MoELayer(nn.Cell):
         """
         balancer = self.router.balancer
         x_TD = ops.stop_gradient(ops.cast(x_TD, mstype.float32))
-        scores_TO = self.scores_of(x_TD, tokens_T, domains_T, noise[0], noise[1])
-        bias_O = self.router.bias
+        scores_TX = self.scores_of(x_TD, tokens_T, domains_T, noise[0], noise[1])
+        bias_X = self.router.bias
         for window in balancer.windows:
-            seen_X = self.transport.total(balancer.seen(scores_TO, bias_O, domains_T, window))
-            bias_O = balancer.corrected(seen_X, bias_O, window)
-        return ops.stop_gradient(bias_O)
+            seen_I = self.transport.total(balancer.seen(scores_TX, bias_X, domains_T, window))
+            bias_X = balancer.corrected(seen_I, bias_X, window)
+        return ops.stop_gradient(bias_X)
 
     def scores_of(
         self,

@@ -67,7 +67,7 @@ class WeightedHash(LocMoERouter):
 
     def choose(
         self,
-        scores_TO: Tensor,
+        scores_TX: Tensor,
         logits_TE: Tensor,
         probs_TE: Tensor,
         tokens_T: Tensor,

@@ -29,71 +29,71 @@ def balancer_of(options: int = OPTIONS, choices: int = 1, allowed_JE=None) -> Qu
     return QuantileBalancer(np.eye(options, dtype=bool), allowed_JE, choices)
 
 
-def balanced(balancer, scores_TO, parts: int = 1, bias_O=None, domains_T=None) -> np.ndarray:
+def balanced(balancer, scores_TX, parts: int = 1, bias_X=None, domains_T=None) -> np.ndarray:
     """The bias after one step's rounds, from a batch that is divided over `parts` processes."""
-    bias_O = tensor(np.zeros(scores_TO.shape[1]) if bias_O is None else bias_O)
-    domains_T = np.zeros(len(scores_TO), int) if domains_T is None else domains_T
+    bias_X = tensor(np.zeros(scores_TX.shape[1]) if bias_X is None else bias_X)
+    domains_T = np.zeros(len(scores_TX), int) if domains_T is None else domains_T
     for window in balancer.windows:
         seen = [
-            balancer.seen(tensor(scores), bias_O, integers(domains), window).asnumpy()
+            balancer.seen(tensor(scores), bias_X, integers(domains), window).asnumpy()
             for scores, domains in zip(
-                np.array_split(scores_TO, parts), np.array_split(domains_T, parts)
+                np.array_split(scores_TX, parts), np.array_split(domains_T, parts)
             )
         ]
-        bias_O = balancer.corrected(Tensor(np.sum(seen, axis=0, dtype=np.float32)), bias_O, window)
-    return bias_O.asnumpy()
+        bias_X = balancer.corrected(Tensor(np.sum(seen, axis=0, dtype=np.float32)), bias_X, window)
+    return bias_X.asnumpy()
 
 
-def load_of(scores_TO, bias_O, choices: int = 1) -> np.ndarray:
-    chosen_TK = np.argsort(-(scores_TO.astype(np.float32) + bias_O), axis=1)[:, :choices]
-    return np.bincount(chosen_TK.reshape(-1), minlength=scores_TO.shape[1])
+def load_of(scores_TX, bias_X, choices: int = 1) -> np.ndarray:
+    chosen_TK = np.argsort(-(scores_TX.astype(np.float32) + bias_X), axis=1)[:, :choices]
+    return np.bincount(chosen_TK.reshape(-1), minlength=scores_TX.shape[1])
 
 
-def one_round(scores_TO, bias_O, choices: int, window: float) -> np.ndarray:
+def one_round(scores_TX, bias_X, choices: int, window: float) -> np.ndarray:
     """The correction with exact quantiles, as far as the window goes, in float64."""
-    biased_TO = scores_TO + bias_O
-    sorted_TO = -np.sort(-biased_TO, axis=1)
-    kth, after = sorted_TO[:, choices - 1, None], sorted_TO[:, choices, None]
-    needed_TO = np.where(biased_TO >= kth, after, kth) - scores_TO
-    quantile_O = np.quantile(needed_TO, choices / scores_TO.shape[1], axis=0)
-    corrected_O = (bias_O + np.clip(quantile_O, bias_O - window, bias_O + window)) / 2
-    return corrected_O - corrected_O.mean()
+    biased_TX = scores_TX + bias_X
+    sorted_TX = -np.sort(-biased_TX, axis=1)
+    kth, after = sorted_TX[:, choices - 1, None], sorted_TX[:, choices, None]
+    needed_TX = np.where(biased_TX >= kth, after, kth) - scores_TX
+    quantile_X = np.quantile(needed_TX, choices / scores_TX.shape[1], axis=0)
+    corrected_X = (bias_X + np.clip(quantile_X, bias_X - window, bias_X + window)) / 2
+    return corrected_X - corrected_X.mean()
 
 
 @pytest.mark.parametrize("choices", [1, 2, 4])
 def test_a_round_against_numpys_quantile(choices):
-    scores_TO = skewed_scores(0)
-    bias_O = np.random.default_rng(1).normal(0, 0.05, OPTIONS)
+    scores_TX = skewed_scores(0)
+    bias_X = np.random.default_rng(1).normal(0, 0.05, OPTIONS)
     balancer = balancer_of(choices=choices)
     zeros_T = integers(np.zeros(TOKENS))
     for window, width in zip(balancer.windows, WINDOWS):
-        seen_X = balancer.seen(tensor(scores_TO), tensor(bias_O), zeros_T, window)
-        got_O = balancer.corrected(seen_X, tensor(bias_O), window).asnumpy()
+        seen_I = balancer.seen(tensor(scores_TX), tensor(bias_X), zeros_T, window)
+        got_X = balancer.corrected(seen_I, tensor(bias_X), window).asnumpy()
         # Half of what a bin is wide, and twice that for the mean, which is taken off.
         np.testing.assert_allclose(
-            got_O, one_round(scores_TO, bias_O, choices, width), atol=2 * width / BINS
+            got_X, one_round(scores_TX, bias_X, choices, width), atol=2 * width / BINS
         )
 
 
 @pytest.mark.parametrize("choices", [1, 2])
 @pytest.mark.parametrize("seed", range(3))
 def test_a_few_steps_even_the_load(seed, choices):
-    bias_O = np.zeros(OPTIONS)
-    before = load_of(skewed_scores(seed), bias_O, choices)
+    bias_X = np.zeros(OPTIONS)
+    before = load_of(skewed_scores(seed), bias_X, choices)
     for step in range(4):
-        scores_TO = skewed_scores(10 * seed + step)
-        bias_O = balanced(balancer_of(choices=choices), scores_TO, bias_O=bias_O)
-    load_O = load_of(scores_TO, bias_O, choices)
+        scores_TX = skewed_scores(10 * seed + step)
+        bias_X = balanced(balancer_of(choices=choices), scores_TX, bias_X=bias_X)
+    load_X = load_of(scores_TX, bias_X, choices)
     assert before.max() / before.mean() > 1.5
-    assert load_O.max() / load_O.mean() < 1.1
+    assert load_X.max() / load_X.mean() < 1.1
 
 
 @pytest.mark.parametrize("parts", [2, 3, 7])
 def test_the_bias_is_bit_for_bit_the_same_however_the_batch_is_divided(parts):
-    scores_TO = skewed_scores(3)
+    scores_TX = skewed_scores(3)
     balancer = balancer_of()
     np.testing.assert_array_equal(
-        balanced(balancer, scores_TO, parts), balanced(balancer, scores_TO)
+        balanced(balancer, scores_TX, parts), balanced(balancer, scores_TX)
     )
 
 
@@ -102,24 +102,24 @@ def test_a_domains_experts_share_what_their_domain_has():
     allowed_JE = np.repeat(np.eye(2, dtype=bool), 3, axis=1)
     domains_T = (np.arange(TOKENS) % 10 == 0).astype(int)
     balancer = balancer_of(allowed_JE=allowed_JE)
-    bias_O = None
+    bias_X = None
     for step in range(4):
-        scores_TO = skewed_scores(step) + np.where(allowed_JE[domains_T], 0, -1e9)
-        bias_O = balanced(balancer, scores_TO, bias_O=bias_O, domains_T=domains_T)
-    load_E = load_of(scores_TO, bias_O)
+        scores_TX = skewed_scores(step) + np.where(allowed_JE[domains_T], 0, -1e9)
+        bias_X = balanced(balancer, scores_TX, bias_X=bias_X, domains_T=domains_T)
+    load_E = load_of(scores_TX, bias_X)
     assert load_E[:3].sum() == 0.9 * TOKENS
     for load in (load_E[:3], load_E[3:]):
         assert load.max() / load.mean() < 1.2
 
 
 def test_options_of_several_experts_are_due_as_many_times_the_load():
-    options_EO = np.repeat(np.eye(2, dtype=bool), [3, 1], axis=0)
-    balancer = QuantileBalancer(options_EO, np.ones((1, 4), bool), 1)
-    bias_O = None
+    options_EX = np.repeat(np.eye(2, dtype=bool), [3, 1], axis=0)
+    balancer = QuantileBalancer(options_EX, np.ones((1, 4), bool), 1)
+    bias_X = None
     for step in range(4):
-        scores_TO = skewed_scores(step, options=2)
-        bias_O = balanced(balancer, scores_TO, bias_O=bias_O)
-    np.testing.assert_allclose(load_of(scores_TO, bias_O) / TOKENS, [0.75, 0.25], atol=0.03)
+        scores_TX = skewed_scores(step, options=2)
+        bias_X = balanced(balancer, scores_TX, bias_X=bias_X)
+    np.testing.assert_allclose(load_of(scores_TX, bias_X) / TOKENS, [0.75, 0.25], atol=0.03)
 
 
 # in a layer
@@ -161,14 +161,14 @@ def test_in_training_the_layer_evens_its_own_batch(router, moe):
         layer.router.w_ED.set_data(tensor(np.kron(np.eye(4), np.ones(4)) / 2))
     for step in range(4):
         _, stats = run(layer, skewed_rows(step))
-        layer.router.bias.set_data(Tensor(stats["bias_O"]))
-    load_O = stats["load_NE"].sum(0) @ layer.router.options(small_config(parallel={"nodes": 2}))
-    assert load_O.max() / load_O.mean() < 1.1
+        layer.router.bias.set_data(Tensor(stats["bias_X"]))
+    load_X = stats["load_NE"].sum(0) @ layer.router.options(small_config(parallel={"nodes": 2}))
+    assert load_X.max() / load_X.mean() < 1.1
     assert stats["balance_loss"] == 0
     # Evaluation uses the bias that training left, and none of its own.
     _, evaluated = run(layer, skewed_rows(3), training=False)
-    assert "bias_O" not in evaluated
-    layer.router.bias.set_data(tensor(np.zeros(len(load_O))))
+    assert "bias_X" not in evaluated
+    layer.router.bias.set_data(tensor(np.zeros(len(load_X))))
     _, without = run(layer, skewed_rows(3), training=False)
     spread = [one["load_NE"].sum(0).std() for one in (evaluated, without)]
     assert spread[0] < 0.6 * spread[1]

@@ -445,7 +445,7 @@ def row(result: StepResult) -> dict[str, Any]:
     )
     return {
         "losses": [*result.losses.values(), result.grad_norm],
-        "bias": None if result.bias_LO is None else result.bias_LO.tolist(),
+        "bias": None if result.bias_LX is None else result.bias_LX.tolist(),
         "load": result.load_LNE.tolist(),
         "dropped": result.dropped_LE.tolist(),
         "skipped": result.skipped,

@@ -6,7 +6,7 @@ what all ranks have shared; a loss that is a mean over tokens may be in the plan
 on any number of ranks.
 
 Letters: T tokens, D hidden, E experts, A assignments (moe/plan.py), N source nodes, J domains, V
-vocabulary, O options: what a router chooses among by its scores, and balances (moe/balance.py).
+vocabulary, X options: what a router chooses among by its scores, and balances (moe/balance.py).
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ class GatedRouter(Router):
 
     Attributes:
         bias: what is added to each option's score where it is chosen, but not where it is weighted
-            (DeepSeek-V3, arXiv 2412.19437, section 2.1.2), fp32 [O], kept in checkpoints; absent
+            (DeepSeek-V3, arXiv 2412.19437, section 2.1.2), fp32 [X], kept in checkpoints; absent
             with moe.balance: loss.
     """
 
@@ -186,13 +186,13 @@ class GatedRouter(Router):
             self.prior = TokenPrior(config, context, by_group=self.traits.has_locality_loss)
         self.has_bias = self.traits.has_balance_bias and config.moe.balance != "loss"
         if self.has_bias:
-            options_EO = self.options(config)
-            zeros = Tensor(np.zeros(options_EO.shape[1], np.float32))
+            options_EX = self.options(config)
+            zeros = Tensor(np.zeros(options_EX.shape[1], np.float32))
             self.bias = Parameter(zeros, name="bias", requires_grad=False)
-            allowed_JO = allowed_JE @ options_EO
-            self.option_mask_JO = Tensor(np.where(allowed_JO, 0.0, MASKED).astype(np.float32))
+            allowed_JX = allowed_JE @ options_EX
+            self.option_mask_JX = Tensor(np.where(allowed_JX, 0.0, MASKED).astype(np.float32))
             if config.moe.balance == "quantile":
-                self.balancer = QuantileBalancer(options_EO, allowed_JE, self.choices)
+                self.balancer = QuantileBalancer(options_EX, allowed_JE, self.choices)
 
     @classmethod
     def max_choices(cls, config: Config) -> int:
@@ -200,7 +200,7 @@ class GatedRouter(Router):
 
     @classmethod
     def options(cls, config: Config) -> np.ndarray:
-        """Which experts are behind each option, bool [E, O]: here each is one."""
+        """Which experts are behind each option, bool [E, X]: here each is one."""
         return np.eye(config.moe.num_experts, dtype=bool)
 
     @classmethod
@@ -228,12 +228,12 @@ class GatedRouter(Router):
         raise NotImplementedError
 
     def scores(self, probs_TE: Tensor) -> Tensor:
-        """What options are chosen by, before the bias, fp32 [T, O]."""
+        """What options are chosen by, before the bias, fp32 [T, X]."""
         return probs_TE
 
     def choose(
         self,
-        scores_TO: Tensor,
+        scores_TX: Tensor,
         logits_TE: Tensor,
         probs_TE: Tensor,
         tokens_T: Tensor,
@@ -245,7 +245,7 @@ class GatedRouter(Router):
         experts = []
         one_hots = []
         weights = []
-        left_TE = ops.stop_gradient(scores_TO)
+        left_TE = ops.stop_gradient(scores_TX)
         for _ in range(self.choices):
             expert_T, one_hot_TE = self.highest(left_TE)
             experts.append(expert_T)
@@ -255,26 +255,26 @@ class GatedRouter(Router):
         weight_A = interleaved(weights)
         return interleaved(experts), interleaved(one_hots), weight_A, weight_A
 
-    def highest(self, scores_TO: Tensor) -> Tuple[Tensor, Tensor]:
+    def highest(self, scores_TX: Tensor) -> Tuple[Tensor, Tensor]:
         """Each token's option of the highest score, the first of several: int32 [T], and as ones
-        and zeros, fp32 [T, O]. No gradient.
+        and zeros, fp32 [T, X]. No gradient.
         """
-        option_T = ops.cast(ops.ArgMaxWithValue(-1)(scores_TO)[0], mstype.int32)
-        options_O = self.experts_E[: scores_TO.shape[1]]
-        one_hot_TO = ops.cast(ops.equal(ops.expand_dims(option_T, 1), options_O), mstype.float32)
-        return ops.stop_gradient(option_T), ops.stop_gradient(one_hot_TO)
+        option_T = ops.cast(ops.ArgMaxWithValue(-1)(scores_TX)[0], mstype.int32)
+        options_X = self.experts_E[: scores_TX.shape[1]]
+        one_hot_TX = ops.cast(ops.equal(ops.expand_dims(option_T, 1), options_X), mstype.float32)
+        return ops.stop_gradient(option_T), ops.stop_gradient(one_hot_TX)
 
     def scores_of(
         self, x_TD: Tensor, tokens_T: Tensor, domains_T: Tensor, noise: Noise, training: bool
     ) -> Tensor:
         """Scores before the bias of what each token may choose, far below all others for the rest,
-        fp32 [T, O]; no gradient. For the balancer (moe/balance.py); arguments as of `construct`.
+        fp32 [T, X]; no gradient. For the balancer (moe/balance.py); arguments as of `construct`.
         """
         logits_TE = self.logits(x_TD, noise, training)
-        scores_TO = self.scores(ops.softmax(self._allowed(logits_TE, tokens_T, domains_T), -1))
+        scores_TX = self.scores(ops.softmax(self._allowed(logits_TE, tokens_T, domains_T), -1))
         if self.two_level:
-            scores_TO = scores_TO + ops.gather(self.option_mask_JO, domains_T, 0)
-        return ops.stop_gradient(scores_TO)
+            scores_TX = scores_TX + ops.gather(self.option_mask_JX, domains_T, 0)
+        return ops.stop_gradient(scores_TX)
 
     def construct(
         self,
@@ -283,19 +283,19 @@ class GatedRouter(Router):
         domains_T: Tensor,
         noise: Noise,
         training: bool,
-        bias_O: Optional[Tensor] = None,
+        bias_X: Optional[Tensor] = None,
     ) -> RoutingPlan:
-        """As `Router.construct`. bias_O takes the place of the router's own, fp32."""
+        """As `Router.construct`. bias_X takes the place of the router's own, fp32."""
         logits_TE = self.logits(x_TD, noise, training)
         masked_TE = self._allowed(logits_TE, tokens_T, domains_T)
         probs_TE = ops.softmax(masked_TE, -1)
-        scores_TO = self.scores(probs_TE)
+        scores_TX = self.scores(probs_TE)
         if self.has_bias:
-            scores_TO = scores_TO + (self.bias if bias_O is None else bias_O)
+            scores_TX = scores_TX + (self.bias if bias_X is None else bias_X)
             if self.two_level:
-                scores_TO = scores_TO + ops.gather(self.option_mask_JO, domains_T, 0)
+                scores_TX = scores_TX + ops.gather(self.option_mask_JX, domains_T, 0)
         expert_A, one_hot_AE, weight_A, affinity_A = self.choose(
-            scores_TO, logits_TE, probs_TE, tokens_T, domains_T
+            scores_TX, logits_TE, probs_TE, tokens_T, domains_T
         )
         # A token's first assignment is its best.
         expert_T = expert_A[:: self.choices] if self.choices > 1 else expert_A

@@ -64,13 +64,13 @@ class LocalHashRouter(LocMoERouter, name="local_hash"):
 
     def choose(
         self,
-        scores_TO: Tensor,
+        scores_TX: Tensor,
         logits_TE: Tensor,
         probs_TE: Tensor,
         tokens_T: Tensor,
         domains_T: Tensor,
     ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-        _, one_hot_TG = self.highest(scores_TO)
+        _, one_hot_TG = self.highest(scores_TX)
         probability_T = ops.reduce_sum(self.scores(probs_TE) * one_hot_TG, 1)
         entry_TG = ops.cast(self.lookup(self.table, tokens_T, domains_T), probs_TE.dtype)
         expert_T = ops.cast(ops.reduce_sum(entry_TG * one_hot_TG, 1), self.experts_E.dtype)

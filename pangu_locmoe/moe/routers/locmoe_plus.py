@@ -50,7 +50,7 @@ class LocMoEPlusRouter(LocMoERouter, name="locmoe_plus"):
 
     def choose(
         self,
-        scores_TO: Tensor,
+        scores_TX: Tensor,
         logits_TE: Tensor,
         probs_TE: Tensor,
         tokens_T: Tensor,

@@ -2,7 +2,7 @@
 
 They are in the model's checkpoint: this policy has no state of its own.
 
-Letters: L MoE layers, N source nodes, E experts, J domains, O options of a router.
+Letters: L MoE layers, N source nodes, E experts, J domains, X options of a router.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Balance:
         self._routers = [layer.router for layer in stepper.model.moe_layers.values()]
         self._rate = RATE if config.moe.bias_rate is None else config.moe.bias_rate
         self._allowed_JE = allowed_experts(config)
-        self._options_EO = router_class(config).options(config)  # type: ignore[attr-defined]
+        self._options_EX = router_class(config).options(config)  # type: ignore[attr-defined]
 
     @staticmethod
     def wanted(config: Config) -> bool:
@@ -58,11 +58,11 @@ class Balance:
         return None
 
     def _next(self, layer: int, router: Any, result: StepResult) -> np.ndarray:
-        if result.bias_LO is not None:
-            return result.bias_LO[layer]
+        if result.bias_LX is not None:
+            return result.bias_LX[layer]
         load_E = result.load_LNE[layer].sum(axis=0)
         allowed_JE = self._allowed_JE  # each expert is in one domain's group, or all in all
         group_load_J = allowed_JE @ load_E / allowed_JE.sum(axis=1)
         due_E = group_load_J[allowed_JE.argmax(axis=0)]
-        change_O = np.sign((due_E - load_E) @ self._options_EO)
-        return (router.bias.asnumpy() + self._rate * change_O).astype(np.float32)
+        change_X = np.sign((due_E - load_E) @ self._options_EX)
+        return (router.bias.asnumpy() + self._rate * change_X).astype(np.float32)

@@ -37,7 +37,7 @@ class StepResult:
     traffic: what all ranks exchanged; None in a single process.
     spans: what each rank did when, in the step of trace.timeline.
     loads_ILNE: load_LNE of each micro-batch; None: of the only one.
-    bias_LO: the routers' biases that evened the load of the last micro-batch, fp32; None without
+    bias_LX: the routers' biases that evened the load of the last micro-batch, fp32; None without
         moe.balance: quantile.
     """
 
@@ -52,7 +52,7 @@ class StepResult:
     traffic: Optional[Ledger] = None
     spans: Optional[List[List[Span]]] = None
     loads_ILNE: Optional[np.ndarray] = None
-    bias_LO: Optional[np.ndarray] = None
+    bias_LX: Optional[np.ndarray] = None
 
 
 def step_result(
@@ -101,7 +101,7 @@ def step_result(
         skipped=skipped,
         unrouted=float(replicas["unrouted"].mean()) if "unrouted" in replicas else None,
         traffic=traffic,
-        bias_LO=stats[-1].get("bias_LO"),  # the same on all ranks
+        bias_LX=stats[-1].get("bias_LX"),  # the same on all ranks
         loads_ILNE=np.stack([s["load_LNE"] for s in stats]) if sparse else None,
     )
 

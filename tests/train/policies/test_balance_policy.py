@@ -14,17 +14,17 @@ from pangu_locmoe.train.policies.balance import RATE, Balance
 OPTIONS = {"locmoe": 4, "local_hash": 2}
 
 
-def policy_of(bias_O, **moe):
+def policy_of(bias_X, **moe):
     """The policy, and the one layer's router."""
     config = small_config(moe={"balance": "bias", **moe}, parallel={"nodes": 2})
-    router = SimpleNamespace(bias=Parameter(Tensor(np.asarray(bias_O, np.float32)), name="bias"))
+    router = SimpleNamespace(bias=Parameter(Tensor(np.asarray(bias_X, np.float32)), name="bias"))
     model = SimpleNamespace(moe_layers={"blocks.1.moe": SimpleNamespace(router=router)})
     assert Balance.wanted(config)
     return Balance(config, SimpleNamespace(model=model)), router
 
 
-def result(load_NE, bias_LO=None, skipped=False):
-    return SimpleNamespace(load_LNE=np.asarray([load_NE]), bias_LO=bias_LO, skipped=skipped)
+def result(load_NE, bias_LX=None, skipped=False):
+    return SimpleNamespace(load_LNE=np.asarray([load_NE]), bias_LX=bias_LX, skipped=skipped)
 
 
 def after(policy, router, *arguments, **keywords):
@@ -34,8 +34,8 @@ def after(policy, router, *arguments, **keywords):
 
 def test_a_bias_moves_by_its_rate_towards_the_mean_load():
     policy, router = policy_of([0.5, 0, 0, 0], bias_rate=0.25)
-    bias_O = after(policy, router, [[9, 4, 3, 0], [3, 4, 1, 8]])
-    np.testing.assert_array_equal(bias_O, [0.25, 0, 0.25, 0])  # 12, 8, 4, 8: the mean is 8
+    bias_X = after(policy, router, [[9, 4, 3, 0], [3, 4, 1, 8]])
+    np.testing.assert_array_equal(bias_X, [0.25, 0, 0.25, 0])  # 12, 8, 4, 8: the mean is 8
 
 
 def test_the_rate_is_deepseeks_where_none_is_given():
@@ -59,7 +59,7 @@ def test_a_node_groups_load_is_that_of_its_experts():
 def test_what_a_step_found_is_kept(router):
     found = np.arange(OPTIONS[router], dtype=np.float32)
     policy, layer = policy_of(np.zeros_like(found), router=router, balance="quantile")
-    np.testing.assert_array_equal(after(policy, layer, [[1, 1, 1, 1]], bias_LO=found[None]), found)
+    np.testing.assert_array_equal(after(policy, layer, [[1, 1, 1, 1]], bias_LX=found[None]), found)
 
 
 def test_a_step_that_fp16_skipped_changes_nothing():
