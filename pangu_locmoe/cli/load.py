@@ -24,18 +24,35 @@ def add_load_verbs(verbs: Any, add: Add) -> None:
         verbs,
         "import",
         _import,
-        (
-            "bring a routing trace (.jsonl) or a table of loads (.csv), either of them .gz, "
-            "into a trace"
-        ),
+        ("bring a routing trace, a table of loads or a serving engine's dump of them into a trace"),
     )
-    verb.add_argument("file", type=Path, metavar="FILE")
+    verb.add_argument(
+        "files",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="one, or those that belong together: of several ranks or moments",
+    )
+    verb.add_argument(
+        "--format",
+        choices=("megatron", "csv", "sglang", "sglang-csv", "vllm", "vllm-ascend", "huggingface"),
+        help="of the files (told by them)",
+    )
     verb.add_argument("--output", type=Path, required=True, help="the trace, an .npz")
     verb.add_argument(
         "--num-experts", type=int, help="experts of each layer (the largest index + 1)"
     )
     verb.add_argument(
         "--ranks-per-node", type=int, default=1, help="consecutive ranks that are one node (1)"
+    )
+    verb.add_argument(
+        "--top-k", type=int, metavar="K", help="huggingface: experts that a token has"
+    )
+    verb.add_argument(
+        "--expert-map",
+        type=Path,
+        metavar="expert_map.json",
+        help="vllm-ascend: where experts were (in order)",
     )
 
     verb = add(
@@ -133,8 +150,8 @@ def add_load_verbs(verbs: Any, add: Add) -> None:
     verb.add_argument(
         "--current",
         type=Path,
-        metavar="PLAN.json",
-        help="the placement there is (experts in order)",
+        metavar="PLAN",
+        help="the placement there is, in any format of --format (experts in order)",
     )
     verb.add_argument(
         "--while-transient",
@@ -149,7 +166,13 @@ def add_load_verbs(verbs: Any, add: Add) -> None:
     verb.add_argument(
         "--link-bytes-per-second", type=float, help="of one node's link, each direction (1.25e10)"
     )
-    verb.add_argument("--output", type=Path, required=True, metavar="PLAN.json")
+    verb.add_argument(
+        "--format",
+        choices=("pangu-locmoe", "vllm-ascend", "sglang", "eplb"),
+        default="pangu-locmoe",
+        help="of the output; all but the first hold the placement alone (pangu-locmoe)",
+    )
+    verb.add_argument("--output", type=Path, required=True, metavar="PLAN")
     verb.add_argument("--json", action="store_true", help="print JSON")
 
     verb = add(
@@ -181,7 +204,14 @@ def _import(options: argparse.Namespace) -> int:
     from pangu_locmoe.expert_load.importing import import_trace
     from pangu_locmoe.expert_load.trace import write_trace
 
-    trace = import_trace(options.file, options.num_experts, options.ranks_per_node)
+    trace = import_trace(
+        options.files,
+        options.num_experts,
+        options.ranks_per_node,
+        options.format,
+        options.top_k,
+        options.expert_map,
+    )
     try:
         write_trace(options.output, trace)
     except OSError as error:
@@ -279,7 +309,12 @@ def _format_forecast(found: Dict[str, Any]) -> str:
 
 def _place(options: argparse.Namespace) -> int:
     from pangu_locmoe.expert_load.forecast import mean_share
-    from pangu_locmoe.expert_load.placement import Costs, load_plan, place_trace, save_plan
+    from pangu_locmoe.expert_load.placement import (
+        Costs,
+        load_placement,
+        place_trace,
+        save_placement,
+    )
     from pangu_locmoe.expert_load.state import states
 
     given = {
@@ -300,10 +335,10 @@ def _place(options: argparse.Namespace) -> int:
         options.copies,
         options.origin,
         options.horizon,
-        None if options.current is None else load_plan(options.current).expert_of_slot_LP,
+        None if options.current is None else load_placement(options.current).expert_of_slot_LP,
         None if options.while_transient else lambda past: states(past).told,
     )
-    save_plan(plan, options.output)
+    save_placement(plan, options.output, options.format)
     print(json_text(plan.to_dict()) if options.json else plan.format())
     return 0
 

@@ -222,7 +222,7 @@ def _checked(arrays: dict[str, NDArray[Any]]) -> Trace:
         raise DataError(
             f"source has shape {source}, load has {load}; expected [rows, layers, nodes, experts]"
         )
-    counts = {name: _integers(name, array) for name, array in arrays.items()}
+    counts = {name: whole_counts(name, array) for name, array in arrays.items()}
     if (np.diff(counts["step"]) <= 0).any():
         raise DataError("steps do not rise")
     if source is not None and (counts["source"].sum(axis=2) != counts["load"]).any():
@@ -232,7 +232,7 @@ def _checked(arrays: dict[str, NDArray[Any]]) -> Trace:
     )
 
 
-def _integers(name: str, array: NDArray[Any]) -> NDArray[Any]:
+def whole_counts(name: str, array: NDArray[Any]) -> NDArray[Any]:
     """The array as it is if its type is a signed integer of 32 or 64 bits, else as int64."""
     if array.dtype.kind not in "iuf":
         raise DataError(f"{name} holds {array.dtype}, not counts")

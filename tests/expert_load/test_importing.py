@@ -239,7 +239,7 @@ def test_any_other_content_is_one_line(tmp_path, name, content, capsys):
 
 
 def test_a_line_without_an_end_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("pangu_locmoe.expert_load.importing.LARGEST_LINE", 2**20)
+    monkeypatch.setattr("pangu_locmoe.expert_load.importing.lines.LARGEST_LINE", 2**20)
     with pytest.raises(DataError, match="line 2: is longer than 1 MiB"):
         import_trace(write(tmp_path / "a.jsonl.gz", lines(line()) + "x" * 2**22))
 
@@ -293,7 +293,7 @@ def test_too_large_a_table_is_refused_before_it_is_made(tmp_path, monkeypatch):
         )
     assert tracemalloc.get_traced_memory()[1] < 5e6
     tracemalloc.stop()
-    monkeypatch.setattr("pangu_locmoe.expert_load.importing.LARGEST_TRACE", 100)
+    monkeypatch.setattr("pangu_locmoe.expert_load.importing.counts.LARGEST_TRACE", 100)
     with pytest.raises(
         DataError, match="line 12: 11 rows of 1 nodes and 10 experts are more than 100 counts"
     ):

@@ -2,11 +2,19 @@
 
 costs.py says what a placement costs; eplb.py balances by load alone; locality.py (starts.py,
 search.py, exchange.py, problem.py) lowers the cost; plan.py joins a placement with its figures,
-reading.py reads it from a file, from_trace.py makes one from a recorded trace.
+reading.py reads it from a file, formats.py writes and reads the files of serving engines,
+from_trace.py makes one from a recorded trace.
 """
 
 from pangu_locmoe.expert_load.placement.costs import Costs, Evaluation, evaluate
 from pangu_locmoe.expert_load.placement.eplb import rebalance
+from pangu_locmoe.expert_load.placement.formats import (
+    FORMATS,
+    PLAN,
+    Placement,
+    load_placement,
+    save_placement,
+)
 from pangu_locmoe.expert_load.placement.from_trace import first_placement, place_trace
 from pangu_locmoe.expert_load.placement.locality import place_by_locality
 from pangu_locmoe.expert_load.placement.plan import (
@@ -19,18 +27,23 @@ from pangu_locmoe.expert_load.placement.plan import (
 from pangu_locmoe.expert_load.placement.reading import load_plan, read_plan
 
 __all__ = [
+    "FORMATS",
+    "PLAN",
     "POLICIES",
     "Costs",
     "Evaluation",
     "Figures",
+    "Placement",
     "PlacementPlan",
     "evaluate",
     "first_placement",
+    "load_placement",
     "load_plan",
     "place_by_locality",
     "place_trace",
     "plan",
     "read_plan",
     "rebalance",
+    "save_placement",
     "save_plan",
 ]

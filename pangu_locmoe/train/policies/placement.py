@@ -18,7 +18,7 @@ from mindspore import dtype as mstype
 from pangu_locmoe.config import Config
 from pangu_locmoe.errors import DataError
 from pangu_locmoe.expert_load.forecast import mean_share
-from pangu_locmoe.expert_load.placement import Costs, PlacementPlan, load_plan, place_trace
+from pangu_locmoe.expert_load.placement import Costs, PlacementPlan, load_placement, place_trace
 from pangu_locmoe.expert_load.placement.plan import FILE_KEY
 from pangu_locmoe.expert_load.state import states
 from pangu_locmoe.expert_load.trace import Trace
@@ -103,18 +103,19 @@ def starting_expert_of_slot(config: Config) -> np.ndarray:
         return np.asarray(start)
     assert start is not None
     try:
-        plan = load_plan(Path(start))
+        placement = load_placement(Path(start))
     except DataError as error:
         raise DataError(f"placement.start = {start!r}: {error}") from None
-    has = (*plan.expert_of_slot_LP.shape, plan.nodes * plan.ranks_per_node)
     needs = (model.num_moe_layers, moe.num_experts, config.parallel.expert_parallel)
+    ranks = needs[2] if placement.num_ranks is None else placement.num_ranks
+    has = (*placement.expert_of_slot_LP.shape, ranks)
     if has != needs:
         (layers, slots, ranks), (own_layers, own_slots, own_ranks) = has, needs
         raise DataError(
             f"placement.start = {start!r}: the plan has {layers} layers of {slots} slots "
             f"on {ranks} ranks, the run {own_layers} of {own_slots} on {own_ranks}"
         )
-    return plan.expert_of_slot_LP
+    return placement.expert_of_slot_LP
 
 
 def plan_placement(
