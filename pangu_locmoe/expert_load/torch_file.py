@@ -101,10 +101,11 @@ def read_torch(path: Path) -> Any:
     is, by its name. Raises OSError.
     """
     with path.open("rb") as file:
-        if file.read(2) != b"PK":
-            raise DataError(
-                "not a zip archive as torch.save writes it: damaged, or from before PyTorch 1.6"
-            )
+        head = file.read(2)
+    if head == b"\x80\x02":
+        raise DataError("is in torch.save's format of before PyTorch 1.6: save it again, as a zip")
+    if head != b"PK":
+        raise DataError("not a zip archive as torch.save writes it")
     try:
         with zipfile.ZipFile(path) as archive:
             return _Reader(_Members(archive, path.stat().st_size)).load()
@@ -220,8 +221,11 @@ def _rebuild(
         writeable=False,
     )
     if code == BFLOAT16:
-        return (view_X.astype(np.uint32) << 16).view(np.float32)
-    return view_X.astype(packed.newbyteorder("="), copy=False)
+        tensor_X = (view_X.astype(np.uint32) << 16).view(np.float32)
+    else:
+        tensor_X = view_X.astype(packed.newbyteorder("="), copy=False)
+    tensor_X.flags.writeable = False
+    return tensor_X
 
 
 def _rebuild_with_dtype(*arguments: Any) -> NDArray[Any]:

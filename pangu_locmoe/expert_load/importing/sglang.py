@@ -10,7 +10,10 @@ Modes `per_pass` and `per_token`, one file for each rank:
                   "global_physical_count": int [layers, slots]}, ...],
      "last_physical_to_logical_map": int [layers, slots]}
 Older files of `per_token` have topk_ids_of_layer [layers, tokens, choices], slots or -1, instead of
-the counts. Layers are all hidden layers of the model; dense ones have no tokens.
+the counts. What the reader of SGLang's EPLB simulator makes of all ranks' files is read too:
+    {"global_physical_count_of_forward_pass": int [passes, layers, slots],
+     "forward_pass_ids": [7, ...], "last_physical_to_logical_map": int [layers, slots]}
+Layers are all hidden layers of the model; dense ones have no tokens.
 
 A rank counts the tokens that it routes, which then come from its node; behind DeepEP's low latency
 it counts those that its own slots receive, and nothing is known of their nodes.
@@ -45,6 +48,7 @@ from pangu_locmoe.expert_load.trace import LARGEST, Trace
 
 MAPS = ("last_physical_to_logical_map", "physical_to_logical_map")
 AXES = ("passes", "layers", "experts")
+SIMULATOR = "global_physical_count_of_forward_pass"
 
 
 @dataclass(frozen=True)
@@ -80,11 +84,25 @@ def _content(path: Path) -> dict[Any, Any]:
     content = read_torch(path)
     if not isinstance(content, dict):
         raise DataError(f"holds a {type(content).__name__}, not what the recorder dumps")
+    if SIMULATOR in content:
+        return {**content, "records": _simulated(content)}
     if "logical_count" not in content and "records" not in content:
         raise DataError(
             f"has neither logical_count nor records, has {', '.join(map(str, content))[:80]}"
         )
     return content
+
+
+def _simulated(content: dict[Any, Any]) -> list[dict[str, Any]]:
+    """The simulator's table as records of one rank."""
+    count_WLP = array_of(SIMULATOR, content[SIMULATOR], ("passes", "layers", "slots"))
+    numbers = content.get("forward_pass_ids")
+    if not isinstance(numbers, list) or len(numbers) != len(count_WLP):
+        raise DataError(f"forward_pass_ids must be a list of {len(count_WLP)} integers")
+    return [
+        {"forward_pass_id": number, "global_physical_count": count_LP}
+        for number, count_LP in zip(numbers, count_WLP)
+    ]
 
 
 def _summed(files: Sequence[Path], contents: list[dict[Any, Any]], options: Options) -> Trace:
