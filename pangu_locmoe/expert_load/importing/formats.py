@@ -92,7 +92,7 @@ def import_trace(
         if given and field.name not in ("num_experts", *chosen.takes):
             users = [other for other, known in FORMATS.items() if field.name in known.takes]
             raise DataError(
-                f"{files[0]}: {field.name} is for {' and '.join(users)}, the format is {name}"
+                f"{files[0]}: {field.name} is for {', '.join(users)}, the format is {name}"
             )
     return chosen.read(files, options)
 

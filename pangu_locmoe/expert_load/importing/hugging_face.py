@@ -100,7 +100,9 @@ def _arrays(path: Path) -> dict[str, NDArray[Any]]:
         if size > LARGEST_ARRAYS:
             raise DataError(f"unpacks to {size} bytes, more than {LARGEST_ARRAYS}")
         with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
+            found = {name: arrays[name] for name in arrays.files}
+            # a member that is no .npy is bytes
+            return {name: value for name, value in found.items() if isinstance(value, np.ndarray)}
     except (DataError, OSError):
         raise
     except Exception as error:  # a damaged archive can raise almost anything

@@ -53,21 +53,17 @@ def read(files: Sequence[Path], options: Options) -> Trace:
         with naming(path):
             for where, snapshot, model in _snapshots(path):
                 step, load_LE = _load(where, snapshot, model, options)
-                known = found.setdefault(step, load_LE)
-                if known.shape[0] != load_LE.shape[0]:
-                    raise DataError(f"{where} has {len(load_LE)} layers, earlier {len(known)}")
-                if not _same(known, load_LE):
+                first = next(iter(found.values()), load_LE)
+                if load_LE.shape != first.shape:
+                    raise DataError(
+                        f"{where} has layers and experts {list(load_LE.shape)}, "
+                        f"the first snapshot {list(first.shape)}"
+                    )
+                if (found.setdefault(step, load_LE) != load_LE).any():
                     raise DataError(f"{where}: step {step} is there twice, with different loads")
     with naming(files[0]):
-        experts = {load_LE.shape[1] for load_LE in found.values()}
-        if len(experts) > 1 or len({len(load_LE) for load_LE in found.values()}) > 1:
-            raise DataError(f"snapshots differ in layers or experts: {sorted(experts)} experts")
         load_WLE = np.stack(list(found.values()))
         return trace_of(list(found), load_WLE[:, :, None], sourced=False)
-
-
-def _same(first: Ints, second: Ints) -> bool:
-    return first.shape == second.shape and bool((first == second).all())
 
 
 def _snapshots(path: Path) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
