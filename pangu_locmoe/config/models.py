@@ -505,7 +505,7 @@ class PlacementConfig(Section):
         None,
         description=(
             "where experts are at first: for each sparse layer the expert of every slot, or "
-            "the file of a plan of `load place`; null: in order"
+            "the file of a plan of `load place`, in any of its formats; null: in order"
         ),
     )
     policy: Literal["off", "locality", "eplb"] = Field(

@@ -489,8 +489,9 @@ def test_hugging_face_router_logits_in_every_shape(tmp_path):
     both = [tmp_path / "a.npz", tmp_path / "b.npz"]
     assert import_trace(both, top_k=2).step_W.tolist() == [0, 1]
     assert import_trace(both, top_k=4, num_experts=5).load_WLE[1].tolist() == [[10] * 4 + [0]] * 3
-    np.savez(tmp_path / "t.npz", router_logits=np.zeros((1, 2, 3)))  # ties
-    assert import_trace(tmp_path / "t.npz", top_k=2).load_WLE.tolist() == [[[2, 2, 0]]]
+    ties = {"router_logits": np.zeros((1, 2, 3)), "num_experts_per_tok": 2}
+    np.savez(tmp_path / "t.npz", **ties)
+    assert import_trace(tmp_path / "t.npz").load_WLE.tolist() == [[[2, 2, 0]]]
 
 
 def test_hugging_face_files_that_are_none(tmp_path):
@@ -500,7 +501,11 @@ def test_hugging_face_files_that_are_none(tmp_path):
         with pytest.raises(DataError, match=rf"^{file}: .*{words}"):
             import_trace(file, top_k=top_k)
 
-    refused("need top_k", top_k=None, router_logits=np.ones((1, 2, 3)))
+    logits = np.ones((1, 2, 3))
+    refused("need top_k", top_k=None, router_logits=logits)
+    refused("num_experts_per_tok is 1, top_k says 2", router_logits=logits, num_experts_per_tok=1)
+    for wrong in (0, 1.5, [1]):
+        refused("must be a whole number", None, router_logits=logits, num_experts_per_tok=wrong)
     refused("has 3 experts, fewer than top_k 4", top_k=4, router_logits=np.ones((1, 2, 3)))
     refused("must be floating-point logits, is int64", router_logits=np.ones((1, 2, 3), int))
     refused("holds NaN", router_logits=np.full((1, 2, 3), np.nan))

@@ -11,11 +11,13 @@ import pytest
 from pangu_locmoe.config import parse_config
 from pangu_locmoe.errors import DataError
 from pangu_locmoe.expert_load.placement import (
+    FORMATS,
     Costs,
     load_plan,
     place_trace,
     plan,
     read_plan,
+    save_placement,
     save_plan,
 )
 from pangu_locmoe.expert_load.trace import Trace, read_trace
@@ -230,10 +232,11 @@ def job_config(start: object, **changed: int):
     )
 
 
-def test_a_job_begins_where_a_plan_has_its_experts(tmp_path):
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_job_begins_where_a_plan_has_its_experts(tmp_path, format):
     result = place_trace(made_up(), 2, 2, COSTS, recent_mean)
     file = tmp_path / "plan.json"
-    save_plan(result, file)
+    save_placement(result, file, format)
     found_LE = starting_expert_of_slot(job_config(str(file)))
     np.testing.assert_array_equal(found_LE, result.expert_of_slot)
     assert (found_LE != np.arange(8)).any()
@@ -262,6 +265,9 @@ def test_a_plan_with_replicas_or_no_plan_is_refused(tmp_path):
     file = tmp_path / "plan.json"
     save_plan(place_trace(made_up(), 2, 2, COSTS, recent_mean, copies=4), file)
     with pytest.raises(DataError, match="the plan has 2 layers of 12 slots"):
+        starting_expert_of_slot(job_config(str(file)))
+    file.write_text('{"physical_to_logical_map": ' + str([[0, 1, 2, 3, 0, 1, 2, 3]] * 2) + "}")
+    with pytest.raises(DataError, match="the plan has 4 experts in 8 slots, the run 8 experts"):
         starting_expert_of_slot(job_config(str(file)))
     absent = tmp_path / "absent.json"
     with pytest.raises(

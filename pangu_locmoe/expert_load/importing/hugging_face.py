@@ -4,8 +4,8 @@
 layer. Either one array `router_logits` [layers, ..., experts], which is also what an only array of
 another name is, or one array [..., experts] for each layer, whose name ends in the layer's number, as np.savez(file, *arrays) writes them (arr_0, ...)
 or with names of one's own (router_logits_0, layer_0, ...). Other arrays are ignored. Every file is
-one step, in the order given. The k of the model, num_experts_per_tok in its config.json, is not in
-the file: it is `top_k`. Ties go to the lower expert. Routers that choose by anything else than
+one step, in the order given. The k of the model is `top_k`, or a number num_experts_per_tok in the
+file, as the model's config.json calls it. Ties go to the lower expert. Routers that choose by anything else than
 the largest logits (groups of experts, a bias) are not told by logits.
 
 Letters: W files, L layers, E experts, T tokens, K choices.
@@ -28,21 +28,18 @@ from pangu_locmoe.expert_load.importing.limits import LARGEST_ARRAYS, Options, n
 from pangu_locmoe.expert_load.trace import Trace
 
 NAME = "router_logits"
+TOP_K = ("num_experts_per_tok", "top_k")
 NUMBERED = re.compile(r"(?:.*\D)?(\d{1,9})$", re.ASCII)
 BLOCK = 2**16  # tokens whose experts are chosen at once
 
 
 def read(files: Sequence[Path], options: Options) -> Trace:
     """A row for each file. Raises DataError that names the file and the array."""
-    if options.top_k is None:
-        raise DataError(
-            f"{files[0]}: router logits need top_k, the experts of a token (--top-k; "
-            "num_experts_per_tok in the model's config.json)"
-        )
     loads: list[Ints] = []
     for path in files:
         with naming(path):
-            loads.append(_load(path, options.top_k))
+            arrays = _arrays(path)
+            loads.append(_load(arrays, _top_k(arrays, options.top_k)))
             if loads[-1].shape != loads[0].shape:
                 raise DataError(
                     f"has layers and experts {list(loads[-1].shape)}, "
@@ -56,17 +53,31 @@ def read(files: Sequence[Path], options: Options) -> Trace:
         return trace_of(range(len(loads)), load_WLE[:, :, None], sourced=False)
 
 
-def _load(path: Path, top_k: int) -> Ints:
+def _top_k(found: dict[str, NDArray[Any]], told: int | None) -> int:
+    """What the user says, or the file. Raises DataError: neither does, or they differ."""
+    kept = [found[name] for name in TOP_K if name in found]
+    if kept and (kept[0].shape != () or kept[0].dtype.kind not in "iu" or kept[0] < 1):
+        raise DataError("num_experts_per_tok must be a whole number of at least 1")
+    if kept and told not in (None, int(kept[0])):
+        raise DataError(f"num_experts_per_tok is {kept[0]}, top_k says {told}")
+    if told is None and not kept:
+        raise DataError(
+            "router logits need top_k, the experts of a token (--top-k; num_experts_per_tok in "
+            "the model's config.json)"
+        )
+    return int(kept[0]) if told is None else told
+
+
+def _load(found: dict[str, NDArray[Any]], top_k: int) -> Ints:
     """Tokens of each expert, int64 [L, E]."""
-    rows = [_counted(name, logits, top_k) for name, logits in _layers(path)]
+    rows = [_counted(name, logits, top_k) for name, logits in _layers(found)]
     if len({len(row) for row in rows}) > 1:
         raise DataError(f"layers differ in experts: {[len(row) for row in rows][:8]}")
     return np.stack(rows)
 
 
-def _layers(path: Path) -> list[tuple[str, NDArray[Any]]]:
+def _layers(found: dict[str, NDArray[Any]]) -> list[tuple[str, NDArray[Any]]]:
     """Logits [..., E] of each layer, by name."""
-    found = _arrays(path)
     scores = {name: array for name, array in found.items() if _is_logits(array)}
     whole = NAME if NAME in found else next(iter(scores), NAME)
     if NAME in found or len(scores) == 1:

@@ -109,11 +109,18 @@ def starting_expert_of_slot(config: Config) -> np.ndarray:
     needs = (model.num_moe_layers, moe.num_experts, config.parallel.expert_parallel)
     ranks = needs[2] if placement.num_ranks is None else placement.num_ranks
     has = (*placement.expert_of_slot_LP.shape, ranks)
+    own_layers, own_slots, own_ranks = needs
     if has != needs:
-        (layers, slots, ranks), (own_layers, own_slots, own_ranks) = has, needs
+        layers, slots, ranks = has
         raise DataError(
             f"placement.start = {start!r}: the plan has {layers} layers of {slots} slots "
             f"on {ranks} ranks, the run {own_layers} of {own_slots} on {own_ranks}"
+        )
+    experts = int(placement.expert_of_slot_LP.max()) + 1
+    if experts != moe.num_experts:  # as many slots, some of them for copies
+        raise DataError(
+            f"placement.start = {start!r}: the plan has {experts} experts in "
+            f"{own_slots} slots, the run {moe.num_experts} experts"
         )
     return placement.expert_of_slot_LP
 
