@@ -337,6 +337,7 @@ def _place(options: argparse.Namespace) -> int:
         options.horizon,
         None if options.current is None else load_placement(options.current).expert_of_slot_LP,
         None if options.while_transient else lambda past: states(past).told,
+        one_copy_per_rank=options.format == "vllm-ascend",
     )
     save_placement(plan, options.output, options.format)
     print(json_text(plan.to_dict()) if options.json else plan.format())

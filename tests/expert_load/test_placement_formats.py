@@ -20,6 +20,7 @@ from pangu_locmoe.expert_load.placement import (
     rebalance,
     save_placement,
 )
+from pangu_locmoe.expert_load.placement.spread import spread_copies
 from pangu_locmoe.expert_load.trace import Trace, write_trace
 
 # EPLB's published example
@@ -63,6 +64,38 @@ def test_what_the_engines_read(tmp_path):
     assert lists["phy2log"] == PLACED == phy2log.tolist() and lists["logcnt"] == logcnt.tolist()
     assert np.sort(lists["log2phy"]).tolist() == np.sort(log2phy).tolist()
     assert lists["log2phy"][0][5] == [0, 2] and lists["log2phy"][0][0] == [12, -1]
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_no_rank_holds_an_expert_twice_where_that_is_asked(data):
+    """From any placement: every expert stays, and what was apart stays as it is."""
+    nodes, per_node, room = (data.draw(st.integers(1, most)) for most in (2, 3, 4))
+    ranks = nodes * per_node
+    experts = data.draw(st.integers(room, ranks * room))
+    random = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    copies = random.integers(0, experts, (3, ranks * room - experts))
+    placement_LP = np.concatenate([np.tile(np.arange(experts), (3, 1)), copies], axis=1)
+    placement_LP = random.permuted(placement_LP, axis=1)
+    load_LE = random.integers(0, 100, (3, experts))
+    spread_LP = spread_copies(placement_LP, load_LE, ranks, nodes)
+    for before_P, after_P in zip(placement_LP, spread_LP):
+        assert set(after_P) == set(range(experts))
+        assert all(len(set(block)) == room for block in after_P.reshape(ranks, room))
+        if all(len(set(block)) == room for block in before_P.reshape(ranks, room)):
+            assert (before_P == after_P).all()
+    again_LP = spread_copies(spread_LP, load_LE, ranks, nodes)
+    np.testing.assert_array_equal(again_LP, spread_LP)
+
+
+def test_a_second_copy_goes_to_the_node_and_the_load_that_are_nearest():
+    load_LE = np.array([[8, 4, 5, 9, 4, 4]])
+    placement_LP = np.array([[0, 0, 1, 2, 3, 4, 5, 4]])  # ranks of two slots, nodes of two ranks
+    spread_LP = spread_copies(placement_LP, load_LE, 4, 2)
+    assert spread_LP.tolist() == [[0, 1, 0, 2, 3, 4, 5, 4]]
+    # Three copies for two ranks: the third becomes one of the hottest that its rank lacks.
+    spread_LP = spread_copies(np.array([[0, 0, 0, 1, 2, 3]]), np.array([[9, 5, 1, 7]]), 2, 1)
+    assert spread_LP.tolist() == [[0, 1, 3, 0, 2, 3]]
 
 
 @given(st.data())
@@ -203,10 +236,11 @@ def test_a_plan_that_an_engine_cannot_load_leaves_no_file(tmp_path, capsys):
     output = tmp_path / "expert_map.json"
     command = ["load", "place", str(tmp_path / "row.npz"), "--policy", "eplb", "--nodes", "1"]
     command += ["--ranks-per-node", "1", "--copies", "1", "--output", str(output)]
+    # One rank of four slots for three experts: there is no other way.
     assert main([*command, "--format", "vllm-ascend"]) == 2
     said = capsys.readouterr()
     assert said.out == "" and said.err == (
         "pangu-locmoe: layer 0, rank 0: two copies of expert 0 on one rank, which vllm-ascend "
-        "cannot load; give other copies or another policy\n"
+        "cannot load; give fewer copies\n"
     )
     assert not output.exists()

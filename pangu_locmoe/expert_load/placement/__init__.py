@@ -1,7 +1,7 @@
 """Where experts and their copies go. NumPy only.
 
 costs.py says what a placement costs; eplb.py balances by load alone; locality.py (starts.py,
-search.py, exchange.py, problem.py) lowers the cost; plan.py joins a placement with its figures,
+search.py, exchange.py, problem.py) lowers the cost; spread.py parts copies; plan.py joins a placement with its figures,
 reading.py reads it from a file, formats.py writes and reads the files of serving engines,
 from_trace.py makes one from a recorded trace.
 """

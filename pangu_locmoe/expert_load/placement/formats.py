@@ -3,7 +3,7 @@
 vllm-ascend, expert_map.json (`expert_map_path`): layer by layer and device by device
     {"moe_layer_count": 1, "layer_list": [{"layer_id": 0, "device_count": 2, "device_list":
      [{"device_id": 0, "device_expert": [0, 2]}, {"device_id": 1, "device_expert": [1, 3]}]}]}
-It goes by the order of the lists; a device cannot hold an expert twice.
+It goes by the order of the lists; a device cannot hold an expert twice (spread.py).
 
 SGLang, --init-expert-location, .json or .pt, with no other key:
     {"physical_to_logical_map": [[0, 2, 1, 3]]}
@@ -88,7 +88,7 @@ def vllm_ascend_map(expert_of_slot_LP: Ints, num_ranks: int) -> Dict[str, Any]:
             if twice:
                 raise DataError(
                     f"layer {layer}, rank {rank}: two copies of expert {twice[0]} on one rank, "
-                    "which vllm-ascend cannot load; give other copies or another policy"
+                    "which vllm-ascend cannot load; give fewer copies"
                 )
             devices.append({"device_id": rank, "device_expert": experts})
         layers.append({"layer_id": layer, "device_count": num_ranks, "device_list": devices})

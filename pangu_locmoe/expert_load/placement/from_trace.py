@@ -48,6 +48,7 @@ def place_trace(
     current: Optional[Ints] = None,
     stable_from: Optional[StableFrom] = None,
     min_gain: Optional[float] = None,
+    one_copy_per_rank: bool = False,
 ) -> PlacementPlan:
     """Plan for the steps from the origin on, from the rows before it.
 
@@ -58,7 +59,7 @@ def place_trace(
         costs: prices; their horizon is replaced by `horizon`.
         forecast_share: (trace of the past, origin, horizon) -> expected mean share of each expert,
             [L, E]; `auto`'s forecast.
-        policy, groups, min_gain: as in `plan`.
+        policy, groups, min_gain, one_copy_per_rank: as in `plan`.
         copies: spare slots of each layer over all ranks.
         origin: first step of the horizon; None: the step after the trace.
         horizon: steps.
@@ -119,7 +120,16 @@ def place_trace(
             for step, factor in zip(found, spare)
         ]
     result = plan(
-        load_LNE, ranks_per_node, current, costs, policy, num_slots, groups, min_gain, factors
+        load_LNE,
+        ranks_per_node,
+        current,
+        costs,
+        policy,
+        num_slots,
+        groups,
+        min_gain,
+        factors,
+        one_copy_per_rank=one_copy_per_rank,
     )
     result = replace(result, origin=origin, horizon=horizon, notes=notes)
     if stable_from is not None and found is None:
@@ -142,6 +152,7 @@ def place_trace(
         min_gain,
         factors,
         starts=(result.expert_of_slot_LP,),
+        one_copy_per_rank=one_copy_per_rank,
     )
     return _with_recorded(result, current, oracle, actual_LNE)
 

@@ -24,6 +24,7 @@ from pangu_locmoe.expert_load.placement.costs import (
 )
 from pangu_locmoe.expert_load.placement.eplb import rebalance
 from pangu_locmoe.expert_load.placement.locality import place_by_locality
+from pangu_locmoe.expert_load.placement.spread import spread_copies
 from pangu_locmoe.expert_load.placement.starts import extend
 from pangu_locmoe.expert_load.state import STABLE, TRANSIENT
 from pangu_locmoe.files import json_text, write_atomic
@@ -174,6 +175,7 @@ def plan(
     min_gain: Optional[float] = None,
     capacity_factor: Optional[Sequence[Optional[float]]] = None,
     starts: Sequence[Ints] = (),
+    one_copy_per_rank: bool = False,
 ) -> PlacementPlan:
     """Plan from an expected load: what `place_trace` and a training run call.
 
@@ -192,6 +194,8 @@ def plan(
         capacity_factor: of each layer that is transient, else None; a transient layer keeps its
             placement.
         starts: further placements for locality to start from.
+        one_copy_per_rank: no rank holds an expert twice; where the policy would have that, copies
+            are exchanged at last.
 
     Raises:
         DataError: an unknown policy, sizes that do not fit.
@@ -223,6 +227,10 @@ def plan(
             keeps_L[:, None],
             extend(current_LP, load_LNE.sum(axis=1), num_ranks, num_slots),
             expert_of_slot_LP,
+        )
+    if one_copy_per_rank:
+        expert_of_slot_LP = spread_copies(
+            expert_of_slot_LP, load_LNE.sum(axis=1), num_ranks, num_nodes
         )
     after = evaluate(expert_of_slot_LP, load_LNE, num_ranks, costs, held_LRE)
     moved = int(after.moved_L.sum())
