@@ -65,3 +65,22 @@ def test_a_trace_becomes_a_plan(tmp_path, given):
     plan = json.loads(Path(said.splitlines()[-1]).read_text(encoding="utf-8"))
     assert plan["after"]["step_seconds"] <= plan["now"]["step_seconds"]
     assert plan["ranks_per_node"] == 2
+
+
+@pytest.mark.parametrize("arguments", [(), ("sglang",)])
+def test_a_serving_trace_becomes_a_placement_of_the_engine(tmp_path, arguments):
+    if arguments:
+        load = np.random.default_rng(0).integers(1, 100, (2, 12)).tolist()
+        snapshots = [{"step": 5, "window_expert_load": load}]
+        content = {"physical_to_logical_map": [[*range(12)]] * 2, "snapshots": snapshots}
+        (tmp_path / "dump.json").write_text(json.dumps(content), encoding="utf-8")
+        arguments = ("dump.json", "location.json", *arguments)
+    said = run("serving_trace.py", tmp_path, *arguments)
+    found = re.search(r"^max/mean load of a rank: ([0-9.]+), then ([0-9.]+)$", said, re.MULTILINE)
+    assert found and float(found[1]) > float(found[2]) >= 1
+    written = json.loads((tmp_path / said.splitlines()[-1]).read_text(encoding="utf-8"))
+    if arguments:
+        assert [len(slots) for slots in written["physical_to_logical_map"]] == [16, 16]
+    else:
+        devices = written["layer_list"][1]["device_list"]
+        assert [len(device["device_expert"]) for device in devices] == [3] * 4
