@@ -1,6 +1,6 @@
 """Counts of every step and layer, added up group by group as a file's lines come.
 
-Letters: W steps, L layers, N nodes, E experts.
+Letters: W rows (steps), L layers, N nodes, E experts.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ one step, in the order given. The k of the model is `top_k`, or a number num_exp
 file, as the model's config.json calls it. Ties go to the lower expert. Routers that choose by anything else than
 the largest logits (groups of experts, a bias) are not told by logits.
 
-Letters: W files, L layers, E experts, T tokens, K choices.
+Letters: W rows (files), L layers, E experts, T tokens, K choices.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ Layers are all hidden layers of the model; dense ones have no tokens.
 A rank counts the tokens that it routes, which then come from its node; behind DeepEP's low latency
 it counts those that its own slots receive, and nothing is known of their nodes.
 
-Letters: W passes, L layers, N nodes, R ranks, E experts, P expert slots, T tokens, K choices.
+Letters: W rows (passes), L layers, N nodes, R ranks, E experts, P expert slots, T tokens, K choices.
 """
 
 from __future__ import annotations

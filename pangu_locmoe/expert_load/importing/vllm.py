@@ -8,7 +8,7 @@ One JSON object, or JSON lines with one snapshot and the model's keys in each:
 `latest_expert_load` is of the last step alone and is not read. The map is that of the snapshot.
 Nothing is known of the nodes that tokens come from.
 
-Letters: W snapshots, L layers, E experts, P expert slots.
+Letters: W rows (snapshots), L layers, E experts, P expert slots.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ file does not say which expert is in which slot: expert_map.json does (`expert_m
 slot i holds expert i modulo the number of experts, as vllm-ascend places them at first. Nothing is
 known of the nodes that tokens come from.
 
-Letters: W files, L layers, R ranks, E experts, P expert slots.
+Letters: W rows (files), L layers, R ranks, E experts, P expert slots.
 """
 
 from __future__ import annotations
