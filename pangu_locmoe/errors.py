@@ -27,3 +27,8 @@ class DivergenceError(LocMoEError):
     """The loss became NaN or infinite; the message names the step, the layer and the last good
     checkpoint.
     """
+
+
+def one_line(error: BaseException) -> str:
+    """What another library says, on one line and no longer than one; its kind if it says nothing."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

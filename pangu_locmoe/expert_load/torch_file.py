@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pangu_locmoe.errors import DataError
+from pangu_locmoe.errors import DataError, one_line
 
 LARGEST_PICKLE = 2**28  # bytes of data.pkl
 LARGEST_VIEW = 2**24  # numbers of a tensor that repeats those of its storage
@@ -113,8 +113,7 @@ def read_torch(path: Path) -> Any:
         raise
     # a damaged pickle or archive can raise almost anything
     except Exception as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"a damaged file of torch.save: {text[:200]}") from None
+        raise DataError(f"a damaged file of torch.save: {one_line(error)}") from None
 
 
 class _Members:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pangu_locmoe.errors import DataError
+from pangu_locmoe.errors import DataError, one_line
 from pangu_locmoe.files import write_atomic
 
 FLUSH_SECONDS = 30.0  # what a run that is killed may lose
@@ -202,7 +202,7 @@ def _arrays(path: Path) -> dict[str, NDArray[Any]]:
         raise
     # a damaged archive can make the zip reader, zlib and the header parser raise almost anything
     except Exception as error:
-        raise DataError(" ".join(str(error).split()) or type(error).__name__) from None
+        raise DataError(one_line(error)) from None
 
 
 def _checked(arrays: dict[str, NDArray[Any]]) -> Trace:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from pangu_locmoe.errors import DataError
+from pangu_locmoe.errors import DataError, one_line
 from pangu_locmoe.expert_load.importing import (
     hugging_face,
     megatron,
@@ -139,7 +139,7 @@ def _archive_format(path: Path) -> str:
         with zipfile.ZipFile(path) as archive:
             names = set(archive.namelist())
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise DataError(f"a damaged archive: {error}") from None
+        raise DataError(f"a damaged archive: {one_line(error)}") from None
     if {"step.npy", "load.npy"} <= names:
         raise DataError("is a load trace already")
     if any(name.endswith("data.pkl") for name in names):

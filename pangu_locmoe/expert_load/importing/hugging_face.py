@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pangu_locmoe.errors import DataError
+from pangu_locmoe.errors import DataError, one_line
 from pangu_locmoe.expert_load.importing.arrays import Ints, number_of_experts, trace_of
 from pangu_locmoe.expert_load.importing.limits import LARGEST_ARRAYS, Options, naming
 from pangu_locmoe.expert_load.trace import Trace
@@ -117,8 +117,7 @@ def _arrays(path: Path) -> dict[str, NDArray[Any]]:
     except (DataError, OSError):
         raise
     except Exception as error:  # a damaged archive can raise almost anything
-        text = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"not a whole .npz of numbers: {text}") from None
+        raise DataError(f"not a whole .npz of numbers: {one_line(error)}") from None
 
 
 def _counted(name: str, logits: NDArray[Any], top_k: int) -> Ints:

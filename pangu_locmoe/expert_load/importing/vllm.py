@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from pangu_locmoe.errors import DataError
+from pangu_locmoe.errors import DataError, one_line
 from pangu_locmoe.expert_load.importing.arrays import (
     Ints,
     by_expert,
@@ -98,7 +98,7 @@ def _whole(path: Path) -> dict[str, Any] | None:
     except (ValueError, RecursionError) as error:
         if str(error).startswith("Extra data"):
             return None
-        raise DataError(f"not JSON: {' '.join(str(error).split())}") from None
+        raise DataError(f"not JSON: {one_line(error)}") from None
     if not isinstance(value, dict):
         raise DataError(f"must be a JSON object, is {_type(value)}")
     return value

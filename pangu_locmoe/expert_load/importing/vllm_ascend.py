@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pangu_locmoe.errors import DataError
+from pangu_locmoe.errors import DataError, one_line
 from pangu_locmoe.expert_load.importing.arrays import (
     Ints,
     by_expert,
@@ -70,7 +70,7 @@ def _counts(path: Path) -> Ints:
     except OSError:
         raise
     except Exception as error:  # a damaged header can raise almost anything
-        raise DataError(f"not a whole .npy of numbers: {' '.join(str(error).split())}") from None
+        raise DataError(f"not a whole .npy of numbers: {one_line(error)}") from None
     if not isinstance(array, np.ndarray):
         raise DataError("an .npz of several arrays; moe_load is one array, an .npy")
     if array.ndim == 4:

@@ -27,7 +27,7 @@ from typing import Any, Dict, Optional
 import numpy as np
 from numpy.typing import NDArray
 
-from pangu_locmoe.errors import DataError
+from pangu_locmoe.errors import DataError, one_line
 from pangu_locmoe.expert_load.placement.costs import Ints
 from pangu_locmoe.expert_load.placement.plan import PlacementPlan, save_plan
 from pangu_locmoe.expert_load.placement.reading import read_plan
@@ -132,7 +132,7 @@ def _content(path: Path) -> Any:
                 return {name: arrays[name] for name in arrays.files}
         return json.loads(head)
     except Exception as error:  # a damaged archive can raise almost anything
-        raise DataError(" ".join(str(error).split()) or type(error).__name__) from None
+        raise DataError(one_line(error)) from None
 
 
 def _placement(content: Any) -> Placement:
