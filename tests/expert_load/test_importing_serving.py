@@ -17,6 +17,7 @@ from support.torch_writer import Call, Name, save
 
 from pangu_locmoe.cli import main
 from pangu_locmoe.errors import DataError
+from pangu_locmoe.expert_load import placement
 from pangu_locmoe.expert_load.importing import FORMATS, import_trace
 from pangu_locmoe.expert_load.trace import read_trace
 
@@ -67,6 +68,10 @@ def test_sglang_stat_of_several_files(tmp_path):
     np.testing.assert_array_equal(import_trace([early, equal]).load_WLE, count[:3])
     other = save({"rank": 1, "logical_count": 10 * count[:3]}, tmp_path / "d.pt")
     np.testing.assert_array_equal(import_trace([early, other]).load_WLE, 11 * count[:3])
+    later = save({"rank": 1, "logical_count": count[3:]}, tmp_path / "f.pt")
+    np.testing.assert_array_equal(import_trace([early, equal, later, late]).load_WLE, count)
+    with pytest.raises(DataError, match=r"ranks have 3, 1 passes in one dump"):
+        import_trace([early, later])
     wider = save({"rank": 1, "logical_count": np.ones((3, 2, 4))}, tmp_path / "e.pt")
     with pytest.raises(DataError, match=r"e\.pt: logical_count has \[2, 4\] layers and experts"):
         import_trace([early, wider])
@@ -328,7 +333,7 @@ def test_vllm_snapshots_of_little(tmp_path):
     alone = write_json(tmp_path / "b.json", snapshot(1, LOADS[0]))
     np.testing.assert_array_equal(import_trace(alone).load_WLE[0], expected)
     second = write_json(tmp_path / "c.json", {"snapshots": [snapshot(2, LOADS[1])] * 2})
-    assert import_trace([second, alone, alone]).step_W.tolist() == [1, 2]
+    assert import_trace([second, alone]).step_W.tolist() == [1, 2]
     empty = {"snapshots": [snapshot(1, [[3, 4, 0]], [[0, 2, -1]])]}
     file = write_json(tmp_path / "d.json", empty)
     assert import_trace(file).load_WLE.tolist() == [[[3, 0, 4]]]
@@ -445,8 +450,8 @@ def test_vllm_ascend_files_that_are_none(tmp_path):
     refused(np.zeros((2, 0, 3)), "is empty")
     refused(np.full((1, 1, 2), -1), "below 0")
     refused(np.ones((1, 1, 2), object), "not a whole .npy of numbers: Object arrays")
-    placement = write_json(tmp_path / "m.json", {"physical_to_logical_map": [[0, 1, 1]]})
-    refused(np.ones((1, 1, 2)), "the map has 1 layers and 3 slots", expert_map=placement)
+    expert_map = write_json(tmp_path / "m.json", {"physical_to_logical_map": [[0, 1, 1]]})
+    refused(np.ones((1, 1, 2)), "the map has 1 layers and 3 slots", expert_map=expert_map)
     refused(np.ones((1, 1, 2)), "absent.json: not a plan", expert_map=tmp_path / "absent.json")
     good = tmp_path / "moe_load_1.npy"
     content = good.read_bytes()
@@ -544,6 +549,15 @@ def test_the_format_is_told_by_the_file_or_by_the_user(tmp_path):
         import_trace([renamed, write_json(tmp_path / "t.csv", "step,layer,expert,tokens\n")])
     with pytest.raises(DataError, match="cannot be read: Is a directory"):
         import_trace(tmp_path)
+    with pytest.raises(DataError, match="dump: is given twice"):
+        import_trace([renamed, renamed])
+
+
+def test_the_command_knows_every_format(capsys):
+    for verb, formats in (("import", FORMATS), ("place", placement.FORMATS)):
+        with pytest.raises(SystemExit):
+            main(["load", verb, "--help"])
+        assert f"--format {{{','.join(formats)}}}" in capsys.readouterr().out
 
 
 def test_options_that_a_format_has_no_use_for_are_refused(tmp_path):

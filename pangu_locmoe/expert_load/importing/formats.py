@@ -75,6 +75,9 @@ def import_trace(
     DataError in one line that names the file, and its line or key.
     """
     files = [files] if isinstance(files, Path) else list(files)
+    twice = [path for place, path in enumerate(files) if path in files[:place]]
+    if twice or not files:
+        raise DataError(f"{twice[0]}: is given twice" if twice else "no files")
     options = Options(num_experts, ranks_per_node, top_k, expert_map)
     for name, value in (
         ("num_experts", num_experts),

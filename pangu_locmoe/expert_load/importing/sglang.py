@@ -106,48 +106,50 @@ def _simulated(content: dict[Any, Any]) -> list[dict[str, Any]]:
 
 
 def _summed(files: Sequence[Path], contents: list[dict[Any, Any]], options: Options) -> Trace:
-    """Mode `stat`: files of one rank follow each other; what several ranks wrote of the same passes
-    is the same sum, or adds up.
-    """
-    of_rank: dict[int, list[Ints]] = {}
+    """Mode `stat`: the dumps of a rank follow each other."""
+    dumps: list[dict[int, Ints]] = []
     for path, content in zip(files, contents):
         with naming(path):
-            value = content["logical_count"]
-            value = value[None] if getattr(value, "ndim", 0) == 2 else value
-            count_WLE = counts_of("logical_count", value, AXES)
+            rank, count_WLE = _stat(content)
             number_of_experts(options.num_experts, count_WLE.shape[2], "logical_count")
-            rank = index_of("rank", content.get("rank", 0), 0, LARGEST_INDEX)
-            parts = of_rank.setdefault(rank, [])
-            used = np.flatnonzero(count_WLE.any(axis=(1, 2)))
-            if not len(used):
-                raise DataError("logical_count has no tokens in any pass")
-            _check_shapes(count_WLE, next(iter(of_rank.values()))[:1])
-            parts.append(count_WLE[: used[-1] + 1])
-    first, *others = (np.concatenate(parts) for parts in of_rank.values())
-    for other in others:
-        if other.shape != first.shape:
-            raise DataError(
-                f"{files[0]}: ranks have {len(first)} and {len(other)} passes; give files of one dump"
-            )
-    if any((other != first).any() for other in others):
-        first = first + sum(others)
-    load_WLE = _padded(first, options.num_experts)
+            first = next(iter(dumps[0].values())) if dumps else count_WLE
+            if count_WLE.shape[1:] != first.shape[1:]:
+                raise DataError(
+                    f"logical_count has {list(count_WLE.shape[1:])} layers and experts, "
+                    f"the first file {list(first.shape[1:])}"
+                )
+            place = sum(rank in dump for dump in dumps)
+            if place == len(dumps):
+                dumps.append({})
+            dumps[place][rank] = count_WLE
     with naming(files[0]):
+        load_WLE = np.concatenate([_merged(list(dump.values())) for dump in dumps])
+        missing = (options.num_experts or load_WLE.shape[2]) - load_WLE.shape[2]
+        load_WLE = np.pad(load_WLE, ((0, 0), (0, 0), (0, missing)))
         return trace_of(range(len(load_WLE)), load_WLE[:, :, None], sourced=False)
 
 
-def _check_shapes(count_WLE: Ints, others: Sequence[Ints]) -> None:
-    for other in others:
-        if other.shape[1:] != count_WLE.shape[1:]:
-            raise DataError(
-                f"logical_count has {list(count_WLE.shape[1:])} layers and experts, "
-                f"the first file {list(other.shape[1:])}"
-            )
+def _stat(content: dict[Any, Any]) -> tuple[int, Ints]:
+    """Rank and counts [W, L, E]; [L, E] is one pass."""
+    value = content["logical_count"]
+    value = value[None] if getattr(value, "ndim", 0) == 2 else value
+    count_WLE = counts_of("logical_count", value, AXES)
+    if not count_WLE.any():
+        raise DataError("logical_count has no tokens in any pass")
+    return index_of("rank", content.get("rank", 0), 0, LARGEST_INDEX), count_WLE
 
 
-def _padded(load_WLE: Ints, num_experts: int | None) -> Ints:
-    missing = (num_experts or load_WLE.shape[2]) - load_WLE.shape[2]
-    return np.pad(load_WLE, ((0, 0), (0, 0), (0, missing)))
+def _merged(of_rank: list[Ints]) -> Ints:
+    """What ranks dumped of the same passes: the same sum, or counts that add up. Without the unused
+    end of the buffer.
+    """
+    first, *others = of_rank
+    if any(other.shape != first.shape for other in others):
+        passes = ", ".join(str(len(count_WLE)) for count_WLE in of_rank)
+        raise DataError(f"ranks have {passes} passes in one dump")
+    if any((other != first).any() for other in others):
+        first = first + sum(others)
+    return first[: np.flatnonzero(first.any(axis=(1, 2)))[-1] + 1]
 
 
 def _passes(content: dict[Any, Any], options: Options) -> list[tuple[tuple[int, int, str], _Pass]]:

@@ -10,7 +10,6 @@ from pangu_locmoe.expert_load.placement.costs import Costs, Evaluation, evaluate
 from pangu_locmoe.expert_load.placement.eplb import rebalance
 from pangu_locmoe.expert_load.placement.formats import (
     FORMATS,
-    PLAN,
     Placement,
     load_placement,
     save_placement,
@@ -28,7 +27,6 @@ from pangu_locmoe.expert_load.placement.reading import load_plan, read_plan
 
 __all__ = [
     "FORMATS",
-    "PLAN",
     "POLICIES",
     "Costs",
     "Evaluation",
