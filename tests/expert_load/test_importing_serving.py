@@ -173,7 +173,7 @@ def test_sglang_simulator(tmp_path):
     [
         (np.ones((2, 3, 4)), "holds a ndarray, not what the recorder dumps"),
         ({"rank": 0}, "has neither logical_count nor records, has rank"),
-        ({"logical_count": np.ones(3)}, r"logical_count must be numbers \[passes, layers"),
+        ({"logical_count": np.ones((2, 3))}, r"logical_count must be numbers \[passes, layers"),
         ({"logical_count": np.zeros((0, 2, 3))}, r"is empty: it has shape \[0, 2, 3\]"),
         ({"logical_count": np.zeros((4, 2, 3))}, "no tokens in any pass"),
         ({"logical_count": -np.ones((4, 2, 3))}, "a number below 0"),

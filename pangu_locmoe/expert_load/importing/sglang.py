@@ -130,10 +130,8 @@ def _summed(files: Sequence[Path], contents: list[dict[Any, Any]], options: Opti
 
 
 def _stat(content: dict[Any, Any]) -> tuple[int, Ints]:
-    """Rank and counts [W, L, E]; [L, E] is one pass."""
-    value = content["logical_count"]
-    value = value[None] if getattr(value, "ndim", 0) == 2 else value
-    count_WLE = counts_of("logical_count", value, AXES)
+    """Rank and counts [W, L, E]."""
+    count_WLE = counts_of("logical_count", content["logical_count"], AXES)
     if not count_WLE.any():
         raise DataError("logical_count has no tokens in any pass")
     return index_of("rank", content.get("rank", 0), 0, LARGEST_INDEX), count_WLE
