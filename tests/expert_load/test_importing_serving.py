@@ -560,6 +560,26 @@ def test_the_command_knows_every_format(capsys):
         assert f"--format {{{','.join(formats)}}}" in capsys.readouterr().out
 
 
+def test_too_large_a_trace_is_refused_before_it_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr("pangu_locmoe.expert_load.importing.arrays.LARGEST_TRACE", 100)
+    np.save(tmp_path / "moe_load_1.npy", np.ones((2, 1, 3)))
+    np.savez(tmp_path / "a.npz", router_logits=np.ones((2, 1, 3)), num_experts_per_tok=1)
+    write_json(tmp_path / "a.json", {"snapshots": [snapshot(1, LOADS[0])]})
+    content = {"records": [record(1, 0, np.ones((2, 6)))], MAP_KEY: np.array(MAP)}
+    save(content, tmp_path / "a.pt")
+    save({"logical_count": np.ones((1, 2, 4))}, tmp_path / "b.pt")
+    for name in ("moe_load_1.npy", "a.npz", "a.json", "a.pt", "b.pt"):
+        with pytest.raises(DataError, match=rf"{name}: .* are more than 100 counts"):
+            import_trace(tmp_path / name, num_experts=51)
+
+
+def test_more_experts_than_the_user_says_are_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", router_logits=np.ones((2, 1, 3)), num_experts_per_tok=1)
+    for file in (DUMPS / "sglang_stat.pt", tmp_path / "a.npz"):
+        with pytest.raises(DataError, match=r"the file has [34] experts, num_experts says 2"):
+            import_trace(file, num_experts=2)
+
+
 def test_options_that_a_format_has_no_use_for_are_refused(tmp_path):
     file = DUMPS / "sglang_stat.pt"
     with pytest.raises(DataError, match="top_k is for huggingface, the format is sglang"):

@@ -91,6 +91,14 @@ def number_of_experts(told: int | None, found: int, where: str) -> int:
     return found if told is None else told
 
 
+def padded(load_WLE: Ints, told: int | None) -> Ints:
+    """With as many experts as the user says. Raises DataError if there are more already."""
+    experts = load_WLE.shape[2]
+    num_experts = number_of_experts(told, experts, "the file")
+    check_size(*load_WLE.shape[:2], num_experts)
+    return np.pad(load_WLE, ((0, 0), (0, 0), (0, num_experts - experts)))
+
+
 def trace_of(step_W: Sequence[int], count_WLNE: Ints, sourced: bool) -> Trace:
     """A trace of counts by node; rows in rising order of their steps. Raises DataError."""
     order_W = np.argsort(step_W, kind="stable")

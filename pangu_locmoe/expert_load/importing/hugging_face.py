@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pangu_locmoe.errors import DataError, one_line
-from pangu_locmoe.expert_load.importing.arrays import Ints, number_of_experts, trace_of
+from pangu_locmoe.expert_load.importing.arrays import Ints, padded, trace_of
 from pangu_locmoe.expert_load.importing.limits import LARGEST_ARRAYS, Options, naming
 from pangu_locmoe.expert_load.trace import Trace
 
@@ -46,10 +46,7 @@ def read(files: Sequence[Path], options: Options) -> Trace:
                     f"{files[0]} has {list(loads[0].shape)}"
                 )
     with naming(files[0]):
-        load_WLE = np.stack(loads)
-        experts = load_WLE.shape[2]
-        missing = number_of_experts(options.num_experts, experts, NAME) - experts
-        load_WLE = np.pad(load_WLE, ((0, 0), (0, 0), (0, missing)))
+        load_WLE = padded(np.stack(loads), options.num_experts)
         return trace_of(range(len(loads)), load_WLE[:, :, None], sourced=False)
 
 

@@ -40,6 +40,7 @@ from pangu_locmoe.expert_load.importing.arrays import (
     index_of,
     map_of,
     number_of_experts,
+    padded,
     trace_of,
 )
 from pangu_locmoe.expert_load.importing.limits import LARGEST_INDEX, Options, naming
@@ -111,7 +112,6 @@ def _summed(files: Sequence[Path], contents: list[dict[Any, Any]], options: Opti
     for path, content in zip(files, contents):
         with naming(path):
             rank, count_WLE = _stat(content)
-            number_of_experts(options.num_experts, count_WLE.shape[2], "logical_count")
             first = next(iter(dumps[0].values())) if dumps else count_WLE
             if count_WLE.shape[1:] != first.shape[1:]:
                 raise DataError(
@@ -124,8 +124,7 @@ def _summed(files: Sequence[Path], contents: list[dict[Any, Any]], options: Opti
             dumps[place][rank] = count_WLE
     with naming(files[0]):
         load_WLE = np.concatenate([_merged(list(dump.values())) for dump in dumps])
-        missing = (options.num_experts or load_WLE.shape[2]) - load_WLE.shape[2]
-        load_WLE = np.pad(load_WLE, ((0, 0), (0, 0), (0, missing)))
+        load_WLE = padded(load_WLE, options.num_experts)
         return trace_of(range(len(load_WLE)), load_WLE[:, :, None], sourced=False)
 
 

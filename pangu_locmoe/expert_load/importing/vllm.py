@@ -24,6 +24,7 @@ from pangu_locmoe.errors import DataError, one_line
 from pangu_locmoe.expert_load.importing.arrays import (
     Ints,
     by_expert,
+    check_size,
     counts_of,
     index_of,
     map_of,
@@ -53,6 +54,7 @@ def read(files: Sequence[Path], options: Options) -> Trace:
         with naming(path):
             for where, snapshot, model in _snapshots(path):
                 step, load_LE = _load(where, snapshot, model, options)
+                check_size(len(found) + 1, *load_LE.shape)
                 first = next(iter(found.values()), load_LE)
                 if load_LE.shape != first.shape:
                     raise DataError(

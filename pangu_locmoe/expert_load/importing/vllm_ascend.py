@@ -21,6 +21,7 @@ from pangu_locmoe.errors import DataError, one_line
 from pangu_locmoe.expert_load.importing.arrays import (
     Ints,
     by_expert,
+    check_size,
     counts_of,
     map_of,
     number_of_experts,
@@ -54,6 +55,7 @@ def read(files: Sequence[Path], options: Options) -> Trace:
         count_WLP = count_WLP.reshape(*count_WLP.shape[:2], -1)
         map_LP = _map(count_WLP, options)
         num_experts = number_of_experts(options.num_experts, int(map_LP.max()) + 1, "the map")
+        check_size(*count_WLP.shape[:2], num_experts)
         load_WLE = by_expert(count_WLP, map_LP, num_experts)
         return trace_of(list(found), load_WLE[:, :, None], sourced=False)
 
