@@ -498,6 +498,14 @@ class TraceConfig(Section):
             "times, to timeline.json, a Chrome trace; null: none"
         ),
     )
+    profile: Optional[int] = Field(
+        None,
+        ge=1,
+        description=(
+            "the step that runs under MindSpore's profiler, which writes its operators to the run "
+            "directory's profile/; null: none"
+        ),
+    )
 
 
 class PlacementConfig(Section):

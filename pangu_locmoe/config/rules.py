@@ -311,8 +311,10 @@ def _broken_train_rules(config: Config) -> Iterator[tuple[str, str]]:
             "train.batch_size",
             f"must be divisible by train.accumulation_steps ({train.accumulation_steps})",
         )
-    if config.trace.timeline is not None and config.trace.timeline > train.steps:
-        yield "trace.timeline", f"must be at most train.steps ({train.steps})"
+    for key in ("timeline", "profile"):
+        step = getattr(config.trace, key)
+        if step is not None and step > train.steps:
+            yield f"trace.{key}", f"must be at most train.steps ({train.steps})"
     if train.fused and train.precision == "fp32":
         yield (
             "train.fused",

@@ -51,6 +51,7 @@ from pangu_locmoe.train import callbacks as jobs
 from pangu_locmoe.train.evaluate import Evaluator
 from pangu_locmoe.train.metrics import training_row
 from pangu_locmoe.train.policies import make_policies
+from pangu_locmoe.train.profiling import profiled
 from pangu_locmoe.train.schedule import learning_rate
 from pangu_locmoe.train.step import StepResult, make_stepper
 
@@ -217,7 +218,8 @@ class Trainer:
         # them.
         static = self.world.exchange is not None and config.parallel.sizes == "static"
         factors = self.stepper.factors if static else None
-        result = self.stepper(batch, self.step + 1, rate)
+        with profiled(self.run_dir, config.trace.profile == self.step + 1):
+            result = self.stepper(batch, self.step + 1, rate)
         self.step += 1
         row = training_row(
             config,
