@@ -5,6 +5,8 @@ Letters: B batch, S sequence, T = B*S tokens, D hidden, or one head's part of it
 
 from __future__ import annotations
 
+from typing import Tuple
+
 import numpy as np
 from mindspore import Tensor, nn, ops
 
@@ -64,9 +66,11 @@ class Attention(nn.Cell):
         self.attend = functional.Attention()
 
     def construct(self, query_TD: Tensor, x_TD: Tensor, mask_BHSS: Tensor) -> Tensor:
-        batch = mask_BHSS.shape[0]
-        length = mask_BHSS.shape[2]
-        heads = (batch, length, self.num_heads, self.head_size)
+        query_BHSD, key_BHSD, value_BHSD = self.heads(query_TD, x_TD, mask_BHSS.shape[0])
+        return self.joined(self.attend(query_BHSD, key_BHSD, value_BHSD, mask_BHSS))
+
+    def heads(self, query_TD: Tensor, x_TD: Tensor, batch: int) -> Tuple[Tensor, Tensor, Tensor]:
+        """Scaled queries, keys and values of each head, [B, H, S, D]; there may be fewer queries."""
         # Scaling W is one pass over [D, D] instead of one over [B, H, S, S], and Q before scaling
         # may be beyond fp16.
         query_TD = self.matmul(
@@ -77,9 +81,15 @@ class Attention(nn.Cell):
             self.num_heads * self.head_size,
             1,
         )
-        query_BHSD = ops.transpose(ops.reshape(query_TD, heads), (0, 2, 1, 3))
-        key_BHSD = ops.transpose(ops.reshape(key_TD, heads), (0, 2, 1, 3))
-        value_BHSD = ops.transpose(ops.reshape(value_TD, heads), (0, 2, 1, 3))
-        mixed_BHSD = self.attend(query_BHSD, key_BHSD, value_BHSD, mask_BHSS)
-        mixed_TD = ops.reshape(ops.transpose(mixed_BHSD, (0, 2, 1, 3)), (batch * length, -1))
-        return self.leave(self.matmul(mixed_TD, ops.cast(self.w_out, x_TD.dtype)))
+        apart = (batch, -1, self.num_heads, self.head_size)
+        return (
+            ops.transpose(ops.reshape(query_TD, apart), (0, 2, 1, 3)),
+            ops.transpose(ops.reshape(key_TD, apart), (0, 2, 1, 3)),
+            ops.transpose(ops.reshape(value_TD, apart), (0, 2, 1, 3)),
+        )
+
+    def joined(self, mixed_BHSD: Tensor) -> Tensor:
+        """What the heads found, projected, [T, D]."""
+        width = self.num_heads * self.head_size
+        mixed_TD = ops.reshape(ops.transpose(mixed_BHSD, (0, 2, 1, 3)), (-1, width))
+        return self.leave(self.matmul(mixed_TD, ops.cast(self.w_out, mixed_TD.dtype)))

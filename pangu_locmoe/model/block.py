@@ -113,6 +113,19 @@ class DecoderBlock(nn.Cell):
     ) -> Tuple[Tensor, MoEStats]:
         """Returns x_MD and the MoE layer's statistics, an empty dict from a dense block."""
         x_MD, normed_TD = self.attend(x_MD, mask_BHSS, noise[0], noise[1], training)
+        return self.feed_forward(x_MD, normed_TD, tokens_T, domains_T, noise, capacity, training)
+
+    def feed_forward(
+        self,
+        x_MD: Tensor,
+        normed_TD: Tensor,
+        tokens_T: Tensor,
+        domains_T: Tensor,
+        noise: Noise,
+        capacity: int,
+        training: bool,
+    ) -> Tuple[Tensor, MoEStats]:
+        """The block's second half: x + FFN of what `attend` normed, and the statistics."""
         stats = {}
         if self.sparse:
             y_TD, stats = self.moe(normed_TD, tokens_T, domains_T, noise, capacity, training)

@@ -172,12 +172,9 @@ class PanguSigma(nn.Cell):
         domains_T = ops.reshape(
             ops.broadcast_to(ops.expand_dims(domains_B, 1), (batch, length)), (batch * length,)
         )
-        slot_T = domains_T if self.per_domain else ops.zeros_like(domains_T)
         positions_M = self.own_rows_of(ops.reshape(positions_BS, (batch * length,)))
-        x_MD = self.vocabulary.embed(self.word_table, tokens_T, slot_T) + ops.gather(
-            self.position_table, positions_M, 0
-        )
-        x_MD = self.dropout(ops.cast(x_MD, self.dtype), row_keys_T, column_keys_D, 0, training)
+        x_MD = self.embed_tokens(tokens_T, domains_T, positions_M)
+        x_MD = self.dropout(x_MD, row_keys_T, column_keys_D, 0, training)
         causal_SS = self.causal_SS[:length, :length]
         mask = (
             fused.discard_mask(segments_BS, causal_SS)
@@ -185,6 +182,14 @@ class PanguSigma(nn.Cell):
             else attention_mask(segments_BS, causal_SS, self.num_heads)
         )
         return x_MD, mask, tokens_T, domains_T
+
+    def embed_tokens(self, tokens_T: Tensor, domains_T: Tensor, positions_M: Tensor) -> Tensor:
+        """Word and position embedding of this rank's rows, x_MD in the precision of the run."""
+        slot_T = domains_T if self.per_domain else ops.zeros_like(domains_T)
+        x_MD = self.vocabulary.embed(self.word_table, tokens_T, slot_T) + ops.gather(
+            self.position_table, positions_M, 0
+        )
+        return ops.cast(x_MD, self.dtype)
 
     def predict(
         self,
@@ -207,18 +212,19 @@ class PanguSigma(nn.Cell):
             (row_keys_T, column_keys_D),
             training,
         )
+        return self.logits(x_MD, domains_B), _checksum(x_MD)
+
+    def logits(self, x_MD: Tensor, domains_B: Tensor) -> Tensor:
+        """The head, tied to the word embedding: logits_TV in fp32, as many rows for each sequence."""
         table = ops.cast(self.word_table, x_MD.dtype)
         entered_TD = self.enter(x_MD)
+        if not self.per_domain:
+            return ops.cast(self.head(entered_TD, table), ms.float32)
         width = self.vocabulary.width
-        if self.per_domain:
-            table_BVD = ops.gather(ops.reshape(table, (-1, width, self.hidden_size)), domains_B, 0)
-            logits = self.batch_head(
-                ops.reshape(entered_TD, (batch, length, self.hidden_size)), table_BVD
-            )
-            logits = ops.reshape(logits, (batch * length, width))
-        else:
-            logits = self.head(entered_TD, table)
-        return ops.cast(logits, ms.float32), _checksum(x_MD)
+        table_BVD = ops.gather(ops.reshape(table, (-1, width, self.hidden_size)), domains_B, 0)
+        entered_BSD = ops.reshape(entered_TD, (domains_B.shape[0], -1, self.hidden_size))
+        logits_BSV = self.batch_head(entered_BSD, table_BVD)
+        return ops.cast(ops.reshape(logits_BSV, (-1, width)), ms.float32)
 
     @property
     def moe_layers(self) -> Dict[str, Any]:

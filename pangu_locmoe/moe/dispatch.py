@@ -4,7 +4,7 @@ An assignment (moe/plan.py: a token's way to one of its experts) has one slot, o
 `repeat_rows` makes a row of it, and `sum_choices` a token's output of its assignments'. Buffers are
 [G, C, D]: G groups of C slots, all rows of a group for one expert. With a fixed capacity there is
 one group for each expert, and assignments at position C or later are dropped. Dropless, C is the
-block size and G = E + A // C blocks always suffice: an expert takes as many blocks as its
+block size and G = min(A, E + A // C) blocks always suffice: an expert takes as many blocks as its
 assignments need, and `expert_of_group_G` says whose a block is. A slot has at most one row and a
 row at most one slot, so both directions are gathers, and so are both gradients.
 
@@ -59,7 +59,7 @@ def block_size(num_tokens: int, num_experts: int) -> int:
 
 def num_blocks(num_tokens: int, num_experts: int) -> int:
     """Blocks that suffice for any plan."""
-    return num_experts + num_tokens // block_size(num_tokens, num_experts)
+    return min(num_tokens, num_experts + num_tokens // block_size(num_tokens, num_experts))
 
 
 def block_slots(expert_A: Tensor, position_A: Tensor, load_E: Tensor) -> Tuple[Tensor, Tensor]:

@@ -1,0 +1,165 @@
+"""The model over a text that grows: keys and values of the tokens before are kept, so that a new
+one costs as much as one token.
+
+A lane is a text. A call computes C tokens of one lane, and nothing else: what stands in other lanes
+cannot change a bit of it, as it can where rows of one product are computed together. C is 1 for the
+token just drawn, and larger for a prompt.
+
+Letters: C tokens of the call, D hidden, or one head's part of it, H heads, L lanes, V vocabulary, X
+tokens that a cache has room for.
+"""
+
+from __future__ import annotations
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+
+from pangu_locmoe.model.attention import Attention
+from pangu_locmoe.model.sigma import PanguSigma
+from pangu_locmoe.moe.capacity import DROPLESS
+from pangu_locmoe.nn import functional
+
+
+class CachedSigma(nn.Cell):
+    """Logits after the last of some tokens of a lane, whose keys and values it keeps. No token is
+    ever dropped.
+
+    Args:
+        model: has its matrices and experts in this process.
+        lanes: L.
+        room: X.
+    """
+
+    def __init__(self, model: PanguSigma, lanes: int, room: int) -> None:
+        # The model's parameters keep their names, which a checkpoint knows.
+        super().__init__(auto_prefix=False)
+        self.model = model
+        self.num_heads = model.num_heads
+        self.room = room
+        attentions = [*(block.attention for block in model.blocks), model.query_layer.attention]
+        self.attentions = nn.CellList(
+            [
+                CachedAttention(attention, lanes, room, model.dtype, f"layer{index}")
+                for index, attention in enumerate(attentions)
+            ],
+            auto_prefix=False,
+        )
+        self.index_X = Tensor(np.arange(room, dtype=np.int32))
+        self.heads_H1 = Tensor(np.arange(model.num_heads, dtype=np.int32).reshape(-1, 1))
+        self.keys = Tensor(np.zeros(1, np.int32))
+
+    def construct(
+        self,
+        tokens_C: Tensor,
+        positions_C: Tensor,
+        slots_C: Tensor,
+        domain_1: Tensor,
+        lane_1: Tensor,
+        last_1: Tensor,
+    ) -> Tensor:
+        """fp32 [1, V].
+
+        Args:
+            tokens_C, positions_C: ids, and positions in their document.
+            slots_C: their positions in the lane: what comes after the last must be computed again
+                before a later token looks at it.
+            domain_1: the text's domain.
+            lane_1: which.
+            last_1: which of the C is the last.
+        """
+        model = self.model
+        mask_1HCX = self.visible(slots_C - positions_C, slots_C)
+        rows_A = self.rows(lane_1, slots_C)
+        domains_C = ops.broadcast_to(domain_1, tokens_C.shape)
+        x_CD = model.embed_tokens(tokens_C, domains_C, positions_C)
+        for index, block in enumerate(model.blocks):
+            normed_CD = block.norm1(x_CD)
+            x_CD = x_CD + self.attentions[index](normed_CD, normed_CD, mask_1HCX, rows_A, lane_1)
+            x_CD, _ = block.feed_forward(
+                x_CD,
+                block.norm2(x_CD),
+                tokens_C,
+                domains_C,
+                (self.keys, self.keys),
+                DROPLESS,
+                False,
+            )
+        if model.has_final_norm:
+            x_CD = model.final_norm(x_CD)
+        # Only the last token is asked what comes after it; all of them are keys and values.
+        top = model.query_layer
+        query_1D = ops.gather(top.query_table, ops.gather(positions_C, last_1, 0), 0)
+        slot_1 = ops.gather(slots_C, last_1, 0)
+        mask_1H1X = self.visible(slot_1 - ops.gather(positions_C, last_1, 0), slot_1)
+        x_1D = ops.gather(x_CD, last_1, 0) + self.attentions[-1](
+            ops.cast(query_1D, x_CD.dtype), top.norm1(x_CD), mask_1H1X, rows_A, lane_1
+        )
+        return model.logits(x_1D + top.ffn(top.norm2(x_1D)), domain_1)
+
+    def visible(self, first_C: Tensor, last_C: Tensor) -> Tensor:
+        """0 for the slots from a token's first to its last, -3e38 elsewhere, fp32 [1, H, C, X]."""
+        index_1X = ops.expand_dims(self.index_X, 0)
+        seen_CX = ops.logical_and(
+            ops.greater_equal(index_1X, ops.expand_dims(first_C, 1)),
+            ops.less_equal(index_1X, ops.expand_dims(last_C, 1)),
+        )
+        mask_CX = (ops.cast(seen_CX, ms.float32) - 1.0) * 3e38
+        return ops.tile(ops.reshape(mask_CX, (1, 1, -1, self.room)), (1, self.num_heads, 1, 1))
+
+    def rows(self, lane_1: Tensor, slots_C: Tensor) -> Tensor:
+        """The rows of a cache for these slots in every head, int32 [H * C]."""
+        heads_H1 = lane_1 * self.num_heads + self.heads_H1
+        return ops.reshape(heads_H1 * self.room + ops.expand_dims(slots_C, 0), (-1,))
+
+
+class CachedAttention(nn.Cell):
+    """An attention layer over the tokens of now and before.
+
+    Its cache is a parameter, because that is what MindSpore can write a row of in place.
+
+    Args:
+        attention: the layer; the caches are not parameters of its model.
+        lanes, room: L and X.
+        dtype: of keys and values.
+        name: of the layer's caches.
+    """
+
+    def __init__(
+        self, attention: Attention, lanes: int, room: int, dtype: ms.Type, name: str
+    ) -> None:
+        super().__init__(auto_prefix=False)
+        self.attention = attention
+        self.lanes = lanes
+        self.heads = (1, attention.num_heads, room, attention.head_size)
+        shape = (lanes * attention.num_heads * room, attention.head_size)
+        self.key_cache = self._cache(shape, dtype, f"{name}.key_cache")
+        self.value_cache = self._cache(shape, dtype, f"{name}.value_cache")
+        self.write = ops.ScatterUpdate()
+        # One query has nothing to gain from a fused operator, whatever the model trains with.
+        self.attend = functional.Attention()
+
+    def construct(
+        self, query_QD: Tensor, x_CD: Tensor, mask_1HQX: Tensor, rows_A: Tensor, lane_1: Tensor
+    ) -> Tensor:
+        """Keep keys and values of x_CD in `rows_A`, and attend with as many queries as the mask
+        has, [Q, D].
+        """
+        query_1HQD, key_1HCD, value_1HCD = self.attention.heads(query_QD, x_CD, 1)
+        keys = self.write(self.key_cache, rows_A, self._as_rows(key_1HCD))
+        values = self.write(self.value_cache, rows_A, self._as_rows(value_1HCD))
+        mixed_1HQD = self.attend(
+            query_1HQD, self._of_lane(keys, lane_1), self._of_lane(values, lane_1), mask_1HQX
+        )
+        return self.attention.joined(mixed_1HQD)
+
+    def _as_rows(self, x_1HCD: Tensor) -> Tensor:
+        return ops.reshape(x_1HCD, (-1, self.heads[-1]))
+
+    def _of_lane(self, cache: Tensor, lane_1: Tensor) -> Tensor:
+        if self.lanes > 1:
+            cache = ops.gather(ops.reshape(cache, (self.lanes, -1)), lane_1, 0)
+        return ops.reshape(cache, self.heads)
+
+    def _cache(self, shape: tuple[int, ...], dtype: ms.Type, name: str) -> Parameter:
+        return Parameter(ops.zeros(shape, dtype), name=name, requires_grad=False)
