@@ -126,7 +126,7 @@ class NextTokenLogits(nn.Cell):
         last_B: Tensor,
     ) -> Tensor:
         batch, length = tokens_BS.shape
-        logits_TV, _ = self.model(
+        logits_TV = self.model(
             tokens_BS,
             positions_BS,
             segments_BS,
@@ -134,7 +134,7 @@ class NextTokenLogits(nn.Cell):
             (self.keys, self.keys),
             self.capacities,
             False,
-        )
+        )[0]
         rows_B = Tensor(np.arange(batch, dtype=np.int32)) * length + last_B
         return self.model.vocabulary.whole(ops.gather(logits_TV, rows_B, 0))
 

@@ -76,7 +76,7 @@ class CachedSigma(nn.Cell):
         for index, block in enumerate(model.blocks):
             normed_CD = block.norm1(x_CD)
             x_CD = x_CD + self.attentions[index](normed_CD, normed_CD, mask_1HCX, rows_A, lane_1)
-            x_CD, _ = block.feed_forward(
+            x_CD = block.feed_forward(
                 x_CD,
                 block.norm2(x_CD),
                 tokens_C,
@@ -84,7 +84,7 @@ class CachedSigma(nn.Cell):
                 (self.keys, self.keys),
                 DROPLESS,
                 False,
-            )
+            )[0]
         if model.has_final_norm:
             x_CD = model.final_norm(x_CD)
         # Only the last token is asked what comes after it; all of them are keys and values.

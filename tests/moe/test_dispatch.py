@@ -81,6 +81,7 @@ def test_dispatch_then_combine_is_the_identity_for_any_plan(plan):
         assert (
             len(owner_G) * size <= 2 * tokens + 2 * num_experts
         )  # "no plan needs more than about twice the tokens"
+        assert len(owner_G) <= tokens  # one token alone: one expert's matrices
         kept_T = np.ones(tokens, bool)
     else:
         slot_of_row_A = dispatch.capacity_slots(integers(expert_A), position_A, capacity)
