@@ -70,12 +70,15 @@ class CachedSigma(nn.Cell):
         """
         model = self.model
         mask_1HCX = self.visible(slots_C - positions_C, slots_C)
-        rows_A = self.rows(lane_1, slots_C)
+        place_A3 = self.places(lane_1, slots_C)
         domains_C = ops.broadcast_to(domain_1, tokens_C.shape)
-        x_CD = model.embed_tokens(tokens_C, domains_C, positions_C)
+        # Read once, before anything is written: MindSpore copies a parameter that it reads both before
+        # and after a write, whatever is written.
+        word_table = ops.stop_gradient(model.word_table)
+        x_CD = model.embed_tokens(word_table, tokens_C, domains_C, positions_C)
         for index, block in enumerate(model.blocks):
             normed_CD = block.norm1(x_CD)
-            x_CD = x_CD + self.attentions[index](normed_CD, normed_CD, mask_1HCX, rows_A, lane_1)
+            x_CD = x_CD + self.attentions[index](normed_CD, normed_CD, mask_1HCX, place_A3, lane_1)
             x_CD = block.feed_forward(
                 x_CD,
                 block.norm2(x_CD),
@@ -93,9 +96,9 @@ class CachedSigma(nn.Cell):
         slot_1 = ops.gather(slots_C, last_1, 0)
         mask_1H1X = self.visible(slot_1 - ops.gather(positions_C, last_1, 0), slot_1)
         x_1D = ops.gather(x_CD, last_1, 0) + self.attentions[-1](
-            ops.cast(query_1D, x_CD.dtype), top.norm1(x_CD), mask_1H1X, rows_A, lane_1
+            ops.cast(query_1D, x_CD.dtype), top.norm1(x_CD), mask_1H1X, place_A3, lane_1
         )
-        return model.logits(x_1D + top.ffn(top.norm2(x_1D)), domain_1)
+        return model.logits(word_table, x_1D + top.ffn(top.norm2(x_1D)), domain_1)
 
     def visible(self, first_C: Tensor, last_C: Tensor) -> Tensor:
         """0 for the slots from a token's first to its last, -3e38 elsewhere, fp32 [1, H, C, X]."""
@@ -107,10 +110,19 @@ class CachedSigma(nn.Cell):
         mask_CX = (ops.cast(seen_CX, ms.float32) - 1.0) * 3e38
         return ops.tile(ops.reshape(mask_CX, (1, 1, -1, self.room)), (1, self.num_heads, 1, 1))
 
-    def rows(self, lane_1: Tensor, slots_C: Tensor) -> Tensor:
-        """The rows of a cache for these slots in every head, int32 [H * C]."""
-        heads_H1 = lane_1 * self.num_heads + self.heads_H1
-        return ops.reshape(heads_H1 * self.room + ops.expand_dims(slots_C, 0), (-1,))
+    def places(self, lane_1: Tensor, slots_C: Tensor) -> Tensor:
+        """Where a cache has these slots of every head: lane, head and slot, int32 [H * C, 3]."""
+        count = self.num_heads * slots_C.shape[0]
+        return ops.stack(
+            (
+                ops.broadcast_to(lane_1, (count,)),
+                ops.reshape(
+                    ops.broadcast_to(self.heads_H1, (self.num_heads, slots_C.shape[0])), (-1,)
+                ),
+                ops.tile(slots_C, (self.num_heads,)),
+            ),
+            1,
+        )
 
 
 class CachedAttention(nn.Cell):
@@ -131,35 +143,26 @@ class CachedAttention(nn.Cell):
         super().__init__(auto_prefix=False)
         self.attention = attention
         self.lanes = lanes
-        self.heads = (1, attention.num_heads, room, attention.head_size)
-        shape = (lanes * attention.num_heads * room, attention.head_size)
-        self.key_cache = self._cache(shape, dtype, f"{name}.key_cache")
-        self.value_cache = self._cache(shape, dtype, f"{name}.value_cache")
-        self.write = ops.ScatterUpdate()
+        shape = (lanes, attention.num_heads, room, attention.head_size)
+        self.key_cache = Parameter(ops.zeros(shape, dtype), f"{name}.key_cache", False)
+        self.value_cache = Parameter(ops.zeros(shape, dtype), f"{name}.value_cache", False)
+        self.write = ops.ScatterNdUpdate()
         # One query has nothing to gain from a fused operator, whatever the model trains with.
         self.attend = functional.Attention()
 
     def construct(
-        self, query_QD: Tensor, x_CD: Tensor, mask_1HQX: Tensor, rows_A: Tensor, lane_1: Tensor
+        self, query_QD: Tensor, x_CD: Tensor, mask_1HQX: Tensor, place_A3: Tensor, lane_1: Tensor
     ) -> Tensor:
-        """Keep keys and values of x_CD in `rows_A`, and attend with as many queries as the mask
+        """Keep keys and values of x_CD in their places, and attend with as many queries as the mask
         has, [Q, D].
         """
         query_1HQD, key_1HCD, value_1HCD = self.attention.heads(query_QD, x_CD, 1)
-        keys = self.write(self.key_cache, rows_A, self._as_rows(key_1HCD))
-        values = self.write(self.value_cache, rows_A, self._as_rows(value_1HCD))
-        mixed_1HQD = self.attend(
-            query_1HQD, self._of_lane(keys, lane_1), self._of_lane(values, lane_1), mask_1HQX
-        )
-        return self.attention.joined(mixed_1HQD)
-
-    def _as_rows(self, x_1HCD: Tensor) -> Tensor:
-        return ops.reshape(x_1HCD, (-1, self.heads[-1]))
-
-    def _of_lane(self, cache: Tensor, lane_1: Tensor) -> Tensor:
+        key_LHXD = self.write(self.key_cache, place_A3, self._rows(key_1HCD))
+        value_LHXD = self.write(self.value_cache, place_A3, self._rows(value_1HCD))
         if self.lanes > 1:
-            cache = ops.gather(ops.reshape(cache, (self.lanes, -1)), lane_1, 0)
-        return ops.reshape(cache, self.heads)
+            key_LHXD = ops.gather(key_LHXD, lane_1, 0)
+            value_LHXD = ops.gather(value_LHXD, lane_1, 0)
+        return self.attention.joined(self.attend(query_1HQD, key_LHXD, value_LHXD, mask_1HQX))
 
-    def _cache(self, shape: tuple[int, ...], dtype: ms.Type, name: str) -> Parameter:
-        return Parameter(ops.zeros(shape, dtype), name=name, requires_grad=False)
+    def _rows(self, x_1HCD: Tensor) -> Tensor:
+        return ops.reshape(x_1HCD, (-1, x_1HCD.shape[-1]))

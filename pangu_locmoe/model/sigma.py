@@ -173,7 +173,7 @@ class PanguSigma(nn.Cell):
             ops.broadcast_to(ops.expand_dims(domains_B, 1), (batch, length)), (batch * length,)
         )
         positions_M = self.own_rows_of(ops.reshape(positions_BS, (batch * length,)))
-        x_MD = self.embed_tokens(tokens_T, domains_T, positions_M)
+        x_MD = self.embed_tokens(self.word_table, tokens_T, domains_T, positions_M)
         x_MD = self.dropout(x_MD, row_keys_T, column_keys_D, 0, training)
         causal_SS = self.causal_SS[:length, :length]
         mask = (
@@ -183,10 +183,12 @@ class PanguSigma(nn.Cell):
         )
         return x_MD, mask, tokens_T, domains_T
 
-    def embed_tokens(self, tokens_T: Tensor, domains_T: Tensor, positions_M: Tensor) -> Tensor:
+    def embed_tokens(
+        self, word_table: Tensor, tokens_T: Tensor, domains_T: Tensor, positions_M: Tensor
+    ) -> Tensor:
         """Word and position embedding of this rank's rows, x_MD in the precision of the run."""
         slot_T = domains_T if self.per_domain else ops.zeros_like(domains_T)
-        x_MD = self.vocabulary.embed(self.word_table, tokens_T, slot_T) + ops.gather(
+        x_MD = self.vocabulary.embed(word_table, tokens_T, slot_T) + ops.gather(
             self.position_table, positions_M, 0
         )
         return ops.cast(x_MD, self.dtype)
@@ -212,11 +214,11 @@ class PanguSigma(nn.Cell):
             (row_keys_T, column_keys_D),
             training,
         )
-        return self.logits(x_MD, domains_B), _checksum(x_MD)
+        return self.logits(self.word_table, x_MD, domains_B), _checksum(x_MD)
 
-    def logits(self, x_MD: Tensor, domains_B: Tensor) -> Tensor:
+    def logits(self, word_table: Tensor, x_MD: Tensor, domains_B: Tensor) -> Tensor:
         """The head, tied to the word embedding: logits_TV in fp32, as many rows for each sequence."""
-        table = ops.cast(self.word_table, x_MD.dtype)
+        table = ops.cast(word_table, x_MD.dtype)
         entered_TD = self.enter(x_MD)
         if not self.per_domain:
             return ops.cast(self.head(entered_TD, table), ms.float32)
