@@ -13,7 +13,7 @@ from pangu_locmoe.config import SampleConfig
 from pangu_locmoe.data.packing import positions_and_segments
 from pangu_locmoe.data.prepared import prepare
 from pangu_locmoe.errors import DataError
-from pangu_locmoe.generate import Generator, choose, domain_index
+from pangu_locmoe.generate import Generator, choose, domain_index, read_prompts
 from pangu_locmoe.model.sigma import PanguSigma
 from pangu_locmoe.moe.capacity import DROPLESS
 
@@ -154,12 +154,26 @@ def test_temperature_0_is_the_argmax_at_every_position(config, model, generator,
     )
 
 
-def test_a_prompt_beside_others_is_continued_as_alone(generator):
-    prompts = ["the router", "每个词元", "for token in"]
-    together = generator(prompts, [0, 1, 2], GREEDY, 1)
-    assert together == [
-        generator([prompt], [domain], GREEDY, 1)[0] for domain, prompt in enumerate(prompts)
-    ]
+@pytest.mark.parametrize("temperature", [0, 1.5])
+def test_a_prompt_beside_others_is_continued_as_alone(generator, temperature):
+    """In any place, of a text that outgrows its window too."""
+    prompts = ["the router", "每个词元", "the router sends every token to the", ""]
+    sample = SampleConfig(tokens=30, temperature=temperature, top_k=0, top_p=1.0)
+
+    def together(order: list[int]) -> dict[int, str]:
+        pieces = generator.stream([prompts[i] for i in order], [i % 3 for i in order], sample, 7)
+        return dict(zip(order, map("".join, zip(*pieces))))
+
+    joint = together([0, 1, 2, 3])
+    assert joint == together([3, 1, 0, 2]) == {i: together([i])[i] for i in range(4)}
+    assert generator(prompts, [0, 1, 2, 0], sample, 7) == list(joint.values())
+
+
+def test_two_streams_of_one_generator_do_not_meet(generator):
+    sample = SampleConfig(tokens=5, temperature=1.0)
+    streams = [generator.stream([prompt], [0], sample, 1) for prompt in ("the", "the router")]
+    texts = ["".join(piece for (piece,) in pieces) for pieces in zip(*zip(*streams))]
+    assert texts == [generator([prompt], [0], sample, 1)[0] for prompt in ("the", "the router")]
 
 
 def test_the_seed_fixes_the_text(generator):
@@ -226,6 +240,29 @@ def test_a_continuation_ends_with_the_document(config, model):
         "bbbbbb",
     ]
     assert len(list(generator.stream(["a"], [0], SampleConfig(tokens=6, temperature=0), 1))) == 3
+
+
+def test_a_file_of_prompts(tmp_path):
+    file = tmp_path / "prompts.txt"
+    for content, prompts in (("a\n\n专家\n", ["a", "", "专家"]), ("\n", [""]), ("a", ["a"])):
+        file.write_text(content, encoding="utf-8")
+        assert read_prompts(file) == prompts
+
+
+@pytest.mark.parametrize(
+    "content, rule",
+    [
+        (None, "cannot be read: No such file or directory"),
+        (b"", "has no line; must have one for each prompt"),
+        (b"\xff\xfe", "must be UTF-8"),
+    ],
+)
+def test_a_file_without_prompts(tmp_path, content, rule):
+    file = tmp_path / "prompts.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(DataError, match=rf"^--prompts {file}: {rule}$"):
+        read_prompts(file)
 
 
 def test_domains_by_name(config):

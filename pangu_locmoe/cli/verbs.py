@@ -112,18 +112,27 @@ def _generate(options: argparse.Namespace) -> int:
         restore_generator,
         used_checkpoint,
     )
-    from pangu_locmoe.generate import domain_index
+    from pangu_locmoe.generate import domain_index, read_prompts
 
     sample = _sample(options)
+    prompts = [*options.prompt, *(read_prompts(options.prompts) if options.prompts else ())] or [""]
     generator = restore_generator(options.checkpoint)
     domain = domain_index(generator.config, options.domain)
     print(
         format_checkpoint(used_checkpoint(options.checkpoint)), file=sys.stderr
     )  # the text alone is the output
-    print(options.prompt, end="", flush=True)
-    for pieces in generator.stream([options.prompt], [domain], sample, options.seed):
-        print(pieces[0], end="", flush=True)
-    print()
+    for number, prompt in enumerate(prompts, 1):
+        pieces = (piece for (piece,) in generator.stream([prompt], [domain], sample, options.seed))
+        if options.json:
+            row = {"prompt": prompt, "text": "".join(pieces)}
+            print(json_text(row, ascii_only=False), flush=True)
+            continue
+        if len(prompts) > 1:
+            print(f"--- {number} ---")
+        print(prompt, end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
     return 0
 
 
@@ -289,7 +298,13 @@ def _parser() -> argparse.ArgumentParser:
 
     verb = _add(verbs, "generate", _generate, "continue a text")
     _add_checkpoint(verb)
-    verb.add_argument("--prompt", default="", help="the beginning of the text")
+    verb.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        help="the beginning of the text; once for each of several",
+    )
+    verb.add_argument("--prompts", type=Path, metavar="FILE", help="more of them, one a line")
     verb.add_argument("--domain", help="the domain the text is of (the first)")
     verb.add_argument("--tokens", type=int, default=128)
     verb.add_argument(
@@ -297,7 +312,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("--top-k", type=int, default=40, help="0: no limit")
     verb.add_argument("--top-p", type=float, default=0.95)
-    verb.add_argument("--seed", type=int, default=1)
+    verb.add_argument(
+        "--seed", type=int, default=1, help="fixes each text, whatever else is asked for (1)"
+    )
+    verb.add_argument("--json", action="store_true", help="a line of JSON for each prompt")
 
     verb = _add(
         verbs,

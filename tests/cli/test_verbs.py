@@ -282,6 +282,24 @@ def test_generate_prints_the_prompt_and_a_continuation(capsys, checkpoint):
     assert capsys.readouterr().out == first
 
 
+def test_generate_continues_several_prompts_as_each_alone(capsys, checkpoint, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("the router\n专家\n", encoding="utf-8")
+    rest = ("--tokens", 6, "--temperature", 1.5, "--json")
+    several = ("--prompt", "for", "--prompts", file)
+    assert exit_code("generate", checkpoint, *several, *rest) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["prompt"] for row in rows] == ["for", "the router", "专家"]
+    assert exit_code("generate", checkpoint, "--prompt", "专家", *rest) == 0
+    assert capsys.readouterr().out == lines[2] + "\n"
+    assert exit_code("generate", checkpoint, *several, *rest[:-1]) == 0
+    texts = [
+        f"--- {number} ---\n{row['prompt']}{row['text']}\n" for number, row in enumerate(rows, 1)
+    ]
+    assert capsys.readouterr().out == "".join(texts)
+
+
 def test_evaluate_prints_json_or_a_table(capsys, checkpoint):
     assert exit_code("evaluate", checkpoint, "--sequences", 2, "--json") == 0
     row = json.loads(capsys.readouterr().out)

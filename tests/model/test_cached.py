@@ -51,7 +51,7 @@ def tokens(seed: int, count: int) -> list[int]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_logits_are_those_of_the_whole_window(monkeypatch, case):
-    """After a prompt computed in pieces, and after every token up to the last of the window."""
+    """After a prompt computed in pieces, and after tokens up to the last of the window."""
     monkeypatch.setattr(generate, "PIECE", 8)
     config, model = built(case)
     cached = CachedWindows(model, config, END, False)
@@ -63,9 +63,9 @@ def test_logits_are_those_of_the_whole_window(monkeypatch, case):
     while len(windows[0]) < length:
         for window, text in zip(windows, texts):
             window.append(text[len(window)])
-        np.testing.assert_allclose(
-            cached(windows, domains_B), whole(windows, domains_B), atol=1e-5, rtol=1e-5
-        )
+        logits_BV = cached(windows, domains_B)
+        if len(windows[0]) % 4 == 3 or len(windows[0]) == length:
+            np.testing.assert_allclose(logits_BV, whole(windows, domains_B), atol=1e-5, rtol=1e-5)
 
 
 def test_a_text_does_not_feel_what_stands_beside_it():
@@ -76,9 +76,7 @@ def test_a_text_does_not_feel_what_stands_beside_it():
     def texts() -> list[list[int]]:
         return [tokens(3, 5), tokens(4, 30), tokens(5, 18)]
 
-    alone = [
-        CachedWindows(model, config, END, False)([text], domains_B[:1])[0] for text in texts()
-    ]
+    alone = [CachedWindows(model, config, END, False)([text], domains_B[:1])[0] for text in texts()]
     cached = CachedWindows(model, config, END, False)
     for order in ([0, 1, 2], [2, 0, 1], [1], [1, 1, 0]):
         windows = [list(texts()[index]) for index in order]
