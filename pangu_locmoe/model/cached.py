@@ -48,6 +48,7 @@ class CachedSigma(nn.Cell):
         self.index_X = Tensor(np.arange(room, dtype=np.int32))
         self.heads_H1 = Tensor(np.arange(model.num_heads, dtype=np.int32).reshape(-1, 1))
         self.keys = Tensor(np.zeros(1, np.int32))
+        self.norm = ops.LayerNorm(1, 1, model.query_layer.norm1.epsilon)
 
     def construct(
         self,
@@ -77,11 +78,11 @@ class CachedSigma(nn.Cell):
         word_table = ops.stop_gradient(model.word_table)
         x_CD = model.embed_tokens(word_table, tokens_C, domains_C, positions_C)
         for index, block in enumerate(model.blocks):
-            normed_CD = block.norm1(x_CD)
+            normed_CD = self.normed(block.norm1, x_CD)
             x_CD = x_CD + self.attentions[index](normed_CD, normed_CD, mask_1HCX, place_A3, lane_1)
             x_CD = block.feed_forward(
                 x_CD,
-                block.norm2(x_CD),
+                self.normed(block.norm2, x_CD),
                 tokens_C,
                 domains_C,
                 (self.keys, self.keys),
@@ -89,16 +90,25 @@ class CachedSigma(nn.Cell):
                 False,
             )[0]
         if model.has_final_norm:
-            x_CD = model.final_norm(x_CD)
+            x_CD = self.normed(model.final_norm, x_CD)
         # Only the last token is asked what comes after it; all of them are keys and values.
         top = model.query_layer
         query_1D = ops.gather(top.query_table, ops.gather(positions_C, last_1, 0), 0)
         slot_1 = ops.gather(slots_C, last_1, 0)
         mask_1H1X = self.visible(slot_1 - ops.gather(positions_C, last_1, 0), slot_1)
         x_1D = ops.gather(x_CD, last_1, 0) + self.attentions[-1](
-            ops.cast(query_1D, x_CD.dtype), top.norm1(x_CD), mask_1H1X, place_A3, lane_1
+            ops.cast(query_1D, x_CD.dtype),
+            self.normed(top.norm1, x_CD),
+            mask_1H1X,
+            place_A3,
+            lane_1,
         )
-        return model.logits(word_table, x_1D + top.ffn(top.norm2(x_1D)), domain_1)
+        return model.logits(word_table, x_1D + top.ffn(self.normed(top.norm2, x_1D)), domain_1)
+
+    def normed(self, layer: functional.LayerNorm, x_CD: Tensor) -> Tensor:
+        """LayerNorm as one operator: its ten are made for gradients and for many rows."""
+        wide_CD = ops.cast(x_CD, ms.float32)
+        return ops.cast(self.norm(wide_CD, layer.gamma, layer.beta)[0], x_CD.dtype)
 
     def visible(self, first_C: Tensor, last_C: Tensor) -> Tensor:
         """0 for the slots from a token's first to its last, -3e38 elsewhere, fp32 [1, H, C, X]."""

@@ -89,6 +89,7 @@ class LayerNorm(nn.Cell):
     def __init__(self, width: int, epsilon: float = 1e-5) -> None:
         super().__init__()
         self.width = width
+        self.epsilon = epsilon
         self.gamma = Parameter(Tensor(np.ones(width, np.float32)), name="gamma")
         self.beta = Parameter(Tensor(np.zeros(width, np.float32)), name="beta")
         self.core = _LayerNormCore(width, epsilon)

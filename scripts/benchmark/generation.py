@@ -18,7 +18,7 @@ from typing import Any, Dict, List, Optional, Sequence
 
 import numpy as np
 
-from benchmark.hf import Parser, add_shape_flags, count
+from benchmark.hf import Parser, count
 
 WHOLE = "whole windows"
 CACHED = "keys and values kept"
@@ -37,8 +37,10 @@ def parse_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     configs/cpu_base.yaml.
     """
     parser = Parser(str(__doc__).splitlines()[0])
-    add_shape_flags(parser)
-    parser.set_defaults(vocabulary=8192)
+    parser.add_argument("--hidden", type=count, default=256, help="hidden size")
+    parser.add_argument("--heads", type=count, default=4, help="attention heads")
+    parser.add_argument("--vocabulary", type=count, default=8192, help="vocabulary size")
+    parser.add_argument("--seed", type=count, default=1, help="seed of weights, texts and draws")
     parser.add_argument(
         "--windows", type=windows_of, default=[64, 128, 256, 512], help="window sizes, in tokens"
     )
