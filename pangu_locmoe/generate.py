@@ -1,6 +1,6 @@
 """Text from a trained model, token by token.
 
-Letters: B prompts, S sequence, V vocabulary.
+Letters: B prompts, S sequence, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pangu_locmoe.moe.capacity import DROPLESS
 PIECE = 64
 """Tokens of a prompt that are computed together."""
 
-ONE_BY_ONE = 16
+ONE_BY_ONE = 32
 """The longest prompt that is computed token by token, without compiling anything for it."""
 
 
@@ -214,14 +214,14 @@ class CachedWindows:
             np.asarray([lane.window], np.int32), self.end, self.reset
         )
         for start in range(lane.done, length, width):
-            tokens_C = np.full(width, self.end, np.int32)
-            positions_C = np.zeros(width, np.int32)
+            tokens_T = np.full(width, self.end, np.int32)
+            positions_T = np.zeros(width, np.int32)
             count = min(width, length - start)
-            tokens_C[:count] = lane.window[start : start + count]
-            positions_C[:count] = positions_1S[0, start : start + count]
-            slots_C = np.arange(start, start + width, dtype=np.int32)
+            tokens_T[:count] = lane.window[start : start + count]
+            positions_T[:count] = positions_1S[0, start : start + count]
+            slots_T = np.arange(start, start + width, dtype=np.int32)
             places = (np.asarray([number], np.int32) for number in (domain, index, count - 1))
-            logits_1V = self._pass(*map(Tensor, (tokens_C, positions_C, slots_C, *places)))
+            logits_1V = self._pass(*map(Tensor, (tokens_T, positions_T, slots_T, *places)))
         lane.logits_V = logits_1V.asnumpy()[0]
         lane.done = length
 

@@ -8,7 +8,7 @@ from support import tiny
 
 from pangu_locmoe import generate
 from pangu_locmoe.config import Config
-from pangu_locmoe.generate import ONE_BY_ONE, CachedWindows, WholeWindows
+from pangu_locmoe.generate import CachedWindows, WholeWindows
 from pangu_locmoe.model.sigma import PanguSigma
 
 END = 0
@@ -53,13 +53,14 @@ def tokens(seed: int, count: int) -> list[int]:
 def test_logits_are_those_of_the_whole_window(monkeypatch, case):
     """After a prompt computed in pieces, and after tokens up to the last of the window."""
     monkeypatch.setattr(generate, "PIECE", 8)
+    monkeypatch.setattr(generate, "ONE_BY_ONE", 16)
     config, model = built(case)
     cached = CachedWindows(model, config, END, False)
     whole = WholeWindows(model, config, END, False)
     length = config.model.seq_length
     domains_B = np.array([1, 2], np.int32)
     texts = [tokens(1, length), tokens(2, length)]
-    windows = [texts[0][: ONE_BY_ONE + 2], texts[1][:3]]
+    windows = [texts[0][:18], texts[1][:3]]
     while len(windows[0]) < length:
         for window, text in zip(windows, texts):
             window.append(text[len(window)])
@@ -68,8 +69,23 @@ def test_logits_are_those_of_the_whole_window(monkeypatch, case):
             np.testing.assert_allclose(logits_BV, whole(windows, domains_B), atol=1e-5, rtol=1e-5)
 
 
-def test_a_text_does_not_feel_what_stands_beside_it():
+def test_half_precision():
+    """Keys and values are kept as they are computed, to fp16's three digits."""
+    sections = {"model": {"init_std": 0.1}, "train": {"precision": "fp16"}}
+    config = tiny.tiny_config(**sections)
+    model = PanguSigma(config)
+    texts = [tokens(6, 12)]
+    domains_B = np.zeros(1, np.int32)
+    np.testing.assert_allclose(
+        CachedWindows(model, config, END, False)(texts, domains_B),
+        WholeWindows(model, config, END, False)(texts, domains_B),
+        atol=5e-3,
+    )
+
+
+def test_a_text_does_not_feel_what_stands_beside_it(monkeypatch):
     """Bit by bit, alone and in any place beside others, of this call or of earlier ones."""
+    monkeypatch.setattr(generate, "ONE_BY_ONE", 16)
     config, model = built("several experts")
     domains_B = np.zeros(3, np.int32)
 
