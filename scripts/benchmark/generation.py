@@ -2,7 +2,8 @@
 over whole windows.
 
 Every round takes some tokens of every window on both sides, one after another, so that a ratio is of
-numbers of the same seconds; what else the machine does meets both.
+numbers of the same seconds; what else the machine does meets both. CPU time, the process's own, is
+the steadier measure on a machine that others use.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import platform
 import statistics
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -65,19 +66,20 @@ class Side:
         self.logits = kind(model, config, 0, True)
         self.sample = config.sample
         self.window: List[int] = [0]
-        self.first_seconds = self.run(1)
+        self.first_seconds = self.run(1)[0]
 
-    def run(self, tokens: int) -> float:
-        """Seconds for this many tokens; a full window begins anew."""
+    def run(self, tokens: int) -> Tuple[float, float]:
+        """Seconds of wall and of CPU time for this many tokens; a full window begins anew."""
         from pangu_locmoe.generate import choose
 
         begin = time.perf_counter()
+        begin_cpu = time.process_time()
         for _ in range(tokens):
             if len(self.window) == self.seq_length:
                 self.window = [0]
             logits_BV = self.logits([self.window], np.zeros(1, np.int32))
             self.window.append(choose(logits_BV[0], self.sample, self.generator))
-        return time.perf_counter() - begin
+        return time.perf_counter() - begin, time.process_time() - begin_cpu
 
     def read(self) -> float:
         """Seconds for a prompt that fills the window."""
@@ -130,6 +132,9 @@ def measure(arguments: argparse.Namespace) -> Dict[str, Any]:
     rates: Dict[int, Dict[str, List[float]]] = {
         window: {name: [] for name in pair} for window, pair in sides.items()
     }
+    cpu: Dict[int, Dict[str, List[float]]] = {
+        window: {name: [] for name in pair} for window, pair in sides.items()
+    }
     for pair in sides.values():
         pair[CACHED].read()  # compiles what computes a prompt
     prompts: Dict[int, List[float]] = {window: [] for window in sides}
@@ -138,7 +143,9 @@ def measure(arguments: argparse.Namespace) -> Dict[str, Any]:
             prompts[window].append(pair[CACHED].read() * 1e3)
             for name, side in pair.items():
                 side.window = side.window[:1]
-                rates[window][name].append(arguments.tokens / side.run(arguments.tokens))
+                seconds, cpu_seconds = side.run(arguments.tokens)
+                rates[window][name].append(arguments.tokens / seconds)
+                cpu[window][name].append(cpu_seconds / arguments.tokens * 1e3)
     return {
         "machine": {
             "processor": platform.processor() or platform.machine(),
@@ -151,6 +158,7 @@ def measure(arguments: argparse.Namespace) -> Dict[str, Any]:
         "rounds": arguments.rounds,
         "tokens": arguments.tokens,
         "tokens_per_second": rates,
+        "cpu_ms_per_token": cpu,
         "prompt_ms": prompts,
         "first_token_seconds": {
             window: {name: side.first_seconds for name, side in pair.items()}
@@ -169,25 +177,32 @@ def report(result: Dict[str, Any]) -> str:
     """The tables of docs/performance.md."""
     machine = result["machine"]
     rates = result["tokens_per_second"]
+    cpu = result["cpu_ms_per_token"]
     lines = [
         f"{machine['cores']} cores ({machine['processor']}), MindSpore {machine['mindspore']}, load "
         f"average {machine['load_before'][0]:.1f} before and {machine['load_after'][0]:.1f} after; "
         f"seed {result['seed']}, {result['rounds']} rounds of {result['tokens']} tokens: "
         "median (min-max)",
         "",
-        "| window | tokens/s, whole windows | tokens/s, kept | ratio in a round | prompt of the "
-        "whole window, ms |",
-        "|---|---|---|---|---|",
+        "| window | tokens/s, whole windows | tokens/s, kept | ratio in a round | CPU ms of a token, "
+        "whole windows | CPU ms, kept | prompt of the whole window, ms |",
+        "|---|---|---|---|---|---|---|",
     ]
     for window, pair in rates.items():
         ratios = [kept / whole for kept, whole in zip(pair[CACHED], pair[WHOLE])]
         lines.append(
             f"| {window} | {spread(pair[WHOLE], 1)} | {spread(pair[CACHED])} | "
-            f"{spread(ratios, 1)} | {spread(result['prompt_ms'][window])} |"
+            f"{spread(ratios, 1)} | {spread(cpu[window][WHOLE])} | {spread(cpu[window][CACHED], 1)} | "
+            f"{spread(result['prompt_ms'][window])} |"
         )
     short, long = min(rates), max(rates)
     slower = [a / b for a, b in zip(rates[short][CACHED], rates[long][CACHED])]
-    lines += ["", f"kept, time of a token at {long} over that at {short}: {spread(slower, 2)}"]
+    longer = [a / b for a, b in zip(cpu[long][CACHED], cpu[short][CACHED])]
+    lines += [
+        "",
+        f"kept, a token at {long} over one at {short}: time {spread(slower, 2)}, "
+        f"CPU time {spread(longer, 2)}",
+    ]
     return "\n".join(lines)
 
 
