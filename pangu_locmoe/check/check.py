@@ -199,6 +199,10 @@ def check(config: Config, num_ranks: int, rank: int = 0, device: Optional[Device
             f"the ranks that share the model hold {held:,} parameters, the configuration "
             f"has {num_params(shallow):,}"
         )
+    found += [
+        f"PyExecute, Python on the host in the middle of the graph: {expression}"
+        for expression in result["host_python"]
+    ]
     tokens = config.micro_batch * config.model.seq_length // topology.num_replicas
     layers = shallow.model.num_layers if config.train.fused else 0
     flash = [

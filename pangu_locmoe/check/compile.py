@@ -20,9 +20,10 @@ from mindspore.common.initializer import Zero
 from mindspore.nn.utils import no_init_parameters
 from mindspore.ops.operations import comm_ops
 
-from pangu_locmoe.check.graph import communication
+from pangu_locmoe.check.graph import communication, host_python
 from pangu_locmoe.config import Config, parse_config
 from pangu_locmoe.model import attention, block, sigma
+from pangu_locmoe.moe import dispatch
 from pangu_locmoe.moe import layer as moe_layer
 from pangu_locmoe.nn import flash_attention as fused
 from pangu_locmoe.parallel import tensor as slices
@@ -37,11 +38,12 @@ _NUMBER = Tensor(1.0, ms.float32)
 
 
 def compile_step(config: Config, num_ranks: int, rank: int) -> Dict[str, Any]:
-    """The communication operators of a rank's step, how often it has flash attention (forward,
-    backward), its groups and its weights.
+    """The communication operators of a rank's step, what it has Python compute, how often it has
+    flash attention (forward, backward), its groups and its weights.
     """
     _without_values()
-    fused.on_ascend = lambda: True  # what is compiled is for one
+    for module in (fused, dispatch):  # what is compiled is for one
+        module.on_ascend = lambda: True  # type: ignore[attr-defined]
     ms.set_recursion_limit(RECURSION_LIMIT)
     communicator = HcclOperators(rank, num_ranks, lambda name, ranks: None)
     # Nothing has joined a job: without this, MindSpore takes every group for the whole world.
@@ -72,6 +74,7 @@ def compile_step(config: Config, num_ranks: int, rank: int) -> Dict[str, Any]:
     text = "\n".join(texts)
     return {
         "operations": [operation.to_dict() for operation in communication(text)],
+        "host_python": host_python(text),
         "flash_attention": [
             text.count(f"= PrimFunc_{name}(")
             for name in ("FlashAttentionScore", "FlashAttentionScoreGrad")

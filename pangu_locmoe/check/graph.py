@@ -1,4 +1,4 @@
-"""Reads the communication operators out of the text of a compiled MindSpore graph."""
+"""Reads the communication operators, and calls of Python, out of the text of a compiled MindSpore graph."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ _OPERATOR = re.compile(
     r"^\s*%\d+\([^)]*\) = (?:PrimFunc_)?(\w+)\(.* primitive_attrs: \{.*\bgroup: \"([^\"]+)\""
 )
 _TENSOR = re.compile(r"<Tensor\[(\w+)\], \(([\d, ]*)\)")
+_PYTHON = re.compile(r"^\s*%\d+\([^)]*\) = (?:PrimFunc_)?PyExecute\((?:\"([^\"]*)\")?")
 _NUMBERS = re.compile(r"\(((?:I64\(\d+\)(?:, )?)+)\)")
 
 
@@ -24,6 +25,15 @@ def communication(text: str) -> List[Operation]:
     """
     lines = text.splitlines()
     return [_operation(lines, index, *match.groups()) for index, match in _matches(lines)]
+
+
+def host_python(text: str) -> List[str]:
+    """What the graph has Python compute on the host, an expression for each node.
+
+    Such a node cuts the graph in parts: the host waits for the device, and the device for it.
+    """
+    matches = (_PYTHON.match(line) for line in text.splitlines())
+    return [match[1] or "an expression" for match in matches if match]
 
 
 def _matches(lines: List[str]) -> Iterator[Tuple[int, re.Match[str]]]:

@@ -32,6 +32,16 @@ from pangu_locmoe.parallel.tensor import Cut, TensorGroup
 from pangu_locmoe.parallel.topology import Topology
 
 DTYPES = {"fp32": ms.float32, "fp16": ms.float16, "bf16": ms.bfloat16}
+LOSSES = ("balance_loss", "locality_loss", "z_loss")
+# What a layer reports -> what the model reports of all layers.
+REPORTED = {
+    "load_NE": "load_LNE",
+    "dropped_E": "dropped_LE",
+    "cosine_T": "cosine_LT",
+    "weight": "weight_L",
+    "unrouted": "unrouted_L",
+    "bias_X": "bias_LX",
+}
 
 
 class PanguSigma(nn.Cell):
@@ -229,6 +239,19 @@ class PanguSigma(nn.Cell):
         return ops.cast(ops.reshape(logits_BSV, (-1, width)), ms.float32)
 
     @property
+    def stats_names(self) -> Tuple[str, ...]:
+        """The keys of the statistics that `construct` returns."""
+        layers = list(self.moe_layers.values())
+        if not layers:
+            return (*LOSSES, "layer_sums")
+        reported = {
+            "unrouted_L": layers[0].router.choices > 1,
+            "bias_LX": layers[0].balances,
+        }
+        names = (name for name in REPORTED.values() if reported.get(name, True))
+        return (*LOSSES, "layer_sums", *names)
+
+    @property
     def moe_layers(self) -> Dict[str, Any]:
         """The MoE layers by name, bottom to top."""
         return {
@@ -255,26 +278,14 @@ def _checksum(x_MD: Tensor) -> Tensor:
 
 
 def _gather_stats(layer_stats: list, layer_sums: Tensor) -> Dict[str, Tensor]:
-    if len(layer_stats) == 0:
-        zero = ops.zeros((), ms.float32)
-        return {
-            "balance_loss": zero,
-            "locality_loss": zero,
-            "z_loss": zero,
-            "layer_sums": layer_sums,
-        }
     gathered = {"layer_sums": layer_sums}
-    for name in ("balance_loss", "locality_loss", "z_loss"):
+    if len(layer_stats) == 0:
+        for name in LOSSES:
+            gathered[name] = ops.zeros((), ms.float32)
+        return gathered
+    for name in LOSSES:
         gathered[name] = ops.reduce_sum(ops.stack([stats[name] for stats in layer_stats]))
-    names = {
-        "load_NE": "load_LNE",
-        "dropped_E": "dropped_LE",
-        "cosine_T": "cosine_LT",
-        "weight": "weight_L",
-        "unrouted": "unrouted_L",
-        "bias_X": "bias_LX",
-    }
-    for source, name in names.items():
+    for source, name in REPORTED.items():
         if source not in layer_stats[0]:
             continue
         gathered[name] = ops.stop_gradient(ops.stack([stats[source] for stats in layer_stats]))

@@ -14,6 +14,7 @@ import yaml
 
 from pangu_locmoe.check import check as checking
 from pangu_locmoe.check.check import check
+from pangu_locmoe.check.graph import host_python
 from pangu_locmoe.cli import main
 from pangu_locmoe.config import parse_config
 from pangu_locmoe.model.size import num_params
@@ -248,6 +249,7 @@ def compiled_as_planned(config, num_ranks, rank):
         "operations": [operation.to_dict() for operation in planned],
         "groups": {operation.group: list(range(num_ranks)) for operation in planned},
         "weights": weights,
+        "host_python": [],
         "flash_attention": [0, 0],
     }
 
@@ -339,6 +341,29 @@ def test_a_graph_that_is_not_the_plan_fails_with_one_line(file, monkeypatch, cap
     )
 
 
+def test_python_on_the_host_fails_with_one_line(file, monkeypatch, capsys):
+    def with_a_dict(config, num_ranks, rank):
+        result = compiled_as_planned(config, num_ranks, rank)
+        return {**result, "host_python": ["dict(zip(keys, values),)"]}
+
+    monkeypatch.setattr(checking, "_compile", with_a_dict)
+    assert main(["check", str(file), "--ranks", "8"]) == 1
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1
+    assert "PyExecute, Python on the host in the middle of the graph: dict(zip" in printed.err
+
+
+def test_python_in_the_text_of_a_graph():
+    """As MindSpore writes what makes a dict that leaves a graph."""
+    lines = (
+        '  %1(CNode_6) = PyExecute("dict(zip(k,v),)", ("k", "v"), %0) primitive_attrs: {}',
+        "      : (<String, NoShape>) -> (<Any(Tensor)[Float64], (-2)>)",
+        "  %2(CNode_7) = PrimFunc_Add(%0, %0) cnode_attrs: {}",
+        "#   1: @1_construct:CNode_6{[0]: ValueNode<Primitive> PyExecute}",
+    )
+    assert host_python("\n".join(lines)) == ["dict(zip(k,v),)"]
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -415,6 +440,7 @@ def test_a_deep_stack_is_compiled_with_fewer_layers_and_said_so(monkeypatch):
                 for weight in weights
             ],
             "flash_attention": [0, 0],
+            "host_python": [],
         }
 
     monkeypatch.setattr(checking, "_compile", record)

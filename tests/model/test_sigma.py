@@ -356,6 +356,15 @@ def test_statistics():
     )
     assert stats["cosine_LT"].shape == (2, BATCH * LENGTH)
     assert stats["layer_sums"].shape == (4,)
+    assert set(stats) == set(model.stats_names)
+
+
+@pytest.mark.parametrize("moe_layers, router", [(0, "locmoe"), (1, "hash"), (1, "locmoe_plus")])
+def test_the_names_of_the_statistics(moe_layers, router):
+    config = small_config(model={"num_moe_layers": moe_layers}, moe={"router": router})
+    model = PanguSigma(config)
+    _, stats = model(*inputs(BATCH_OF_FOUR), keys(), (8,) * moe_layers, True)
+    assert set(stats) == set(model.stats_names)
     dense = PanguSigma(small_config(model={"num_moe_layers": 0}))
     none = ()
     assert set(dense(*inputs(BATCH_OF_FOUR), keys(), none, True)[1]) == {

@@ -61,7 +61,11 @@ class StepParts:
 
 
 class WholeStep(nn.Cell):
-    """Forward, backward, reduction and update in one graph."""
+    """Forward, backward, reduction and update in one graph.
+
+    Statistics leave it in a tuple, in the order of `model.stats_names`: on Ascend a dict that leaves
+    a graph is made by Python on the host, which cuts the graph into parts.
+    """
 
     def __init__(
         self, objective: Objective, optimizer: AdamW, reduce: nn.Cell, update: nn.Cell
@@ -70,10 +74,11 @@ class WholeStep(nn.Cell):
         self.gradient = ms.value_and_grad(objective, None, optimizer.parameters, has_aux=True)
         self.reduce = reduce
         self.update = update
+        self.names = objective.model.stats_names
 
     def construct(
         self, learning_rate: Tensor, step: Tensor, *inputs: Tensor
-    ) -> Tuple[Tensor, Dict[str, Tensor], Tensor]:
+    ) -> Tuple[Tensor, Tuple[Tensor, ...], Tensor]:
         """`inputs` as for the objective.
 
         Returns:
@@ -82,7 +87,7 @@ class WholeStep(nn.Cell):
         (_, losses, stats), gradients = self.gradient(*inputs)
         reduced, norm = self.reduce(gradients, None)
         self.update(reduced, learning_rate, step, norm)
-        return losses, stats, norm
+        return losses, _values(stats, self.names), norm
 
 
 class ReduceAlone(nn.Cell):
@@ -138,22 +143,23 @@ class Update(nn.Cell):
 
 
 class Accumulate(nn.Cell):
-    """Forward, backward, and add the gradients to buffers."""
+    """Forward, backward, and add the gradients to buffers. Statistics as of `WholeStep`."""
 
     def __init__(
-        self, objective: nn.Cell, parameters: ParameterTuple, buffers: ParameterTuple
+        self, objective: Objective, parameters: ParameterTuple, buffers: ParameterTuple
     ) -> None:
         super().__init__(auto_prefix=False)
         self.gradient = ms.value_and_grad(objective, None, parameters, has_aux=True)
         self.buffers = buffers
         self.count = len(buffers)
+        self.names = objective.model.stats_names
 
-    def construct(self, *inputs: Tensor) -> Tuple[Tensor, Dict[str, Tensor]]:
+    def construct(self, *inputs: Tensor) -> Tuple[Tensor, Tuple[Tensor, ...]]:
         """`inputs` as for the objective. Returns the losses and the statistics."""
         (_, losses, stats), gradients = self.gradient(*inputs)
         for index in range(self.count):
             ops.assign_add(self.buffers[index], gradients[index])
-        return losses, stats
+        return losses, _values(stats, self.names)
 
 
 class ReduceBuffers(nn.Cell):
@@ -192,6 +198,13 @@ class UpdateFromBuffers(nn.Cell):
         for buffer in self.buffers:
             ops.assign(buffer, ops.zeros_like(buffer))
         return norm
+
+
+def _values(stats: Dict[str, Tensor], names: Tuple[str, ...]) -> Tuple[Tensor, ...]:
+    values = []
+    for name in names:
+        values.append(stats[name])
+    return tuple(values)
 
 
 def gradient_buffers(parameters: Sequence[Parameter]) -> ParameterTuple:

@@ -51,12 +51,14 @@ class LocalStepper(Stepper):
     ) -> Tuple[List[Report], float, bool]:
         if self._parts.buffers is not None:
             return super()._advance(inputs, rate, number)
-        losses, stats, norm = self._step(rate, number, *inputs[0], Tensor(1.0, ms.float32))
-        return [(losses, stats)], float(norm.asnumpy()), False
+        losses, values, norm = self._step(rate, number, *inputs[0], Tensor(1.0, ms.float32))
+        return [self._report(losses, values)], float(norm.asnumpy()), False
 
     def _backward(self, *inputs: Tensor) -> Report:
-        report: Report = self._step(*inputs)
-        return report
+        return self._report(*self._step(*inputs))
+
+    def _report(self, losses: Tensor, values: Tuple[Tensor, ...]) -> Report:
+        return losses, dict(zip(self.model.stats_names, values))
 
     def _reduce(self, factor: float) -> Tensor:
         return self._norm(Tensor(factor, ms.float32))
