@@ -21,7 +21,9 @@ from typing import Any, Optional, Tuple
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, nn, ops
+from mindspore import Tensor, mint, nn, ops
+
+from pangu_locmoe.nn.device import on_ascend
 
 
 def position_within_expert(one_hot_AE: Tensor, affinity_A: Optional[Tensor]) -> Tensor:
@@ -33,9 +35,23 @@ def position_within_expert(one_hot_AE: Tensor, affinity_A: Optional[Tensor]) -> 
     """
     if affinity_A is None:
         return _count_before(one_hot_AE)
-    order_A = ops.cast(ops.sort(-affinity_A)[1], ms.int32)
+    order_A = ops.cast(_ascending(-affinity_A)[1], ms.int32)
     position_A = _count_before(ops.gather(one_hot_AE, order_A, 0))
     return ops.scatter_nd(ops.expand_dims(order_A, 1), position_A, order_A.shape)
+
+
+def _ascending(values_A: Tensor) -> Tuple[Tensor, Tensor]:
+    """Sorted values and where they were, equal ones in the order in which they come.
+
+    On Ascend the operator is asked for that; ops.sort, which the CPU has alone, loses accuracy in
+    fp32 there (so does this one on a 910A, which sorts fp32 as fp16).
+    """
+    return mint.sort(values_A, stable=True) if _on_ascend() else ops.sort(values_A)
+
+
+@ops.constexpr(reuse_result=False)
+def _on_ascend() -> bool:
+    return on_ascend()
 
 
 def _count_before(one_hot_AE: Tensor) -> Tensor:

@@ -16,11 +16,7 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from pangu_locmoe.config import Config
-
-
-def on_ascend() -> bool:
-    """Whether models are built for an Ascend device."""
-    return bool(ms.get_context("device_target") == "Ascend")
+from pangu_locmoe.nn.device import on_ascend
 
 
 def used(config: Config) -> bool:

@@ -29,7 +29,7 @@ from pangu_locmoe.files import json_text, write_atomic
 from pangu_locmoe.generate import Generator
 from pangu_locmoe.model.size import num_active_params, num_params
 from pangu_locmoe.moe.routers import router_class
-from pangu_locmoe.nn.flash_attention import on_ascend
+from pangu_locmoe.nn.device import on_ascend
 from pangu_locmoe.parallel.agreement import together
 from pangu_locmoe.parallel.communicator import Communicator, SingleProcess
 from pangu_locmoe.parallel.selfcheck import check_groups, check_same_run, check_same_step

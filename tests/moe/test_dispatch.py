@@ -56,6 +56,24 @@ def plans(draw):
     return expert_A, num_experts, None if affinity_A is None else np.array(affinity_A) / 4, capacity
 
 
+def test_an_ascend_device_sorts_stably(monkeypatch):
+    """The operator it has for that is asked; with a stand-in for it, positions are the same."""
+    asked = []
+
+    def sort(values, stable):
+        asked.append(stable)
+        return ops.sort(values)
+
+    affinity_A = tensor([0.5, 0.25, 0.5, 1.0, 0.25, 0.5])
+    hot_AE = tensor(one_hot(np.array([0, 0, 0, 1, 1, 0]), 2))
+    wanted = dispatch.position_within_expert(hot_AE, affinity_A)
+    monkeypatch.setattr(dispatch, "on_ascend", lambda: True)
+    monkeypatch.setattr(dispatch.mint, "sort", sort)
+    found = dispatch.position_within_expert(hot_AE, affinity_A)
+    assert asked == [True]
+    assert found.asnumpy().tolist() == wanted.asnumpy().tolist() == [0, 3, 1, 0, 1, 2]
+
+
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(plans())
 @example((np.zeros(13, int), 4, None, None))  # all tokens to one expert, 13 not divisible by 4
