@@ -178,7 +178,14 @@ class AllToAllRows(nn.Cell):
         self.received = tuple(map(int, received))
 
     def construct(self, rows_MD: Tensor) -> Tensor:
-        flat = self.exchange(ops.reshape(rows_MD, (-1,)), self.sent, self.received)
+        return self.arrive(self.depart(rows_MD))
+
+    def depart(self, rows_MD: Tensor) -> Tensor:
+        """Rows under way: whatever uses them, `arrive` too, waits for the exchange."""
+        return self.exchange(ops.reshape(rows_MD, (-1,)), self.sent, self.received)
+
+    def arrive(self, flat: Tensor) -> Tensor:
+        """The rows of what `depart` returned."""
         return ops.reshape(flat, (self.total, self.features))
 
 

@@ -68,6 +68,7 @@ class SlotExchange(nn.Cell):
         self.there, self.back = (
             _mover(exchange, matrix, features) for matrix in (matrix_RR, matrix_RR.T)
         )
+        self.in_two_parts = isinstance(self.there, AllToAllRows)
         # A source sends as much to all experts of one rank: its part of every local expert's
         # buffer is as wide.
         width_R = slots_RE[:, position * groups]
@@ -80,7 +81,16 @@ class SlotExchange(nn.Cell):
 
     def to_experts(self, rows_QD: Tensor) -> Tensor:
         """x_GCD on the experts' ranks."""
-        rows = self.there(rows_QD)
+        return self.arrive(self.depart(rows_QD))
+
+    def depart(self, rows_QD: Tensor) -> Tensor:
+        """Slots on their way to the experts; `arrive` waits for them where that can be told apart."""
+        return self.there.depart(rows_QD) if self.in_two_parts else self.there(rows_QD)
+
+    def arrive(self, rows: Tensor) -> Tensor:
+        """x_GCD of what departed."""
+        if self.in_two_parts:
+            rows = self.there.arrive(rows)
         if not self.sorted_by_source:
             rows = self.reorder(rows, self.row_of_position, self.position_of_row)
         return ops.reshape(rows, self.buffers)
@@ -190,13 +200,7 @@ class SlotsTransport(RankTransport):
         if way.chunks == 1:
             y_GCD = experts(way.to_experts(rows_QD), None)
             return way.from_experts(y_GCD), packed["dropped_E"]
-        arrived = []
-        for chunk in ops.split(rows_QD, way.slots, 0):
-            arrived.append(way.to_experts(chunk))
-        returned = []
-        for x_GCD in arrived:
-            returned.append(way.from_experts(experts(x_GCD, None)))
-        return ops.concat(returned, 0), packed["dropped_E"]
+        return _in_chunks(way, experts, rows_QD), packed["dropped_E"]
 
     def _for_evaluation(self, num_tokens: int, capacity: int) -> SlotExchange:
         """As many slots for each expert as there are tokens, or as many as `capacity`; PyNative."""
@@ -206,6 +210,26 @@ class SlotsTransport(RankTransport):
             way = SlotExchange(self.exchange, slots_RE, self.features)
             self._evaluated[num_tokens, capacity] = way
         return self._evaluated[num_tokens, capacity]
+
+
+def _in_chunks(way: SlotExchange, experts: Experts, rows_QD: Tensor) -> Tensor:
+    """Slots through the experts and back, the exchange of a chunk under the computation of another.
+
+    A graph's operators have no order but that of their data. So a chunk departs after the one
+    before, and the device waits for it only when the experts are through with the one before:
+    without these dependences it sends the last one first and waits for all of them at once.
+    """
+    departed = []
+    for chunk in ops.split(rows_QD, way.slots, 0):
+        departed.append(way.depart(ops.depend(chunk, departed[-1]) if departed else chunk))
+    returned = []
+    y_GCD = None
+    for rows in departed:
+        if y_GCD is not None:
+            rows = ops.depend(rows, y_GCD)
+        y_GCD = experts(way.arrive(rows), None)
+        returned.append(way.from_experts(y_GCD))
+    return ops.concat(returned, 0)
 
 
 def _check_divisible(numbers_RE: np.ndarray, key: str, divisor: int, what: str) -> None:
