@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.metadata
+import importlib.util
 import os
 import re
 import shutil
@@ -22,6 +23,12 @@ from typing import Iterator, List, Optional, Tuple
 ROOT = Path(__file__).resolve().parents[1]
 MINDSPORE = "2.10."
 HCCL_PORTS = 16
+# Where CANN's installer puts it for root, before and from 8.5 on, and for others.
+SET_ENV = [
+    base / folder / "set_env.sh"
+    for base in (Path("/usr/local/Ascend"), Path.home() / "Ascend")
+    for folder in ("ascend-toolkit", "cann")
+]
 
 Finding = Tuple[bool, str]
 
@@ -77,28 +84,65 @@ def driver(ranks: int) -> Iterator[Finding]:
 
 
 def software() -> Iterator[Finding]:
-    """CANN's environment is loaded, and MindSpore is the version this project is written for."""
+    """CANN's environment is loaded, MindSpore is the version this project is written for, and each
+    is one that the other knows.
+    """
     home = os.environ.get("ASCEND_TOOLKIT_HOME") or os.environ.get("ASCEND_HOME_PATH")
     if home is None:
-        yield (
-            False,
-            "CANN's environment is not loaded: source /usr/local/Ascend/ascend-toolkit/set_env.sh",
-        )
+        found = [str(file) for file in SET_ENV if file.is_file()]
+        where = found or [" or, from CANN 8.5 on, ".join(map(str, SET_ENV[:2]))]
+        yield False, f"CANN's environment is not loaded: source {where[0]}"
     else:
-        file = Path(home) / "version.cfg"
-        yield (
-            Path(home).is_dir(),
-            (
-                f"CANN in {home}: "
-                f"{_first_line(file, 'version') if file.is_file() else 'version unknown'}"
-            ),
-        )
+        yield cann(Path(home))
+        yield from packages()
     try:
         version = importlib.metadata.version("mindspore")
     except importlib.metadata.PackageNotFoundError:
         yield False, f"MindSpore is not installed for {sys.executable}"
     else:
         yield version.startswith(MINDSPORE), f"MindSpore {version}, wanted {MINDSPORE}x"
+
+
+def cann(home: Path) -> Finding:
+    """CANN is there, and of a version that MindSpore's own run_check accepts."""
+    if not home.is_dir():
+        return False, f"CANN in {home}: no such folder"
+    for file in (home / "compiler" / "version.info", home / "version.cfg"):
+        if file.is_file():
+            line = _first_line(file, "version=")
+            break
+    else:
+        return True, f"CANN in {home}: version unknown"
+    number = re.search(r"(\d+\.\d+)", line)
+    accepted = accepted_cann()
+    known = number is None or not accepted or number[1] in accepted
+    wanted = "" if known else f"; this MindSpore is for {', '.join(accepted)}"
+    return known, f"CANN in {home}: {line}{wanted}"
+
+
+def accepted_cann() -> List[str]:
+    """The versions of CANN in MindSpore's own check, read without loading it; empty: not found."""
+    spec = importlib.util.find_spec("mindspore")
+    if spec is None or spec.origin is None:
+        return []
+    file = Path(spec.origin).parent / "run_check" / "_check_version.py"
+    if not file.is_file():
+        return []
+    _, _, checker = file.read_text(encoding="utf-8").partition("class AscendEnvChecker")
+    listed = re.search(r"self\.version = \[([^\]]*)\]", checker)
+    return re.findall(r"[\d.]+", listed[1]) if listed else []
+
+
+def packages() -> Iterator[Finding]:
+    """CANN's own Python packages, which MindSpore imports."""
+    for name in ("hccl", "te"):
+        found = importlib.util.find_spec(name) is not None
+        mend = (
+            ""
+            if found
+            else (f": not found by {sys.executable}; set_env.sh puts it on the PYTHONPATH")
+        )
+        yield found, f"Python package {name}{mend}"
 
 
 def ports(master_port: Optional[int]) -> Iterator[Finding]:

@@ -5,6 +5,7 @@ run.
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -295,25 +296,50 @@ def test_the_hash_follows_bases_and_overrides(tmp_path):
     assert hashed() != first
 
 
-def test_preflight_with_stand_ins_for_driver_and_cann(tmp_path):
+def ready_server(tmp_path: Path, version: str) -> dict[str, str]:
+    """The environment of a server with stand-ins for the driver and CANN."""
     smi = tmp_path / "npu-smi"
     smi.write_text("#!/bin/sh\nexit 0\n")
     smi.chmod(0o755)
-    (tmp_path / "version.cfg").write_text("# version: 1.0\nversion=8.5.0\n")
-    done = preflight(
-        SMALL,
-        "--ranks",
-        "2",
-        "--disk-gb",
-        "0",
-        "--run-dir",
-        str(tmp_path),
-        PATH=f"{tmp_path}:{os.environ['PATH']}",
-        ASCEND_TOOLKIT_HOME=str(tmp_path),
-        ASCEND_RT_VISIBLE_DEVICES="0,1",
-    )
+    (tmp_path / "compiler").mkdir()
+    (tmp_path / "compiler" / "version.info").write_text(f"# CANN\nVersion={version}\n")
+    for package in ("hccl", "te"):
+        (tmp_path / f"{package}.py").write_text("")
+    return {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "PYTHONPATH": str(tmp_path),
+        "ASCEND_TOOLKIT_HOME": str(tmp_path),
+        "ASCEND_RT_VISIBLE_DEVICES": "0,1",
+    }
+
+
+def test_preflight_with_stand_ins_for_driver_and_cann(tmp_path):
+    server = ready_server(tmp_path, "8.5.0")
+    flags = (SMALL, "--ranks", "2", "--disk-gb", "0", "--run-dir", str(tmp_path))
+    done = preflight(*flags, **server)
     assert done.returncode == 0, done.stdout
-    assert "ready: 2 devices for 2 ranks" in done.stdout and "version=8.5.0" in done.stdout
+    assert "ready: 2 devices for 2 ranks" in done.stdout and "Version=8.5.0" in done.stdout
+    assert "ready: Python package hccl\nready: Python package te\n" in done.stdout
+    (tmp_path / "compiler" / "version.info").unlink()
+    (tmp_path / "version.cfg").write_text("# version: 1.0\nversion=8.5.0\n")
+    assert "ready: CANN in" in preflight(*flags, **server).stdout
+
+
+def test_preflight_holds_cann_against_mindspores_own_list(tmp_path):
+    server = ready_server(tmp_path, "7.0.RC1")
+    (tmp_path / "te.py").unlink()
+    done = preflight(SMALL, "--ranks", "2", "--disk-gb", "0", **server)
+    assert done.returncode == 3
+    assert re.search(
+        r"not ready: CANN in .*: Version=7\.0\.RC1; this MindSpore is for [\d., ]+\n", done.stdout
+    )
+    assert "not ready: Python package te: not found by" in done.stdout
+
+
+def test_preflight_says_where_cann_is_loaded_from():
+    done = preflight(SMALL)
+    assert done.returncode == 3
+    assert re.search(r"CANN's environment is not loaded: source \S+/set_env\.sh", done.stdout)
 
 
 def test_preflight_says_which_port_is_taken(tmp_path):
