@@ -23,7 +23,10 @@ setup(
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     packages=find_packages(include=["pangu_locmoe", "pangu_locmoe.*"]),
-    package_data={"pangu_locmoe.simulate": ["devices.yaml"]},
+    package_data={
+        "pangu_locmoe.simulate": ["devices.yaml"],
+        "pangu_locmoe.check.dry_run": ["classes.cpp"],
+    },
     python_requires=">=3.9,<3.13",
     install_requires=[
         "mindspore>=2.9,<2.11",

@@ -29,6 +29,10 @@ class DivergenceError(LocMoEError):
     """
 
 
+class DryRunError(LocMoEError):
+    """A dry run of an Ascend step cannot be made on this machine."""
+
+
 def one_line(error: BaseException) -> str:
     """What another library says, on one line and no longer than one; its kind if it says nothing."""
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -7,14 +7,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from pangu_locmoe.check.communication import (
     Weight,
@@ -22,6 +21,7 @@ from pangu_locmoe.check.communication import (
     communication_plan,
     differences,
 )
+from pangu_locmoe.check.dry_run.process import deep_stack
 from pangu_locmoe.check.memory import Memory, estimate
 from pangu_locmoe.config import Config
 from pangu_locmoe.errors import ConfigError, TopologyError
@@ -167,10 +167,7 @@ def check(config: Config, num_ranks: int, rank: int = 0, device: Optional[Device
             does not have.
         TopologyError: the number of ranks does not fit it.
     """
-    if num_ranks < 2:
-        raise TopologyError(f"--ranks {num_ranks}: must be at least 2")
-    if not 0 <= rank < num_ranks:
-        raise TopologyError(f"--rank {rank}: must be between 0 and {num_ranks - 1}")
+    refuse_ranks(num_ranks, [rank])
     if config.parallel.sizes != "static":
         raise ConfigError(
             "parallel.sizes = 'counts': exchanges as many tokens as are routed, in "
@@ -179,7 +176,7 @@ def check(config: Config, num_ranks: int, rank: int = 0, device: Optional[Device
     if device is not None:
         _check_device(config, device)
     topology = Topology.from_config(config, num_ranks)
-    shallow = _shallower(config)
+    shallow = shallower(config)
     result = _compile(shallow, num_ranks, rank)
     weights = [
         Weight(item["name"], tuple(item["shape"]), item["kind"]) for item in result["weights"]
@@ -237,6 +234,15 @@ def check(config: Config, num_ranks: int, rank: int = 0, device: Optional[Device
     return Check(config, topology, rank, operations, groups, weights, memory, found, notes, device)
 
 
+def refuse_ranks(num_ranks: int, ranks: Sequence[int]) -> None:
+    """Raises TopologyError for what is no rank of a job."""
+    if num_ranks < 2:
+        raise TopologyError(f"--ranks {num_ranks}: must be at least 2")
+    for rank in ranks:
+        if not 0 <= rank < num_ranks:
+            raise TopologyError(f"--rank {rank}: must be between 0 and {num_ranks - 1}")
+
+
 def _check_device(config: Config, device: Device) -> None:
     if device.memory_bytes is None:
         raise ConfigError(f"--device {device.name}: its memory_bytes is not known")
@@ -246,7 +252,7 @@ def _check_device(config: Config, device: Device) -> None:
         )
 
 
-def _shallower(config: Config) -> Config:
+def shallower(config: Config) -> Config:
     """The same configuration with at most two dense and two sparse blocks, where it has more
     than MOST_LAYERS layers.
     """
@@ -304,7 +310,7 @@ def _compile(config: Config, num_ranks: int, rank: int) -> Dict[str, Any]:
             env=environment,
             text=True,
             capture_output=True,
-            preexec_fn=_deep_stack,
+            preexec_fn=deep_stack,
         )
         if done.returncode:
             errors = [
@@ -318,12 +324,6 @@ def _compile(config: Config, num_ranks: int, rank: int) -> Dict[str, Any]:
             )
         loaded: Dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
         return loaded
-
-
-def _deep_stack() -> None:
-    """The front end's recursion grows with the number of parameters."""
-    _, most = resource.getrlimit(resource.RLIMIT_STACK)
-    resource.setrlimit(resource.RLIMIT_STACK, (most, most))
 
 
 def _operation(item: Dict[str, Any]) -> Operation:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
@@ -32,6 +33,7 @@ from pangu_locmoe.parallel.hccl import HcclOperators
 from pangu_locmoe.parallel.world import World
 from pangu_locmoe.train import optimizer
 from pangu_locmoe.train.step import Objective, cells
+from pangu_locmoe.train.step.cells import StepParts
 from pangu_locmoe.train.step.graph import RECURSION_LIMIT, graph_parts
 
 _NUMBER = Tensor(1.0, ms.float32)
@@ -41,32 +43,17 @@ def compile_step(config: Config, num_ranks: int, rank: int) -> Dict[str, Any]:
     """The communication operators of a rank's step, what it has Python compute, how often it has
     flash attention (forward, backward), its groups and its weights.
     """
-    _without_values()
+    without_values()
     for module in (fused, dispatch):  # what is compiled is for one
         module.on_ascend = lambda: True  # type: ignore[attr-defined]
-    ms.set_recursion_limit(RECURSION_LIMIT)
     communicator = HcclOperators(rank, num_ranks, lambda name, ranks: None)
     # Nothing has joined a job: without this, MindSpore takes every group for the whole world.
     comm_ops.get_group_size = lambda group: len(communicator.groups[group])
     comm_ops.get_rank = lambda group: communicator.groups[group].index(rank)
-    world = World.of(config, communicator)
-    with no_init_parameters():
-        model = sigma.PanguSigma(config, None, world.topology, world.exchange, world.tensor)
-        parameters = list(model.trainable_params())
-        own = pieces(parameters, world.topology, rank) if config.parallel.shard_optimizer else None
-        adam = optimizer.AdamW.of(parameters, config.train, own)
-        parts = graph_parts(config, adam, world.topology, communicator)
-    capacities = (
-        1,
-    ) * config.model.num_moe_layers  # not used with static sizes, but for not being dropless
-    texts = [
-        _front_end(
-            parts.step(Objective(model, config, capacities)),
-            _inputs(config, world.topology.num_replicas),
-        )
-    ]
-    if parts.buffers is not None:
-        norm, apply, _ = parts.after()
+    step = RankStep.of(config, communicator)
+    texts = [_front_end(step.first, step.inputs)]
+    if step.parts.buffers is not None:
+        norm, apply, _ = step.parts.after()
         texts += [
             _front_end(norm, (_NUMBER,)),
             _front_end(apply, (_NUMBER, Tensor(1, ms.int32), _NUMBER)),
@@ -80,8 +67,49 @@ def compile_step(config: Config, num_ranks: int, rank: int) -> Dict[str, Any]:
             for name in ("FlashAttentionScore", "FlashAttentionScoreGrad")
         ],
         "groups": {name: list(ranks) for name, ranks in communicator.groups.items()},
-        "weights": [{"name": p.name, "shape": list(p.shape), "kind": kind(p)} for p in parameters],
+        "weights": step.weights(),
     }
+
+
+@dataclass(frozen=True)
+class RankStep:
+    """The cells of one rank's step, and what they are called with.
+
+    parameters: the rank's trainable ones.
+    first: the step, or with buffers the part of it that fills them.
+    inputs: of `first`.
+    """
+
+    parts: StepParts
+    parameters: List[Parameter]
+    first: nn.Cell
+    inputs: Tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, config: Config, communicator: HcclOperators) -> RankStep:
+        """Of the communicator's rank, its parameters without values."""
+        ms.set_recursion_limit(RECURSION_LIMIT)
+        world = World.of(config, communicator)
+        topology = world.topology
+        with no_init_parameters():
+            model = sigma.PanguSigma(config, None, topology, world.exchange, world.tensor)
+            parameters = list(model.trainable_params())
+            own = None
+            if config.parallel.shard_optimizer:
+                own = pieces(parameters, topology, communicator.rank)
+            adam = optimizer.AdamW.of(parameters, config.train, own)
+            parts = graph_parts(config, adam, topology, communicator)
+        # Not used with static sizes, but for not being dropless.
+        capacities = (1,) * config.model.num_moe_layers
+        first = parts.step(Objective(model, config, capacities))
+        return cls(parts, parameters, first, _inputs(config, topology.num_replicas))
+
+    def weights(self) -> List[Dict[str, Any]]:
+        """Name, shape and kind of each parameter."""
+        return [
+            {"name": parameter.name, "shape": list(parameter.shape), "kind": kind(parameter)}
+            for parameter in self.parameters
+        ]
 
 
 def _front_end(cell: nn.Cell, inputs: Tuple[Tensor, ...]) -> str:
@@ -105,7 +133,7 @@ def _inputs(config: Config, num_replicas: int) -> Tuple[Tensor, ...]:
     return inputs if config.train.has_buffers else (_NUMBER, Tensor(1, ms.int32), *inputs)
 
 
-def _without_values() -> None:
+def without_values() -> None:
     """In this process, weights and optimizer state are shapes only."""
 
     def shape_only(seed: Any, shape: Tuple[int, ...], std: float) -> np.ndarray:

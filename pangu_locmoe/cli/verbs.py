@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Callable, List, NoReturn, Optional
 
 from pangu_locmoe import __version__, console, interrupts
 from pangu_locmoe.cli import load as cli_load
-from pangu_locmoe.errors import LocMoEError
+from pangu_locmoe.errors import ConfigError, LocMoEError
 from pangu_locmoe.files import json_text
 
 if TYPE_CHECKING:
@@ -198,21 +198,46 @@ def _extract(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from pangu_locmoe.check.check import check
+    from pangu_locmoe.check.check import check, refuse_ranks, shallower
+    from pangu_locmoe.check.dry_run.libraries import DEFAULT_CHIP, ready
+    from pangu_locmoe.check.dry_run.run import dry_run
     from pangu_locmoe.config import load_config
     from pangu_locmoe.simulate.devices import Device
 
+    config = load_config(options.config, options.set)
     device = None if options.device is None else Device.named(options.device)
-    result = check(load_config(options.config, options.set), options.ranks, options.rank, device)
-    print(json_text(result.to_dict()) if options.json else result.format())
+    ranks = options.rank or ([0, options.ranks - 1] if options.simulate else [0])
+    if len(ranks) > 1 and not options.simulate:
+        raise ConfigError(f"--rank {' '.join(map(str, ranks))}: several only with --simulate")
+    refuse_ranks(options.ranks, ranks)
+    libraries = ready(_cache_folder()) if options.simulate else None
+    result = check(config, options.ranks, ranks[0], device)
+    problems = []
     if result.differences:
-        print(
-            f"pangu-locmoe: the graph is not what the plan says: {'; '.join(result.differences)}",
-            file=sys.stderr,
-        )
+        problems.append(f"the graph is not what the plan says: {'; '.join(result.differences)}")
     if result.too_large:
-        print(f"pangu-locmoe: {result.too_large}", file=sys.stderr)
-    return 1 if result.differences or result.too_large else 0
+        problems.append(result.too_large)
+    report = result.to_dict()
+    text = result.format()
+    if libraries is not None:
+        chip = (device and device.chip) or DEFAULT_CHIP
+        ranks = list(dict.fromkeys(ranks))
+        run = dry_run(shallower(config), options.ranks, ranks, libraries, chip)
+        problems += run.problems
+        report["dry_run"] = run.to_dict()
+        text += "\n" + run.format()
+    print(json_text(report) if options.json else text)
+    for problem in problems:
+        print(f"pangu-locmoe: {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+def _cache_folder() -> Path:
+    """Where this command may keep what it can make again."""
+    base = os.environ.get("XDG_CACHE_HOME") or ""
+    # The specification has relative paths ignored.
+    folder = Path(base) if Path(base).is_absolute() else Path.home() / ".cache"
+    return folder / "pangu_locmoe"
 
 
 def _simulate(options: argparse.Namespace) -> int:
@@ -352,12 +377,29 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_config(verb)
     verb.add_argument("--ranks", type=int, required=True, help="processes of the job")
-    verb.add_argument("--rank", type=int, default=0, help="whose step (0)")
+    verb.add_argument(
+        "--rank",
+        type=int,
+        nargs="+",
+        metavar="R",
+        help="whose step (0); several with --simulate (the first and the last)",
+    )
     verb.add_argument(
         "--device",
         help=(
             "hold its memory against this device of pangu_locmoe/simulate/devices.yaml; exit "
             "code 1 where it does not fit"
+        ),
+    )
+    verb.add_argument(
+        "--simulate",
+        action="store_true",
+        help=(
+            "a dry run as well: compile with MindSpore's Ascend back end, on stand-ins for CANN's "
+            "libraries that gcc builds once, and walk through the launches of each rank. Proves "
+            "that MindSpore has a kernel for every operator, what overlaps, and the order of "
+            "collectives; no number, no time, and not that CANN has the operators. Exit code 1 for "
+            "Python in the step, a missing kernel, or ranks whose collectives differ in order"
         ),
     )
     verb.add_argument("--json", action="store_true", help="print JSON")

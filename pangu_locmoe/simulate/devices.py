@@ -37,6 +37,7 @@ class Device:
             reduction; None: links do it alone.
         memory_bytes: of one rank's device; None: `check` cannot compare with it.
         fused_operators: whether it has the operators of train.fused.
+        chip: its name as CANN has it, for a dry run; empty: not known.
         shared_processor: all ranks share one processor, as on an emulated cluster: what one leaves
             idle the others use, so the mean of their work counts and not the slowest.
 
@@ -58,6 +59,7 @@ class Device:
     copy_bandwidth: Optional[float] = None
     memory_bytes: Optional[float] = None
     fused_operators: bool = False
+    chip: str = ""
     shared_processor: bool = False
 
     def __post_init__(self) -> None:

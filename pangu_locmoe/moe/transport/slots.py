@@ -21,7 +21,7 @@ experts, C slots of all sources for one expert.
 
 from __future__ import annotations
 
-from typing import Dict, Tuple
+from typing import Dict, List, Tuple
 
 import mindspore as ms
 import numpy as np
@@ -219,7 +219,7 @@ def _in_chunks(way: SlotExchange, experts: Experts, rows_QD: Tensor) -> Tensor:
     before, and the device waits for it only when the experts are through with the one before:
     without these dependences it sends the last one first and waits for all of them at once.
     """
-    departed = []
+    departed: List[Tensor] = []
     for chunk in ops.split(rows_QD, way.slots, 0):
         departed.append(way.depart(ops.depend(chunk, departed[-1]) if departed else chunk))
     returned = []
