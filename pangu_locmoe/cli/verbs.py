@@ -210,7 +210,7 @@ def _check(options: argparse.Namespace) -> int:
     if len(ranks) > 1 and not options.simulate:
         raise ConfigError(f"--rank {' '.join(map(str, ranks))}: several only with --simulate")
     refuse_ranks(options.ranks, ranks)
-    libraries = ready(_cache_folder()) if options.simulate else None
+    libraries = ready(cache_folder()) if options.simulate else None
     result = check(config, options.ranks, ranks[0], device)
     problems = []
     if result.differences:
@@ -232,7 +232,7 @@ def _check(options: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
     """Where this command may keep what it can make again."""
     base = os.environ.get("XDG_CACHE_HOME") or ""
     # The specification has relative paths ignored.
