@@ -17,6 +17,7 @@ from pangu_locmoe.parallel.hccl import HcclOperators
 from pangu_locmoe.parallel.topology import Topology
 from pangu_locmoe.train.optimizer import AdamW
 from pangu_locmoe.train.step.cells import StepParts
+from pangu_locmoe.train.step.compiled import CompiledCell
 from pangu_locmoe.train.step.local import LocalStepper
 from pangu_locmoe.train.step.reduction import Reduce, gathers
 from pangu_locmoe.train.step.traffic import planned_traffic
@@ -42,8 +43,7 @@ class GraphStepper(LocalStepper):
         return graph_parts(self.config, self.optimizer, self.world.topology, communicator)
 
     def _compile(self, cell: nn.Cell) -> Callable[..., Any]:
-        compiled: Callable[..., Any] = ms.jit(cell)
-        return compiled
+        return CompiledCell(cell)
 
     def _traffic(self) -> Ledger:
         moe = self.config.moe.model_copy(update={"capacity": self.factors})

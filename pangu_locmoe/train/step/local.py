@@ -16,6 +16,7 @@ from pangu_locmoe.config import Config
 from pangu_locmoe.model.sigma import PanguSigma
 from pangu_locmoe.parallel.world import World
 from pangu_locmoe.train.step.cells import ReduceAlone, StepParts
+from pangu_locmoe.train.step.compiled import CompiledCell
 from pangu_locmoe.train.step.result import Report
 from pangu_locmoe.train.step.stepper import Stepper
 
@@ -40,8 +41,7 @@ class LocalStepper(Stepper):
         return StepParts(self.config.train, self.optimizer, ReduceAlone(self.optimizer))
 
     def _compile(self, cell: nn.Cell) -> Callable[..., Any]:
-        compiled: Callable[..., Any] = ms.jit(cell) if self.config.train.mode == "graph" else cell
-        return compiled
+        return CompiledCell(cell) if self.config.train.mode == "graph" else cell
 
     def _make_step(self) -> Callable[..., Any]:
         return self._compile(self._parts.step(self._objective()))

@@ -24,6 +24,7 @@ from pangu_locmoe.parallel.gradients import pieces
 from pangu_locmoe.parallel.world import World
 from pangu_locmoe.train.optimizer import AdamW
 from pangu_locmoe.train.step import moving
+from pangu_locmoe.train.step.compiled import CompiledCell
 from pangu_locmoe.train.step.objective import Objective, micro_batches
 from pangu_locmoe.train.step.result import Report, StepResult, step_result
 
@@ -174,7 +175,12 @@ class Stepper(ABC):
         self._step = self._steps.pop(key) if key in self._steps else self._make_step()
         self._steps[key] = self._step
         if len(self._steps) > KEPT_STEPS:
-            del self._steps[next(iter(self._steps))]
+            self._release(self._steps.pop(next(iter(self._steps))))
+
+    def _release(self, step: Callable[..., Any]) -> None:
+        """A step that will not be used again."""
+        if isinstance(step, CompiledCell):
+            step.release()
 
     def _objective(self) -> Objective:
         return Objective(self.model, self.config, self.capacities)
