@@ -27,6 +27,7 @@ from pangu_locmoe.model import attention, block, sigma
 from pangu_locmoe.moe import dispatch
 from pangu_locmoe.moe import layer as moe_layer
 from pangu_locmoe.nn import flash_attention as fused
+from pangu_locmoe.nn import functional
 from pangu_locmoe.parallel import tensor as slices
 from pangu_locmoe.parallel.gradients import kind, pieces
 from pangu_locmoe.parallel.hccl import HcclOperators
@@ -44,7 +45,7 @@ def compile_step(config: Config, num_ranks: int, rank: int) -> Dict[str, Any]:
     flash attention (forward, backward), its groups and its weights.
     """
     without_values()
-    for module in (fused, dispatch):  # what is compiled is for one
+    for module in (fused, dispatch, functional):  # what is compiled is for one
         module.on_ascend = lambda: True  # type: ignore[attr-defined]
     communicator = HcclOperators(rank, num_ranks, lambda name, ranks: None)
     # Nothing has joined a job: without this, MindSpore takes every group for the whole world.

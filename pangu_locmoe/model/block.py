@@ -100,6 +100,7 @@ class DecoderBlock(nn.Cell):
             part.recompute()
         if self.sparse and self.has_shared:
             self.shared_ffn.recompute()
+        self.attention.attend.keep_no_probabilities()
 
     def construct(
         self,

@@ -1,5 +1,8 @@
 """The forms of the usual layers that are fast on the CPU and still made of ops that Ascend has.
 
+On Ascend LayerNorm and GELU are one operator each, forward and backward. Every launch costs there,
+and recomputation saves nothing of a Cell with a hand-made gradient: it keeps all that it returns.
+
 MindSpore's own gradients of LayerNorm, softmax, bias and gather run 2-8 times slower on the CPU
 than they need to: they reduce and broadcast in single-threaded kernels. The Cells here carry a
 hand-made ``bprop`` whose rules of thumb, all measured on two cores with tensors of [1024,
@@ -31,7 +34,9 @@ from typing import Any, Tuple
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Parameter, Tensor, mint, nn, ops
+
+from pangu_locmoe.nn.device import on_ascend
 
 _GELU_SLOPE = 2.0 * math.sqrt(2.0 / math.pi)
 _GELU_CUBE = 0.044715
@@ -93,15 +98,23 @@ class LayerNorm(nn.Cell):
         self.gamma = Parameter(Tensor(np.ones(width, np.float32)), name="gamma")
         self.beta = Parameter(Tensor(np.zeros(width, np.float32)), name="beta")
         self.core = _LayerNormCore(width, epsilon)
+        self.one_operator = on_ascend()
 
     def construct(self, x: Tensor) -> Tensor:
         """x [..., D] of any float dtype -> the same shape and dtype."""
         x_TD = x.reshape(-1, self.width).astype(ms.float32)
+        if self.one_operator:
+            y_TD = mint.nn.functional.layer_norm(
+                x_TD, (self.width,), self.gamma, self.beta, self.epsilon
+            )
+            return y_TD.reshape(x.shape).astype(x.dtype)
         return self.core(x_TD, self.gamma, self.beta)[0].reshape(x.shape).astype(x.dtype)
 
 
 class _AttentionCore(nn.Cell):
     """(q_BHSD, k_BHXD, v_BHXD, mask) -> (o_BHSD, p_BHSX in v's dtype); q is scaled already.
+
+    With `again` set, v is returned in p's place, and the gradient computes p again.
 
     A CPU's products are in float32, and so is o. Ascend's matrix unit takes half precision and adds
     up in float32; what it writes is half again, so that scores beyond fp16 are infinite there.
@@ -109,7 +122,8 @@ class _AttentionCore(nn.Cell):
 
     def __init__(self) -> None:
         super().__init__()
-        self.wide = ms.get_context("device_target") != "Ascend"
+        self.wide = not on_ascend()
+        self.again = False
         self.matmul = ops.BatchMatMul()
         self.matmul_bt = ops.BatchMatMul(transpose_b=True)
         self.matmul_at = ops.BatchMatMul(transpose_a=True)
@@ -120,17 +134,18 @@ class _AttentionCore(nn.Cell):
         self.zeros_like = ops.ZerosLike()
 
     def construct(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tuple[Tensor, Tensor]:
-        scores = _wide(self.matmul_bt(self._enter(q), self._enter(k))) + mask
-        p = self.softmax(scores)
+        p = self._probabilities(q, k, mask)
         kept = p.astype(v.dtype)
-        return self.matmul(p if self.wide else kept, self._enter(v)), kept
+        o = self.matmul(p if self.wide else kept, self._enter(v))
+        return o, v if self.again else kept
 
     def bprop(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, out: Any, dout: Any
     ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
         v_in = self._enter(v)
         o = out[0]
-        p = self._enter(out[1])
+        kept = self._probabilities(q, k, mask).astype(v.dtype) if self.again else out[1]
+        p = self._enter(kept)
         do = dout[0]
         # Softmax's gradient is p * (dp - sum_X(p * dp)). The row sum equals sum_D(o * do), which is
         # X/D times smaller, and its subtraction rides in the matrix product as one more column: two
@@ -149,6 +164,9 @@ class _AttentionCore(nn.Cell):
         dk = self.matmul_at(ds, self._enter(q))
         dv = self.matmul_at(p, do)
         return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), self.zeros_like(mask)
+
+    def _probabilities(self, q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+        return self.softmax(_wide(self.matmul_bt(self._enter(q), self._enter(k))) + mask)
 
     def _enter(self, x: Tensor) -> Tensor:
         return _wide(x) if self.wide else x
@@ -169,6 +187,12 @@ class Attention(nn.Cell):
     def __init__(self) -> None:
         super().__init__()
         self.core = _AttentionCore()
+
+    def keep_no_probabilities(self) -> None:
+        """Compute them again for the gradient. `recompute()` of a Cell around this one does not see
+        to it: what a Cell with a hand-made gradient returns is kept.
+        """
+        self.core.again = True
 
     def construct(self, q_BHSD: Tensor, k_BHXD: Tensor, v_BHXD: Tensor, mask: Tensor) -> Tensor:
         """Attend.
@@ -219,9 +243,12 @@ class Gelu(nn.Cell):
     def __init__(self) -> None:
         super().__init__()
         self.core = _GeluCore()
+        self.one_operator = on_ascend()
 
     def construct(self, x: Tensor) -> Tensor:
         """Any shape -> the same shape."""
+        if self.one_operator:
+            return mint.nn.functional.gelu(x, approximate="tanh")
         return self.core(x)[0]
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Tensor, nn
+from mindspore import Tensor, nn, ops
 from support.numeric import Probe, close, gelu, integers, layer_norm, slope, softmax, tensor
 
 from pangu_locmoe.nn import functional as fn
@@ -50,7 +52,8 @@ def test_layer_norm_keeps_shape_and_dtype():
     assert y.dtype == ms.float16
 
 
-def test_attention_and_its_gradients():
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "computed again"])
+def test_attention_and_its_gradients(again):
     batch = 2
     heads = 2
     queries = 4
@@ -67,6 +70,8 @@ def test_attention_and_its_gradients():
         return softmax(q @ k.swapaxes(-1, -2) + mask) @ v
 
     cell = fn.Attention()
+    if again:
+        cell.keep_no_probabilities()
     close(cell(tensor(q), tensor(k), tensor(v), tensor(full)), attend(q, k, v))
     dq, dk, dv, dmask = Probe(cell)(tensor(q), tensor(k), tensor(v), tensor(full), tensor(sens))
     close(dq, slope(lambda x: attend(x, k, v), q, sens))
@@ -81,6 +86,38 @@ def test_gelu_and_its_gradient():
     sens = normal(4, 15)
     close(fn.Gelu()(tensor(x)), gelu(x), 2e-6)
     close(Probe(fn.Gelu())(tensor(x), tensor(sens))[0], slope(gelu, x, sens), 5e-6)
+
+
+@pytest.fixture
+def ascend(monkeypatch):
+    """Layers as they are built for an Ascend device; what its operators are called with."""
+    asked = []
+
+    def norm(x, shape, gamma, beta, epsilon):
+        asked.append((shape, epsilon))
+        centred = x - x.mean(-1, keep_dims=True)
+        deviation = ops.sqrt((centred * centred).mean(-1, keep_dims=True) + epsilon)
+        return centred / deviation * gamma + beta
+
+    def unit(x, approximate):
+        asked.append(approximate)
+        return 0.5 * x * (1 + ops.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
+
+    ms.set_context(mode=ms.PYNATIVE_MODE)  # the stand-ins are Python
+    monkeypatch.setattr(fn, "on_ascend", lambda: True)
+    monkeypatch.setattr(fn.mint.nn.functional, "layer_norm", norm)
+    monkeypatch.setattr(fn.mint.nn.functional, "gelu", unit)
+    return asked
+
+
+def test_on_ascend_norm_and_gelu_are_an_operator_each(ascend):
+    """By their documented formulas they are what the portable forms are."""
+    x = 3 * normal(2, 3, 16)
+    y = fn.LayerNorm(16, 1e-4)(Tensor(x.astype(np.float16)))
+    assert y.dtype == ms.float16 and ascend == [((16,), 1e-4)]
+    close(fn.LayerNorm(16)(tensor(x)), layer_norm(x, np.ones(16), np.zeros(16)), 2e-5)
+    close(fn.Gelu()(tensor(x)), gelu(x), 1e-3)  # the CPU's tanh is rough
+    assert ascend[-1] == "tanh"
 
 
 class Loss(nn.Cell):
