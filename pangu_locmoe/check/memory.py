@@ -2,9 +2,11 @@
 
 Weights, gradients and Adam's moments are exact: they are the compiled step's parameters. HCCL's
 buffers are what its documentation says. Copies, activations and workspace are estimated from what
-the layers' gradients use (model/functional.py, moe/): no device has been asked. Not counted: index
-maps, what the compiler keeps or frees otherwise, fragmentation, the code of the graph. Everything
-is added up as if it lived at once, though activations go as gradients come.
+the layers' gradients use (nn/functional.py, moe/): no device has been asked, but MindSpore's plans
+were (scripts/ascend_memory.py). Not counted: index maps, what the compiler keeps or frees otherwise,
+workspaces inside of operators, fragmentation, the code of the graph.
+
+Activations go as gradients come: what counts is the fullest moment of a step.
 
 Letters: T tokens of this rank (B sequences of S), D hidden, F inner width, H heads, V vocabulary, E
 experts, M rows of this rank's experts. F, H and V are divided by the tensor-parallel size.
@@ -24,6 +26,8 @@ from pangu_locmoe.parallel.operation import ITEM_BYTES
 from pangu_locmoe.parallel.topology import Topology
 
 _FP32 = 4
+_LAST = ("query_layer.", "query_table", "word_table")
+"""parameters whose gradients come first"""
 _FLASH_ROWS = (
     2 * 8 * _FP32
 )  # softmax's maximum and sum of each query and head, eight of each, for flash attention's gradient
@@ -34,13 +38,13 @@ class Memory:
     """Bytes on one device.
 
     weights, gradients, moments: fp32. With parallel.shard_optimizer the weights' pieces count as
-    weights and moments are divided; with accumulation or fp16 there are the buffers of the
-    gradients, too.
+    weights and moments are divided.
+    accumulated: the buffers of the gradients that accumulation and fp16 have besides.
     copies: the matrices in the precision of the products, which the backward pass needs again.
     Estimated.
     activations: what the backward pass needs, by part of the model. Estimated.
-    workspace: intermediate results of the largest operator or, with recomputation, of a block.
-    Estimated.
+    workspace: intermediate results of the largest operator. Estimated.
+    moments_of_step: what moments of a step need beside what is there all the time. Estimated.
     buffers: HCCL's, for sending and receiving in each group.
     on_host: fp32 moments that the host has instead (train.offload_expert_optimizer); not in the
     total.
@@ -49,29 +53,26 @@ class Memory:
     weights: int
     gradients: int
     moments: int
+    accumulated: int
     copies: int
     activations: Dict[str, int]
     workspace: int
+    moments_of_step: Dict[str, int]
     buffers: int
     on_host: int = 0
 
     @property
     def total(self) -> int:
-        return (
-            self.weights
-            + self.gradients
-            + self.moments
-            + self.copies
-            + sum(self.activations.values())
-            + self.workspace
-            + self.buffers
-        )
+        """At the fullest moment of a step."""
+        lasting = self.weights + self.moments + self.accumulated + self.buffers
+        return lasting + max(self.moments_of_step.values())
 
     def format(self, precision: str) -> List[str]:
         """Lines for people, in GB of 1e9 bytes, as devices are sold."""
         parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in self.activations.items())
         state = (
-            f"weights {self.weights / 1e9:.2f}, gradients {self.gradients / 1e9:.2f}, Adam's "
+            f"weights {self.weights / 1e9:.2f}, gradients "
+            f"{(self.gradients + self.accumulated) / 1e9:.2f}, Adam's "
             f"moments {self.moments / 1e9:.2f}"
         )
         kept = (
@@ -82,8 +83,8 @@ class Memory:
             f"memory of this rank, GB: {state}; HCCL's buffers {self.buffers / 1e9:.2f}"
             + (f"; on the host {self.on_host / 1e9:.2f}" if self.on_host else ""),
             (
-                f"estimated, GB: {kept} ({parts}), workspace {self.workspace / 1e9:.2f}; all "
-                f"together {self.total / 1e9:.2f}"
+                f"estimated, GB: {kept} ({parts}), workspace {self.workspace / 1e9:.2f}; at most "
+                f"at once {self.total / 1e9:.2f}"
             ),
         ]
 
@@ -119,16 +120,44 @@ def estimate(
     )
     buffers = numbers + pieces if config.train.has_buffers else 0
     sizes = _Sizes(config, topology, rank)
+    copies = _copies(config, weights)
+    last = sum(math.prod(weight.shape) for weight in weights if weight.name.startswith(_LAST))
     return Memory(
         weights=_FP32 * (numbers + pieces),
-        gradients=_FP32 * (numbers + buffers),
+        gradients=_FP32 * numbers,
         moments=sum(moments) - host,
-        copies=_copies(config, weights),
+        accumulated=_FP32 * buffers,
+        copies=copies,
         activations=sizes.activations(),
         workspace=sizes.workspace(),
+        moments_of_step=_moments(sizes, copies, _FP32 * numbers, _FP32 * last),
         buffers=num_groups * 2 * 2**20 * buffer_megabytes(config, topology.num_ranks),
         on_host=host,
     )
+
+
+def _moments(sizes: _Sizes, copies: int, gradients: int, last: int) -> Dict[str, int]:
+    """Bytes at the moments of a step that may be the fullest.
+
+    Args:
+        sizes: of the model's parts.
+        copies: of the matrices.
+        gradients: of all parameters.
+        last: of those whose gradients come first: the query layer and the word table.
+    """
+    parts = sizes.activations()
+    workspace = copies + sizes.workspace()
+    blocks = parts["mask"] + parts["dense blocks"] + parts["sparse blocks"]
+    block = max(sizes.dense_block(), sizes.sparse_block())
+    moments = {
+        "forward": workspace + sum(parts.values()) + last,
+        "gradient of the first block": workspace + parts["mask"] + block + gradients,
+        # Half of the gradients are there twice while they are reduced.
+        "update": gradients * 3 // 2,
+    }
+    if sizes.config.train.recompute:  # it has its activations back
+        moments["gradient of the last block"] = workspace + blocks + block + last
+    return moments
 
 
 def _copies(config: Config, weights: Sequence[Weight]) -> int:
@@ -197,9 +226,7 @@ class _Sizes:
         }
 
     def workspace(self) -> int:
-        """Of the largest operator; a recomputed block has its activations back while its
-        gradient is taken.
-        """
+        """Of the largest operator."""
         scores = (
             0
             if self.config.train.fused
@@ -207,8 +234,7 @@ class _Sizes:
         )
         logits = self.tokens * self.vocabulary * (_FP32 + self.item)
         inner = 3 * max(self.tokens, self.rows) * self.inner * _FP32
-        block = max(self.dense_block(), self.sparse_block()) if self.config.train.recompute else 0
-        return block + max(scores, logits, inner)
+        return max(scores, logits, inner)
 
     def dense_block(self) -> int:
         """Attention and a feed-forward network."""
@@ -237,8 +263,8 @@ class _Sizes:
         return self.config.moe.shared_experts * self.network(self.tokens)
 
     def norm(self) -> int:
-        """The centred rows in fp32, and one number for each."""
-        return self.own_tokens * (self.hidden + 1) * _FP32
+        """The rows in fp32, and two numbers for each."""
+        return self.own_tokens * (self.hidden + 2) * _FP32
 
     def attention(self) -> int:
         """LN1 and attention: the projections' operands, Q, K, V, the probabilities, and the
@@ -255,8 +281,8 @@ class _Sizes:
         return self.norm() + self.row_bytes + 3 * own + probabilities + mixed + own
 
     def network(self, rows: int) -> int:
-        """x W_in, its sigmoid in fp32, and its GELU."""
-        return rows * self.inner * (2 * self.item + _FP32)
+        """x W_in and its GELU."""
+        return rows * self.inner * 2 * self.item
 
     def routing(self) -> int:
         """The router's fp32 operand, about four [T, E], and combine's rows and spread weights."""

@@ -144,9 +144,12 @@ class _AttentionCore(nn.Cell):
     ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
         v_in = self._enter(v)
         o = out[0]
-        kept = self._probabilities(q, k, mask).astype(v.dtype) if self.again else out[1]
-        p = self._enter(kept)
         do = dout[0]
+        kept = out[1]
+        if self.again:
+            # Not before the gradient is there: a compiler would take the forward pass's, and keep it.
+            kept = self._probabilities(ops.depend(q, do), k, mask).astype(v.dtype)
+        p = self._enter(kept)
         # Softmax's gradient is p * (dp - sum_X(p * dp)). The row sum equals sum_D(o * do), which is
         # X/D times smaller, and its subtraction rides in the matrix product as one more column: two
         # passes over [B, H, S, X] less.
