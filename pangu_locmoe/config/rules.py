@@ -104,6 +104,15 @@ def _broken_moe_rules(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _broken_parallel_rules(config: Config) -> Iterator[tuple[str, str]]:
+    yield from _broken_tensor_rules(config)
+    yield from _broken_exchange_rules(config)
+    if config.parallel.sizes == "static":
+        yield from _broken_static_rules(config)
+    yield from _broken_division_rules(config)
+
+
+def _broken_tensor_rules(config: Config) -> Iterator[tuple[str, str]]:
+    """Matrices, and rows with sequence parallelism, over the ranks of a replica."""
     parallel = config.parallel
     for key in ("num_heads", "ffn_size", "vocab_size"):
         if getattr(config.model, key) % parallel.tensor_parallel:
@@ -143,6 +152,11 @@ def _broken_parallel_rules(config: Config) -> Iterator[tuple[str, str]]:
                 "step: needs parallel.sizes: static"
             ),
         )
+
+
+def _broken_exchange_rules(config: Config) -> Iterator[tuple[str, str]]:
+    """Chunks, and the way of the rows."""
+    parallel = config.parallel
     if parallel.overlap_chunks > 1 and "auto" in (
         config.moe.capacity.local_factor,
         config.moe.capacity.remote_factor,
@@ -180,22 +194,31 @@ def _broken_parallel_rules(config: Config) -> Iterator[tuple[str, str]]:
                 "(parallel.nodes)"
             ),
         )
-    if parallel.sizes == "static":
-        if parallel.expert_parallel == 1:
-            yield (
-                "parallel.sizes",
-                "static is for the exchange between ranks: needs parallel.expert_parallel > 1",
-            )
-        if config.moe.capacity.policy != "factor":
-            yield (
-                "moe.capacity.policy",
-                (
-                    "must be factor with parallel.sizes: static, whose capacity is "
-                    "moe.capacity.local_factor and remote_factor"
-                ),
-            )
-        if parallel.exchange == "hierarchical":
-            yield "parallel.exchange", "must be flat or groupwise with parallel.sizes: static"
+
+
+def _broken_static_rules(config: Config) -> Iterator[tuple[str, str]]:
+    """parallel.sizes: static."""
+    parallel = config.parallel
+    if parallel.expert_parallel == 1:
+        yield (
+            "parallel.sizes",
+            "static is for the exchange between ranks: needs parallel.expert_parallel > 1",
+        )
+    if config.moe.capacity.policy != "factor":
+        yield (
+            "moe.capacity.policy",
+            (
+                "must be factor with parallel.sizes: static, whose capacity is "
+                "moe.capacity.local_factor and remote_factor"
+            ),
+        )
+    if parallel.exchange == "hierarchical":
+        yield "parallel.exchange", "must be flat or groupwise with parallel.sizes: static"
+
+
+def _broken_division_rules(config: Config) -> Iterator[tuple[str, str]]:
+    """Experts over ranks, experts and sequences over nodes."""
+    parallel = config.parallel
     if config.model.num_moe_layers and config.moe.num_experts % parallel.expert_parallel:
         yield (
             "parallel.expert_parallel",
