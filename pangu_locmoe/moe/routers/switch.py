@@ -38,7 +38,7 @@ class SwitchRouter(GatedRouter, name="switch"):
     def cut(
         cls, config: Config, name: str, array: np.ndarray, domain: int, experts: range
     ) -> np.ndarray:
-        if name == "w":
+        if name == "w_ED":
             return array[experts.start : experts.stop]
         return super().cut(config, name, array, domain, experts)
 
