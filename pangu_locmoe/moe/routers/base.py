@@ -215,9 +215,7 @@ class GatedRouter(Router):
         if name in ("prior.table", "prior.beta"):
             own_X = TokenPrior.of_domain(config, array, domain)
             return own_X - experts.start if name == "prior.table" else own_X
-        if name == "bias" and cls.options is GatedRouter.options:
-            return array[experts.start : experts.stop]
-        return array
+        return array[experts.start : experts.stop] if name == "bias" else array
 
     def logits(self, x_TD: Tensor, noise: Noise, training: bool) -> Tensor:
         """The gate's logits, fp32 [T, E]."""

@@ -55,8 +55,8 @@ class LocalHashRouter(LocMoERouter, name="local_hash"):
     def cut(
         cls, config: Config, name: str, array: np.ndarray, domain: int, experts: range
     ) -> np.ndarray:
-        if name != "table":
-            return super().cut(config, name, array, domain, experts)
+        if name == "bias":  # of the groups, which stay
+            return array
         return array.reshape(max(1, len(config.domains)), -1)[domain] - experts.start
 
     def scores(self, probs_TE: Tensor) -> Tensor:
