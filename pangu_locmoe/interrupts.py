@@ -10,7 +10,7 @@ import sys
 import threading
 from contextlib import contextmanager
 from types import FrameType
-from typing import Iterator, Optional
+from typing import Iterator, List, Optional
 
 _WAKE = signal.SIGURG  # ignored by default
 
@@ -53,3 +53,9 @@ def _listen(ended: threading.Event) -> None:
 
 def _do_nothing(number: int, frame: Optional[FrameType]) -> None:
     """Python's own handler has been told already."""
+
+
+def stopping_signals() -> List[signal.Signals]:
+    """Those that end a run after a saved step. A hang-up that is to be ignored (nohup) is."""
+    hang_up = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
+    return [signal.SIGTERM, signal.SIGINT, *hang_up]

@@ -5,7 +5,8 @@ set -euo pipefail
 
 describe <<'TEXT'
 Trains CONFIG once without disturbance, then again with kill -9 of a random rank after a random time, N times, resuming after
-each. Exit code 0 if every restart resumed and the losses of every step are the same.
+each. Exit code 0 if every restart resumed and the losses of every step are the same. Says where the time of both went, and
+the training overhead ratio (docs/training.md).
 TEXT
 takes CONFIG configs/cpu_cluster.yaml 'what to train'
 flag --kills N 20 'kills' 0
@@ -63,3 +64,4 @@ for ((number = 1; number <= kills; number++)); do
 done
 train "$output/killed" >"$output/last.log" 2>&1 || { tail -n 5 "$output/last.log" >&2; exit 1; }
 python3 scripts/same_rows.py "$output/whole" "$output/killed"
+python3 scripts/overhead.py "$output/whole" "$output/killed"

@@ -33,6 +33,7 @@ from pangu_locmoe.report.tables import (
     placement_html,
     tiles_html,
 )
+from pangu_locmoe.report.time_table import wall_time_html
 
 # The browser enforces what this page promises: inline styles and embedded images, nothing else.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -72,6 +73,7 @@ def render(runs: list[Run]) -> str:
         _section("Expert load", _load(runs)),
         _section("Locality", _under(legend, _figures(locality_figures(runs)))),
         _section("Speed and optimisation", legend + _figures(speed_figures(runs))),
+        _section("Where the time went", wall_time_html(runs)),
         _section("Samples", "".join(_samples(run, several) for run in runs)),
         _section("Configuration", "".join(_configuration(run, several) for run in runs)),
     ]

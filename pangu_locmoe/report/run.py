@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pangu_locmoe.data.identity import differences
 from pangu_locmoe.errors import DataError
 from pangu_locmoe.expert_load.trace import Trace, read_trace
+from pangu_locmoe.report.wall_time import WallTime, read_wall_time
 
 Floats = NDArray[np.float64]
 
@@ -40,6 +41,8 @@ class Run:
     """Of the data it was trained and measured on (data/identity.py); None where an older version
     did not record it.
     """
+    wall_time: WallTime | None = None
+    """None where an older version did not record it."""
     _columns: dict[str, Floats] = field(default_factory=dict, repr=False, compare=False)
 
     def column(self, key: str) -> Floats:
@@ -145,6 +148,7 @@ def read_run(path: str | Path) -> Run:
         summary=_read_summary(path / "summary.json", notes),
         notes=tuple(notes),
         identity=_read_identity(path / "data.json"),
+        wall_time=read_wall_time(path),
     )
 
 

@@ -32,6 +32,9 @@ class Callback:
     def on_checkpoint(self, step: int) -> None:
         """Just before a checkpoint of this step is written: bring files up to this step."""
 
+    def on_saved(self, step: int) -> None:
+        """With each checkpoint that is whole."""
+
     def close(self) -> None:
         """At the end of the run, however it ends."""
 

@@ -42,11 +42,13 @@ from pangu_locmoe.data.prepared import Prepared
 from pangu_locmoe.data.sampler import BatchSampler
 from pangu_locmoe.errors import CheckpointError, DivergenceError
 from pangu_locmoe.expert_load.trace import Trace
+from pangu_locmoe.interrupts import stopping_signals
 from pangu_locmoe.model.sigma import PanguSigma
 from pangu_locmoe.moe.domains import allowed_experts
 from pangu_locmoe.parallel.agreement import first_failure, together
 from pangu_locmoe.parallel.topology import Topology
 from pangu_locmoe.parallel.world import World
+from pangu_locmoe.report.wall_time import FINISHED, STOPPED, TIME_FILE
 from pangu_locmoe.train import callbacks as jobs
 from pangu_locmoe.train.evaluate import Evaluator
 from pangu_locmoe.train.metrics import training_row
@@ -54,6 +56,7 @@ from pangu_locmoe.train.policies import make_policies
 from pangu_locmoe.train.profiling import profiled
 from pangu_locmoe.train.schedule import learning_rate
 from pangu_locmoe.train.step import StepResult, make_stepper
+from pangu_locmoe.train.wall_clock import WallClock
 
 
 class Trainer:
@@ -67,6 +70,7 @@ class Trainer:
             None: random weights.
         world: this process's place in the job; None: a single process.
         callbacks: of the caller, told last of every step and row.
+        clock: since the start of the run, if that was earlier.
     """
 
     def __init__(
@@ -77,7 +81,9 @@ class Trainer:
         init_from: Optional[Path] = None,
         world: Optional[World] = None,
         callbacks: Sequence[jobs.Callback] = (),
+        clock: Optional[WallClock] = None,
     ) -> None:
+        self.clock = clock or WallClock()
         self.config = config
         self.prepared = prepared
         self.run_dir = run_dir
@@ -174,9 +180,7 @@ class Trainer:
             DivergenceError: a loss or the gradient is not finite.
             CheckpointError: a checkpoint or another file of the run cannot be written.
         """
-        handlers = {
-            number: signal.signal(number, self._on_signal) for number in _stopping_signals()
-        }
+        handlers = {number: signal.signal(number, self._on_signal) for number in stopping_signals()}
         try:
             with together(self.world.communicator):
                 self._callbacks = self._make_callbacks(progress)
@@ -184,9 +188,11 @@ class Trainer:
                 self._advance()
             if self._stopped_by is not None and self.step < self.config.train.steps:
                 self._save()
+                self.clock.end = STOPPED
                 return signal.Signals(self._stopped_by)
             if not self.final:  # resumed after the last step
                 self.final = {"step": self.step, **self.evaluator()}
+            self.clock.end = FINISHED
             return None
         finally:
             for callback in self._callbacks:
@@ -212,14 +218,15 @@ class Trainer:
     def _advance(self) -> None:
         config = self.config
         started = time.perf_counter()
-        batch = next(self.loader)
-        rate = learning_rate(config.train, self.stepper.updates + 1)
-        # A static step has slots by these, not a capacity; what is between the steps may change
-        # them.
-        static = self.world.exchange is not None and config.parallel.sizes == "static"
-        factors = self.stepper.factors if static else None
-        with profiled(self.run_dir, config.trace.profile == self.step + 1):
-            result = self.stepper(batch, self.step + 1, rate)
+        with self.clock.spent("step"):
+            batch = next(self.loader)
+            rate = learning_rate(config.train, self.stepper.updates + 1)
+            # A static step has slots by these, not a capacity; what is between the steps may
+            # change them.
+            static = self.world.exchange is not None and config.parallel.sizes == "static"
+            factors = self.stepper.factors if static else None
+            with profiled(self.run_dir, config.trace.profile == self.step + 1):
+                result = self.stepper(batch, self.step + 1, rate)
         self.step += 1
         row = training_row(
             config,
@@ -246,7 +253,8 @@ class Trainer:
 
     def _evaluate(self) -> bool:
         """Whether this is the best model so far."""
-        self.final = {"step": self.step, **self.evaluator()}
+        with self.clock.spent("evaluation"):
+            self.final = {"step": self.step, **self.evaluator()}
         if not math.isfinite(self.final["validation_loss"]):
             self._diverged(f"validation loss {self.final['validation_loss']}")
         improved = self.best is None or self.final["validation_loss"] < self.best["validation_loss"]
@@ -276,6 +284,11 @@ class Trainer:
         self._noted.update(lines)
 
     def _save(self) -> None:
+        with self.clock.spent("checkpoint"):
+            self._save_checkpoint()
+        self._each(lambda callback: callback.on_saved(self.step))
+
+    def _save_checkpoint(self) -> None:
         self._each(lambda callback: callback.on_checkpoint(self.step))
         scale = self.stepper.loss_scale
         state = {
@@ -355,11 +368,13 @@ class Trainer:
         every = self.config.train.log_every
         last = self.step
         self._trace = jobs.WriteTrace(self.run_dir / "load.npz", self.config, last)
+        self.clock.open(self.run_dir / TIME_FILE, last)
         return [
             jobs.WriteMetrics(self.run_dir / "metrics.jsonl", every, last),
             jobs.WriteTensorBoard(self.run_dir / "tensorboard", every, last),
             self._trace,
             jobs.WriteTimeline(self.run_dir / "timeline.json", self.topology),
+            self.clock,
         ]
 
     def _load_trace(self) -> Trace:
@@ -368,12 +383,6 @@ class Trainer:
 
     def _on_signal(self, number: int, frame: Optional[FrameType]) -> None:
         self._signal = number
-
-
-def _stopping_signals() -> List[signal.Signals]:
-    """Those that end a run after a saved step. A hang-up that is to be ignored (nohup) is."""
-    hang_up = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
-    return [signal.SIGTERM, signal.SIGINT, *hang_up]
 
 
 def _unwritable(run_dir: Path, error: OSError) -> str:

@@ -35,9 +35,11 @@ from pangu_locmoe.parallel.communicator import Communicator, SingleProcess
 from pangu_locmoe.parallel.selfcheck import check_groups, check_same_run, check_same_step
 from pangu_locmoe.parallel.world import World
 from pangu_locmoe.report.page import build_report
+from pangu_locmoe.report.wall_time import read_wall_time
 from pangu_locmoe.train.claim import claimed
 from pangu_locmoe.train.evaluate import format_evaluation, format_interval
 from pangu_locmoe.train.loop import Trainer
+from pangu_locmoe.train.wall_clock import WallClock
 
 # What may differ between a run and its resumption: where things are computed and what is written,
 # not what is learned.
@@ -98,19 +100,16 @@ def _train(
     progress: bool,
     communicator: Communicator,
 ) -> Optional[Signals]:
+    clock = WallClock()
     started = time.perf_counter()
     world = World.of(config, communicator)
     check_groups(world.topology, communicator)
     say = print if world.is_first else _say_nothing
-    with together(communicator, DataError):  # rank 0 prepares, the others find it prepared
-        if world.is_first:
-            prepare(config, progress)
-    with together(communicator, DataError):
-        prepared = prepare(config, progress)
+    prepared = _prepare(config, progress, world)
     for note in doubtful_settings(config, communicator.size):
         say(f"note: {note}")
     say(prepared.summary())
-    trainer = Trainer(config, prepared, run_dir, init_from, world)
+    trainer = Trainer(config, prepared, run_dir, init_from, world, clock=clock)
     resumed = resume and trainer.resume()
     check_same_step(trainer.step, communicator)
     with together(communicator):
@@ -144,6 +143,16 @@ def _train(
     _print_summary(summary)
     print(f"run directory: {run_dir}\nreport: {report}")
     return None
+
+
+def _prepare(config: Config, progress: bool, world: World) -> Prepared:
+    """Rank 0 prepares, then the others find it prepared."""
+    found: Optional[Prepared] = None
+    with together(world.communicator, DataError):
+        if world.is_first:
+            found = prepare(config, progress)
+    with together(world.communicator, DataError):
+        return found or prepare(config, progress)
 
 
 def _say_nothing(text: str) -> None:
@@ -230,6 +239,7 @@ def _differences(before: Any, now: Any, prefix: str) -> Iterator[tuple[str, Any,
 def _summarise(trainer: Trainer, seconds: float) -> Dict[str, Any]:
     config = trainer.config
     prepared = trainer.prepared
+    spent = read_wall_time(trainer.run_dir)
     return {
         "parameters": num_params(config),
         "active_parameters": num_active_params(config),
@@ -247,6 +257,7 @@ def _summarise(trainer: Trainer, seconds: float) -> Dict[str, Any]:
             "device": ms.get_context("device_target"),
         },
         "wall_seconds": seconds,
+        "wall_time": spent.to_dict() if spent is not None else None,
     }
 
 

@@ -201,6 +201,9 @@ def test_the_summary_and_the_configuration(run_dir, validation):
     summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
     assert {key: summary["final"][key] for key in VALIDATION_FIELDS} == validation[-1]
     assert set(summary["bigram_bits_per_byte"]) == {*tiny.DOMAINS, "all"}
+    time_spent = summary["wall_time"]
+    assert (time_spent["starts"], time_spent["lost"], time_spent["restarts"]) == (1, 0, 0)
+    assert time_spent["steps"] > 0 < time_spent["checkpoints"] and time_spent["compile"] > 0
     assert load_config(run_dir / "config.yaml") == tiny.reference_config()
     assert (run_dir / "report.html").stat().st_size > 1000
 
@@ -311,3 +314,15 @@ def test_a_run_terminated_and_killed_equals_an_undisturbed_one(run_dir, tmp_path
     )
     assert log.read_text().count("resuming after step") == kills, f"{moments}: {log.read_text()}"
     assert_same_run(run_dir, undisturbed)
+    assert_time_adds_up(run_dir, starts=kills + 2)
+
+
+def assert_time_adds_up(run_dir: Path, starts: int) -> None:
+    """One process was stopped with its state saved, the others were killed."""
+    spent = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))["wall_time"]
+    parts = list(spent.values())[:9]
+    assert spent["starts"] == starts and min(parts) >= 0 < spent["down"]
+    assert sum(parts) == pytest.approx(spent["observed"])
+    assert 0 < spent["training_overhead_ratio"] < 1
+    resumed = spent["prepare"] + spent["steps"] + spent["restarts"] + spent["lost"]
+    assert resumed < spent["observed"] and 0 <= spent["steps_done_twice"] < 40
