@@ -1,4 +1,4 @@
-"""Install with `pip install .`; extras: test, docs, forecast, bench."""
+"""Install with `pip install .`; extras: test, docs, forecast, wandb, swanlab, parquet, bench."""
 
 from pathlib import Path
 
@@ -12,6 +12,11 @@ VERSION = next(
 )
 
 DOCS = ["pdoc>=14,<17"]
+WANDB = ["wandb>=0.19,<1"]
+# MindSpore 2.10 needs a protobuf that no later one takes; 0.10 works as well where it may.
+SWANLAB = ["swanlab>=0.6.4,<1"]
+# Newer releases are for NumPy 2.
+PARQUET = ["pyarrow>=14,<21"]
 
 setup(
     name="pangu_locmoe",
@@ -59,12 +64,18 @@ setup(
             "types-PyYAML",
             "types-tqdm",
             *DOCS,
+            *WANDB,
+            *SWANLAB,
+            *PARQUET,
         ],
         # scripts/api_docs.sh; a part of `test`, because a test renders pages.
         "docs": DOCS,
         # ARIMA for `load forecast`: 600 MB installed, and everything else works without it.
         # Newer releases of pyarrow, which statsforecast brings, are for NumPy 2.
         "forecast": ["statsforecast>=2.0,<3", "pyarrow<21"],
+        "wandb": WANDB,
+        "swanlab": SWANLAB,
+        "parquet": PARQUET,
         "bench": ["torch>=2.3", "transformers>=5.0", "psutil"],
     },
     entry_points={"console_scripts": ["pangu-locmoe = pangu_locmoe.cli:main"]},

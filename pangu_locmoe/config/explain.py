@@ -90,7 +90,7 @@ def _annotation(location: tuple[Any, ...]) -> Any:
             and issubclass(annotation, BaseModel)
             and part in annotation.model_fields
         ):
-            annotation = annotation.model_fields[part].annotation
+            annotation = _section(annotation.model_fields[part].annotation)
         elif get_origin(annotation) is list:
             annotation = get_args(annotation)[0]
         else:
@@ -101,5 +101,14 @@ def _annotation(location: tuple[Any, ...]) -> Any:
 def _all_keys(model: Type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
     for name, field in model.model_fields.items():
         yield prefix + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _all_keys(field.annotation, f"{prefix}{name}.")
+        section = _section(field.annotation)
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            yield from _all_keys(section, f"{prefix}{name}.")
+
+
+def _section(annotation: Any) -> Any:
+    """A section that may be null is a section."""
+    members = [member for member in get_args(annotation) if member is not type(None)]
+    if len(members) == 1 and isinstance(members[0], type) and issubclass(members[0], BaseModel):
+        return annotation if get_origin(annotation) is list else members[0]
+    return annotation

@@ -557,6 +557,43 @@ class PlacementConfig(Section):
         return "off" if value is False else value
 
 
+class WandbConfig(Section):
+    project: str = Field("pangu_locmoe", min_length=1, description="where the run is shown")
+    entity: Optional[str] = Field(
+        None, min_length=1, description="user or team; null: that of the login"
+    )
+    name: Optional[str] = Field(
+        None, min_length=1, description="of the run; null: that of the run directory"
+    )
+    mode: Literal["online", "offline"] = Field(
+        "online",
+        description="offline: into the run directory, for `wandb sync`; no network, no login",
+    )
+
+
+class SwanlabConfig(Section):
+    project: str = Field("pangu_locmoe", min_length=1, description="where the run is shown")
+    workspace: Optional[str] = Field(
+        None, min_length=1, description="user or organisation; null: that of the login"
+    )
+    name: Optional[str] = Field(
+        None, min_length=1, description="of the run; null: that of the run directory"
+    )
+    mode: Literal["online", "offline"] = Field(
+        "online",
+        description="offline: into the run directory, for `swanlab sync`; no network, no login",
+    )
+
+
+class LoggingConfig(Section):
+    wandb: Optional[WandbConfig] = Field(
+        None, description="log to Weights & Biases, `{}` with the defaults (extra wandb); null: no"
+    )
+    swanlab: Optional[SwanlabConfig] = Field(
+        None, description="log to SwanLab, `{}` with the defaults (extra swanlab); null: no"
+    )
+
+
 class CheckpointConfig(Section):
     every: int = Field(200, ge=1, description="steps between checkpoints; always at the last step")
     keep: int = Field(
@@ -586,6 +623,7 @@ class Config(Section):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     trace: TraceConfig = Field(default_factory=TraceConfig)
     placement: PlacementConfig = Field(default_factory=PlacementConfig)
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     sample: SampleConfig = Field(default_factory=SampleConfig)
 

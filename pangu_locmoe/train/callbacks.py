@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
+from typing import Iterator, Tuple
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -18,6 +19,17 @@ from pangu_locmoe.parallel.timeline import chrome_trace
 from pangu_locmoe.parallel.topology import Topology
 from pangu_locmoe.train.metrics import MetricsFile, Row
 from pangu_locmoe.train.step import StepResult
+
+
+def scalars(group: str, row: Row) -> Iterator[Tuple[str, float]]:
+    """Every number of a row under the name it has in TensorBoard and the like: train/loss,
+    validation/bits_per_byte_by_domain/zh.
+    """
+    for name, value in row.items():
+        values = value.items() if isinstance(value, dict) else [(None, value)]
+        for domain, number in values:
+            if isinstance(number, (int, float)) and name != "step":
+                yield f"{group}/{name}" + (f"/{domain}" if domain else ""), number
 
 
 class Callback:
@@ -90,15 +102,11 @@ class WriteTensorBoard(Callback):
         self._writer.close()
 
     def _scalars(self, group: str, row: Row) -> None:
-        scalars = []
-        for name, value in row.items():
-            values = value.items() if isinstance(value, dict) else [(None, value)]
-            for domain, number in values:
-                if isinstance(number, (int, float)) and name != "step":
-                    tag = f"{group}/{name}" + (f"/{domain}" if domain else "")
-                    scalars.append(Summary.Value(tag=tag, simple_value=number))
+        values = [
+            Summary.Value(tag=tag, simple_value=number) for tag, number in scalars(group, row)
+        ]
         self._writer.write_event(
-            Event(wall_time=time.time(), step=row["step"], summary=Summary(value=scalars))
+            Event(wall_time=time.time(), step=row["step"], summary=Summary(value=values))
         )
 
 

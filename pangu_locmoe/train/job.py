@@ -17,6 +17,7 @@ from typing import List, Optional, Tuple
 from pangu_locmoe.config import Config, load_config
 from pangu_locmoe.errors import LocMoEError, TopologyError
 from pangu_locmoe.parallel.topology import Topology
+from pangu_locmoe.train.loggers import check_loggers
 from pangu_locmoe.train.run import check_device
 
 RANKS = 4  # unless something else is said: they fit two cores
@@ -133,6 +134,7 @@ def main(arguments: List[str]) -> int:
             options.config, options.set, options.ranks, options.nodes, options.ranks_per_node
         )
         check_device(config)
+        check_loggers(config)
     except LocMoEError as error:
         print(error, file=sys.stderr)
         return 2

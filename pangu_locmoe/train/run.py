@@ -38,6 +38,7 @@ from pangu_locmoe.report.page import build_report
 from pangu_locmoe.report.wall_time import read_wall_time
 from pangu_locmoe.train.claim import claimed
 from pangu_locmoe.train.evaluate import format_evaluation, format_interval
+from pangu_locmoe.train.loggers import WriteToService, make_loggers
 from pangu_locmoe.train.loop import Trainer
 from pangu_locmoe.train.wall_clock import WallClock
 
@@ -49,6 +50,7 @@ _FREE_KEYS = (
     "checkpoint",
     "trace",
     "placement",
+    "logging",
     "sample",
     "train.fused",
     "train.offload_expert_optimizer",
@@ -83,13 +85,15 @@ def train(
     router_class(config)  # before anything starts
     check_device(config)
     with ExitStack() as held:
+        loggers: List[WriteToService] = []
         with together(communicator, ConfigError):
             if communicator.rank == 0:
+                loggers = make_loggers(config, run_dir)
                 held.enter_context(claimed(run_dir))
             config = _check_run_dir(config, run_dir, resume)
             if init_from is not None:
                 config, _ = as_before(config, read_config(find_checkpoint(init_from)), "model")
-        return _train(config, run_dir, resume, init_from, progress, communicator)
+        return _train(config, run_dir, resume, init_from, progress, communicator, loggers)
 
 
 def _train(
@@ -99,6 +103,7 @@ def _train(
     init_from: Optional[Path],
     progress: bool,
     communicator: Communicator,
+    loggers: Sequence[WriteToService],
 ) -> Optional[Signals]:
     clock = WallClock()
     started = time.perf_counter()
@@ -109,11 +114,13 @@ def _train(
     for note in doubtful_settings(config, communicator.size):
         say(f"note: {note}")
     say(prepared.summary())
-    trainer = Trainer(config, prepared, run_dir, init_from, world, clock=clock)
+    trainer = Trainer(config, prepared, run_dir, init_from, world, loggers, clock)
     resumed = resume and trainer.resume()
     check_same_step(trainer.step, communicator)
     with together(communicator):
         if world.is_first:  # only now: a run that cannot begin leaves no directory behind
+            for logger in loggers:
+                logger.begin(run_dir, resumed)
             _write(run_dir / "config.yaml", config.to_yaml())
             _write(run_dir / "data.json", json_text(prepared.identity, indent=1, ascii_only=False))
     if resumed:
