@@ -327,8 +327,16 @@ class SourceConfig(Section):
     path: str = Field(
         description=(
             "a file, a folder or a glob, relative to the working directory; .txt, .jsonl, "
-            "code, any of them .gz"
+            "code, any of them .gz; .parquet; Megatron's .bin and .idx"
         )
+    )
+    text_column: str = Field(
+        "text", min_length=1, description="where JSON lines and Parquet have a document's text"
+    )
+    domain_column: str = Field(
+        "domain",
+        min_length=1,
+        description="where they may have its domain, which then wins over the source's",
     )
     domain: str = Field(
         min_length=1,
@@ -353,6 +361,11 @@ class DataConfig(Section):
         description=(
             "where tokenizers and MindRecord shards are kept, one folder per distinct preparation"
         ),
+    )
+    workers: Optional[int] = Field(
+        None,
+        ge=1,
+        description="processes that tokenize; null: one for each core; the result is the same",
     )
     tokenizer: Optional[str] = Field(
         None, description="a tokenizer.json to load; null: train one on the training text"

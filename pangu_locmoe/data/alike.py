@@ -24,7 +24,7 @@ shingle.
 _SHINGLES = 256
 """Those with the smallest hashes stand for a document, which bounds the time a long one takes."""
 _ROWS = 4
-_BANDS = 16
+BANDS = 16
 """Two documents share a band more often than not from a Jaccard similarity of about 1/2 on."""
 _BLOCK = 1_000_000
 """Bytes hashed at a time, which bounds the memory a long document takes."""
@@ -40,7 +40,7 @@ class Sketcher:
         # The scheme is named because sketches decide the split, whatever later versions take by
         # default.
         self._minhash: Any = MinHash(
-            num_perm=_ROWS * _BANDS, seed=1, hashfunc=int, scheme="affine32"
+            num_perm=_ROWS * BANDS, seed=1, hashfunc=int, scheme="affine32"
         )
 
     def sketch(self, content: bytes) -> np.ndarray:
@@ -65,15 +65,22 @@ def _smallest_shingles(content: bytes) -> np.ndarray:
 
 def groups_of_alike(sketches_DB: np.ndarray) -> np.ndarray:
     """int [D], the same number for documents that belong together."""
+    labels_D = np.arange(len(sketches_DB), dtype=np.int64)
+    for band_D in sketches_DB.T:
+        labels_D = join_alike(labels_D, band_D)
+    return labels_D
+
+
+def join_alike(labels_D: np.ndarray, band_D: np.ndarray) -> np.ndarray:
+    """The labels with those of documents joined that agree in a band, int [D]."""
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
-    documents, bands = sketches_DB.shape
-    salted_DB = sketches_DB * np.uint64(2 * bands + 1) + np.arange(bands, dtype=np.uint64)
-    distinct, band_of = np.unique(salted_DB.reshape(-1), return_inverse=True)
-    # Documents and bands are the nodes of one graph, and a document is joined to its bands.
-    edges = (np.repeat(np.arange(documents), bands), documents + band_of)
-    graph = coo_matrix(
-        (np.ones(documents * bands, bool), edges), shape=(documents + len(distinct),) * 2
-    )
-    return connected_components(graph, directed=False)[1][:documents]
+    order = np.argsort(band_D, kind="stable")
+    same = np.flatnonzero(band_D[order[1:]] == band_D[order[:-1]])
+    edges = (labels_D[order[same]], labels_D[order[same + 1]])
+    if not (edges[0] != edges[1]).any():
+        return labels_D
+    size = int(labels_D.max()) + 1
+    graph = coo_matrix((np.ones(len(same), bool), edges), shape=(size, size))
+    return connected_components(graph, directed=False)[1][labels_D].astype(np.int64)

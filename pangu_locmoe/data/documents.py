@@ -1,6 +1,7 @@
-"""Files -> documents: plain text, JSON lines, either of them gzipped.
+"""Files -> documents: plain text, JSON lines, either of them gzipped; Parquet; Megatron's token ids.
 
-Bad ones are counted, never fatal.
+Bad ones are counted, never fatal. A document is text, or the ids of text that is tokenized
+already, int32 [n].
 """
 
 from __future__ import annotations
@@ -8,15 +9,21 @@ from __future__ import annotations
 import glob
 import gzip
 import json
+import os
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple, Optional, Union
+
+import numpy as np
 
 from pangu_locmoe.data.finding import PROBLEMS as PROBLEMS_OF_FILES
 from pangu_locmoe.data.finding import find_files, shown
+from pangu_locmoe.data.megatron import is_index, read_indexed, with_indices
+from pangu_locmoe.data.parquet import is_parquet, read_rows
+from pangu_locmoe.data.tokenizer import Tokenizer
 from pangu_locmoe.errors import DataError
 
 PROBLEMS = {
@@ -25,12 +32,21 @@ PROBLEMS = {
     "undecodable": "files that are not UTF-8 text",
     "empty": "documents without text",
     "huge": "files or lines more than 100 times data.max_document_bytes long, left out",
-    "bad_line": "JSON lines without a string `text` or with an unknown `domain`",
+    "bad_line": "JSON lines or rows without a string `text` or with an unknown `domain`",
     "duplicate": "documents that occurred before",
 }
 _EXAMPLES = 3
 _HUGE = 100
 _JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
+
+Text = Union[str, np.ndarray]
+
+
+class Columns(NamedTuple):
+    """Where JSON lines and Parquet files have a document's text and its domain."""
+
+    text: str = "text"
+    domain: str = "domain"
 
 
 @dataclass
@@ -123,7 +139,9 @@ def source_files(path: str, report: CorpusReport) -> list[Path]:
     Raises DataError if there are none.
     """
     before = Counter(report.problems)
-    files = find_files(path, report.count)
+    if not os.path.lexists(path) and is_index(Path(f"{path}.idx")):
+        path = f"{path}.idx"  # Megatron's way to name both of its files
+    files = with_indices(find_files(path, report.count))
     if files:
         return files
     left_out = ", ".join(
@@ -140,27 +158,57 @@ def source_files(path: str, report: CorpusReport) -> list[Path]:
     )
 
 
+def has_columns(path: Path) -> bool:
+    """Whether it is a file of which `Columns` says something."""
+    return is_parquet(path) or path.name.lower().removesuffix(".gz").endswith(_JSON_LINES)
+
+
 def read_documents(
-    path: Path, domains: Collection[str], max_bytes: int, report: CorpusReport
-) -> Iterator[tuple[str | None, str]]:
+    path: Path,
+    domains: Collection[str],
+    max_bytes: int,
+    report: CorpusReport,
+    columns: Columns = Columns(),  # noqa: B008 it cannot be changed
+    tokenizer: Optional[Tokenizer] = None,
+) -> Iterator[tuple[str | None, Text]]:
     """Yield (domain, text) of each document in a file; domain None means its source's.
 
     Problems go to `report`.
 
-    `.jsonl` (and `.ndjson`, `.jsonlines`) has a document on each line (`text`, optionally
-    `domain`); every other file is one document of UTF-8. `.gz` is unpacked on the way. Capitals in
-    a suffix make no difference.
+    `.jsonl` (and `.ndjson`, `.jsonlines`) has a document on each line, `.parquet` in each row
+    (`columns`), a Megatron index its own; every other file is one document of UTF-8. `.gz` is
+    unpacked on the way. Capitals in a suffix make no difference.
+
+    Raises DataError for token ids that are not of `tokenizer`, and for Parquet without its package
+    or column.
     """
-    name = path.name.lower()
-    zipped = name.endswith(".gz")
     report.files += 1
+    limit = _HUGE * max_bytes
+    if is_parquet(path):
+        yield from read_rows(path, columns.text, columns.domain, domains, limit, report.count)
+    elif is_index(path):
+        if tokenizer is None:
+            raise DataError(
+                f"data.sources: {shown(path)}: token ids need data.tokenizer, the tokenizer that "
+                "they were made with"
+            )
+        for ids in read_indexed(path, tokenizer, limit, report.count):
+            yield None, ids
+    else:
+        yield from _read_text(path, domains, limit, report, columns)
+
+
+def _read_text(
+    path: Path, domains: Collection[str], limit: int, report: CorpusReport, columns: Columns
+) -> Iterator[tuple[str | None, str]]:
+    name = path.name.lower()
     location = shown(path)
     try:
-        with _open(path, zipped) as file:
-            if name.removesuffix(".gz").endswith(_JSON_LINES):
-                yield from _json_lines(file, location, domains, max_bytes, report)
+        with _open(path, name.endswith(".gz")) as file:
+            if has_columns(path):
+                yield from _json_lines(file, location, domains, limit, report, columns)
             else:
-                yield from _whole(file, location, max_bytes, report)
+                yield from _whole(file, location, limit, report)
     except (OSError, EOFError, zlib.error):
         report.count("unreadable", location)
 
@@ -170,11 +218,11 @@ def _open(path: Path, zipped: bool) -> IO[bytes]:
 
 
 def _whole(
-    file: IO[bytes], path: str, max_bytes: int, report: CorpusReport
+    file: IO[bytes], path: str, limit: int, report: CorpusReport
 ) -> Iterator[tuple[None, str]]:
     # A limit on the read, not on the file's size: a small .gz may unpack to anything.
-    content = file.read(_HUGE * max_bytes + 1)
-    if len(content) > _HUGE * max_bytes:
+    content = file.read(limit + 1)
+    if len(content) > limit:
         return report.count("huge", path)
     try:
         text = content.decode("utf-8-sig")
@@ -188,9 +236,13 @@ def _whole(
 
 
 def _json_lines(
-    file: IO[bytes], path: str, domains: Collection[str], max_bytes: int, report: CorpusReport
+    file: IO[bytes],
+    path: str,
+    domains: Collection[str],
+    limit: int,
+    report: CorpusReport,
+    columns: Columns,
 ) -> Iterator[tuple[str | None, str]]:
-    limit = _HUGE * max_bytes
     number = 0
     while line := file.readline(limit + 1):
         number += 1
@@ -204,18 +256,40 @@ def _json_lines(
             continue
         try:
             values = json.loads(line)
-            text = values["text"]
-            domain = values.get("domain")
+            text = values[columns.text]
+            domain = values.get(columns.domain)
             text.encode("utf-8")  # JSON can spell half characters
+            known = domain is None or domain in domains
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             report.count("bad_line", location)
             continue
-        if not isinstance(text, str) or (domain is not None and domain not in domains):
+        if not isinstance(text, str) or not known:
             report.count("bad_line", location)
         elif not text.strip():
             report.count("empty", location)
         else:
             yield domain, text
+
+
+def content_of(text: Text, tokenizer: Optional[Tokenizer] = None) -> bytes:
+    """UTF-8, or the bytes that ids stand for, which may end within a character."""
+    if isinstance(text, str):
+        return text.encode("utf-8")
+    assert tokenizer is not None  # or they would not have been read
+    return tokenizer.bytes_of_all(text)
+
+
+def pieces_of_ids(ids: np.ndarray, sizes: np.ndarray, max_bytes: int) -> Iterator[np.ndarray]:
+    """Cut ids into pieces that stand for at most `max_bytes` bytes, one token at least; `sizes`:
+    the bytes of each id.
+    """
+    ends = np.cumsum(sizes)
+    start = 0
+    while start < len(ids):
+        before = int(ends[start - 1]) if start else 0
+        end = max(int(np.searchsorted(ends, before + max_bytes, side="right")), start + 1)
+        yield ids[start:end]
+        start = end
 
 
 def pieces(text: str, max_bytes: int) -> Iterator[str]:

@@ -19,9 +19,10 @@ import numpy as np
 
 from pangu_locmoe.config import Config
 from pangu_locmoe.data.copies import RUN
-from pangu_locmoe.data.corpus import SPLITS, corpus_files
-from pangu_locmoe.data.documents import CorpusReport
+from pangu_locmoe.data.corpus import SPLITS, SourceFile, corpus_files
+from pangu_locmoe.data.documents import Columns, CorpusReport
 from pangu_locmoe.data.finding import shown
+from pangu_locmoe.data.megatron import ids_file, is_index
 from pangu_locmoe.data.preparing import build
 from pangu_locmoe.data.records import read_sequences
 from pangu_locmoe.data.tokenizer import Tokenizer
@@ -135,7 +136,7 @@ def fingerprint(config: Config) -> str:
     values: dict[str, Any] = {
         "format": _FORMAT,
         "domains": config.domains,
-        "files": [(domain, str(path), *_stamp(path)) for domain, path in corpus_files(data)],
+        "files": [_file(file) for file in corpus_files(data)],
         "limits": [data.max_document_bytes, data.max_bytes_per_domain, data.validation_fraction],
         "sizes": [config.model.vocab_size, config.model.seq_length],
         "tokenizer": None,
@@ -189,7 +190,22 @@ def load_prepared(path: Path) -> Prepared:
         ) from None
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def _file(file: SourceFile) -> tuple[Any, ...]:
+    """What may make other text of a file. Columns are named only where they are not the usual ones,
+    so that what was prepared before there were others is found.
+    """
+    stamps = _stamp(file.path)
+    if is_index(file.path):
+        stamps += _stamp(ids_file(file.path))
+    return (
+        file.domain,
+        str(file.path),
+        *stamps,
+        *(file.columns if file.columns != Columns() else ()),
+    )
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
     try:
         status = path.stat()
     except OSError as error:

@@ -1,5 +1,8 @@
 """Builds a prepared folder: one reading to decide, one for the tokenizer, one of each side that
 tokenizes and counts.
+
+This process reads and writes; hashing and tokenizing is done by others (workers.py), and comes back in
+the order of the text, so that what is written does not depend on how many there are.
 """
 
 from __future__ import annotations
@@ -14,19 +17,19 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, Optional
 
 import numpy as np
 from tqdm import tqdm
 
 from pangu_locmoe.config import Config
-from pangu_locmoe.data.bigram import CONTEXTS, bits_per_byte, count_bigrams
+from pangu_locmoe.data.bigram import CONTEXTS, bits_per_byte
 from pangu_locmoe.data.copies import CopiedRuns
-from pangu_locmoe.data.corpus import SPLITS, Corpus, corpus_files, scan
-from pangu_locmoe.data.identity import TextDigest, tokenizer_digest
-from pangu_locmoe.data.packing import Packer
-from pangu_locmoe.data.records import RecordWriter
+from pangu_locmoe.data.corpus import SPLITS, Corpus, SourceFile, corpus_files, scan
+from pangu_locmoe.data.identity import tokenizer_digest
+from pangu_locmoe.data.sides import Side, take, tokenize
 from pangu_locmoe.data.tokenizer import Tokenizer
+from pangu_locmoe.data.workers import Workers
 from pangu_locmoe.errors import DataError
 from pangu_locmoe.files import json_text
 
@@ -34,8 +37,11 @@ _TOKENIZER_BYTES = 10_000_000
 """Text the tokenizer is trained on, in equal parts from each domain; more changes little and
 takes longer.
 """
-_CHUNK_BYTES = 1_000_000
-"""Text tokenized at a time: enough for all processors, little enough for the memory."""
+_RESUMED_BYTES = 64_000_000
+"""Text of which what is done is kept when it is interrupted, so that the next start goes on."""
+_PACKED = (".gz", ".parquet", ".parq")
+_ZIPPED = 4
+"""How much text a byte of these may well be."""
 _SOON_BYTES = 1_000_000
 """Text that is prepared before another process would have started."""
 _REFUSED = 2
@@ -61,6 +67,7 @@ def build(config: Config, path: Path, progress: bool) -> None:
         (_fill if _is_soon_done(config) else _fill_apart)(config, temporary, progress)
         temporary.chmod(0o755)
         _publish(temporary, path)
+        shutil.rmtree(_kept_in(path), ignore_errors=True)
     except OSError as error:
         raise DataError(
             f"data.prepared_dir: {path.parent}: cannot be written: {error.strerror}"
@@ -70,9 +77,33 @@ def build(config: Config, path: Path, progress: bool) -> None:
 
 
 def _is_soon_done(config: Config) -> bool:
-    paths = [path for _, path in corpus_files(config.data)]
-    zipped = any(path.suffix.lower() == ".gz" for path in paths)  # which may hold anything
-    return not zipped and sum(path.stat().st_size for path in paths) <= _SOON_BYTES
+    files = corpus_files(config.data)
+    zipped = any(file.path.suffix.lower() in _PACKED for file in files)  # which may hold anything
+    return not zipped and _text_bytes(files) <= _SOON_BYTES
+
+
+def _text_bytes(files: list[SourceFile]) -> int:
+    """About how much text there is."""
+    return sum(
+        file.path.stat().st_size * (_ZIPPED if file.path.suffix.lower() in _PACKED else 1)
+        for file in files
+    )
+
+
+def _kept_in(path: Path) -> Path:
+    """Where what is done of a folder is kept until it is whole."""
+    return path.parent / f".{path.name}.parts"
+
+
+def _workers(config: Config, folder: Path) -> Workers:
+    """As many as are worth starting; `folder`: the temporary one, .NAME.RANDOM."""
+    size = _text_bytes(corpus_files(config.data))
+    count = config.data.workers or len(os.sched_getaffinity(0))
+    keep = None
+    if size >= _RESUMED_BYTES:
+        keep = folder.with_suffix(".parts")
+        keep.mkdir(exist_ok=True)
+    return Workers(count if size > _SOON_BYTES else 1, keep)
 
 
 def _fill_apart(config: Config, folder: Path, progress: bool) -> None:
@@ -149,30 +180,36 @@ def _publish(temporary: Path, path: Path) -> None:
 
 
 def _fill(config: Config, folder: Path, progress: bool) -> None:
-    corpus = scan(config.data, config.domains)
-    tokenizer = _tokenizer(config, corpus)
+    with _workers(config, folder) as workers:
+        _fill_with(workers, config, folder, progress)
+
+
+def _fill_with(workers: Workers, config: Config, folder: Path, progress: bool) -> None:
+    given = None
+    if config.data.tokenizer is not None:
+        given = Tokenizer.load(config.data.tokenizer, config.model.vocab_size)
+    with _bar("reading", None, progress) as bar:
+        corpus = scan(config.data, config.domains, given, workers, bar.update, folder)
+    tokenizer = given or _train_tokenizer(config, corpus)
     tokenizer.save(folder / "tokenizer.json")
     runs = CopiedRuns([corpus.report.bytes["validation"][name] for name in corpus.domains])
+    queue = workers.queue(tokenize, take)
     sides = {
-        (i, split): _Side(config, tokenizer, folder, i, split, runs)
+        (i, split): Side(config, tokenizer, folder, i, split, runs, queue)
         for i in range(len(corpus.domains))
         for split in SPLITS
     }
     total = sum(sum(counts.values()) for counts in corpus.report.bytes.values())
-    with tqdm(
-        total=total,
-        unit="B",
-        unit_scale=True,
-        desc="tokenizing",
-        disable=None if progress else True,
-        leave=False,
-    ) as bar:
+    with _bar("tokenizing", total, progress) as bar:
         for split in (
             "validation",
             "train",
         ):  # what is looked for comes before what it is looked for in
             for domain, _, pieces in corpus.documents(split):
                 bar.update(sides[domain, split].add(pieces))
+            for domain in range(len(corpus.domains)):
+                sides[domain, split].hand_over()
+            queue.finish()
             for domain in range(len(corpus.domains)):
                 sides[domain, split].close()
     for domain, name in enumerate(corpus.domains):
@@ -195,97 +232,33 @@ def _fill(config: Config, folder: Path, progress: bool) -> None:
     )
 
 
-def _tokenizer(config: Config, corpus: Corpus) -> Tokenizer:
-    if config.data.tokenizer is not None:
-        return Tokenizer.load(config.data.tokenizer, config.model.vocab_size)
+def _bar(name: str, total: Optional[int], progress: bool) -> tqdm[NoReturn]:
+    """MB of text, MB/s, and with a total the time left."""
+    return tqdm(
+        total=total,
+        unit="B",
+        unit_scale=True,
+        desc=name,
+        disable=None if progress else True,
+        leave=False,
+    )
 
+
+def _train_tokenizer(config: Config, corpus: Corpus) -> Tokenizer:
     def sample() -> Iterator[str]:
         # Only training documents: a vocabulary that has seen the held-out text would flatter the
         # model.
         for _domain, _split, pieces in corpus.documents(
             "train", _TOKENIZER_BYTES // len(corpus.domains)
         ):
-            yield from pieces
+            for piece in pieces:
+                assert isinstance(piece, str)  # ids need a tokenizer that is given
+                yield piece
 
     return Tokenizer.train(sample(), config.model.vocab_size)
 
 
-class _Side:
-    """One split of one domain on its way from text to records."""
-
-    def __init__(
-        self,
-        config: Config,
-        tokenizer: Tokenizer,
-        folder: Path,
-        domain: int,
-        split: str,
-        runs: CopiedRuns,
-    ) -> None:
-        self.domain = domain
-        self.split = split
-        self.documents = self.bytes = 0
-        self.digest = TextDigest()
-        self.document_starts = np.empty(0, np.int64)
-        """Place in the stream of each document's `<eod>`."""
-        self.bigrams = np.zeros((CONTEXTS, 256), np.int64)
-        self.token_counts = np.zeros(config.model.vocab_size, np.int64)
-        self.packer = Packer(config.model.seq_length, tokenizer.end_of_document)
-        # Numbers, not names, because a domain may be called anything.
-        self.writer = RecordWriter(folder, f"{split}-{domain}", domain)
-        self.unused_tokens = 0
-        self._tokenizer = tokenizer
-        self._runs = runs
-        self._waiting: list[str] = []
-        self._waiting_contents: list[bytes] = []
-        self._waiting_firsts: list[int] = []
-        self._waiting_bytes = 0
-
-    def add(self, pieces: list[str]) -> int:
-        """Take one document; returns its bytes."""
-        contents = [piece.encode("utf-8") for piece in pieces]
-        size = sum(map(len, contents))
-        self.documents += 1
-        self.bytes += size
-        self.digest.add(contents)
-        self._waiting_firsts.append(len(self._waiting))
-        self._waiting += pieces
-        self._waiting_contents += contents
-        self._waiting_bytes += size
-        if self._waiting_bytes >= _CHUNK_BYTES:
-            self._flush()
-        return size
-
-    def close(self) -> None:
-        self._flush()
-        if self.split == "validation" and self.packer.sequences == 0:
-            self.writer.write(self.packer.pad())
-        self.unused_tokens = self.packer.unused_tokens
-        self.writer.close()
-
-    def _flush(self) -> None:
-        if not self._waiting:
-            return
-        ids = [
-            np.array(document, np.int32) for document in self._tokenizer.encode_batch(self._waiting)
-        ]
-        self.token_counts += np.bincount(np.concatenate(ids), minlength=len(self.token_counts))
-        self.token_counts[self._tokenizer.end_of_document] += len(ids)
-        self.bigrams += count_bigrams(self._waiting_contents)
-        starts = self.packer.tokens + np.cumsum([0, *(len(document) + 1 for document in ids)])
-        self.document_starts = np.concatenate([self.document_starts, starts[self._waiting_firsts]])
-        if self.split == "validation":
-            self._runs.hold(self.domain, self._waiting_contents, ids)
-        else:
-            self._runs.search(ids, self._tokenizer.end_of_document)
-        self.writer.write(self.packer.add(ids))
-        self._waiting = []
-        self._waiting_contents = []
-        self._waiting_firsts = []
-        self._waiting_bytes = 0
-
-
-def _check_enough(domain: str, side: _Side) -> None:
+def _check_enough(domain: str, side: Side) -> None:
     if side.packer.sequences == 0:
         bytes_per_token = max(side.bytes, 1) / max(side.packer.tokens, 1)
         needed = int((side.packer.seq_length + 1) * bytes_per_token) + 1
@@ -296,7 +269,7 @@ def _check_enough(domain: str, side: _Side) -> None:
         )
 
 
-def _check_held_out(config: Config, domain: str, side: _Side) -> None:
+def _check_held_out(config: Config, domain: str, side: Side) -> None:
     if side.documents == 0:
         data = config.data
         raise DataError(
@@ -308,7 +281,7 @@ def _check_held_out(config: Config, domain: str, side: _Side) -> None:
 
 
 def _identity(
-    config: Config, corpus: Corpus, sides: dict[tuple[int, str], _Side], folder: Path
+    config: Config, corpus: Corpus, sides: dict[tuple[int, str], Side], folder: Path
 ) -> dict[str, Any]:
     return {
         "tokenizer": tokenizer_digest(folder / "tokenizer.json"),
@@ -324,7 +297,7 @@ def _describe(
     config: Config,
     corpus: Corpus,
     tokenizer: Tokenizer,
-    sides: dict[tuple[int, str], _Side],
+    sides: dict[tuple[int, str], Side],
     runs: CopiedRuns,
 ) -> dict[str, Any]:
     training = sum(
@@ -361,7 +334,7 @@ def _describe(
     }
 
 
-def _counts(side: _Side) -> dict[str, int]:
+def _counts(side: Side) -> dict[str, int]:
     return {
         "documents": side.documents,
         "bytes": side.bytes,

@@ -188,6 +188,10 @@ class Tokenizer:
         """
         return self._bytes[token] if 0 <= token < len(self._bytes) else b""
 
+    def bytes_of_all(self, ids: Iterable[int]) -> bytes:
+        """The bytes that ids of the vocabulary stand for together."""
+        return b"".join([self._bytes[i] for i in ids])
+
 
 class StreamDecoder:
     """Decodes token by token; holds back the bytes of a character until it is whole.

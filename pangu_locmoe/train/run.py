@@ -56,6 +56,7 @@ _FREE_KEYS = (
     "train.offload_expert_optimizer",
     "train.log_every",
     "data.prepared_dir",
+    "data.workers",
 )
 # Where the text and the tokenizer lie; whether they are the same is seen when they are prepared.
 _PLACES = ("data.sources", "data.tokenizer")
