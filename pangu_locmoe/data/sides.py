@@ -19,6 +19,7 @@ from pangu_locmoe.data.identity import TextDigest, tokenizer_digest
 from pangu_locmoe.data.packing import Packer
 from pangu_locmoe.data.records import RecordWriter
 from pangu_locmoe.data.tokenizer import Tokenizer
+from pangu_locmoe.data.units import UnitEncoder
 from pangu_locmoe.data.workers import Arrays, Queue
 
 _CHUNK_BYTES = 1_000_000
@@ -31,18 +32,17 @@ def tokenize(tokenizer_file: Path, digest: str, pieces: list[Piece]) -> Arrays:
 
     `digest`: of the tokenizer, by which a result that was kept is found again.
     """
-    tokenizer = _loaded(tokenizer_file, digest)
-    encoded = iter(tokenizer.encode_batch([piece for piece in pieces if isinstance(piece, str)]))
-    ids = [
-        np.array(next(encoded), np.int32) if isinstance(piece, str) else piece for piece in pieces
-    ]
+    tokenizer, encoder = _loaded(tokenizer_file, digest)
+    encoded = iter(encoder.encode([piece for piece in pieces if isinstance(piece, str)]))
+    ids = [next(encoded) if isinstance(piece, str) else piece for piece in pieces]
     bigrams = count_bigrams([content_of(piece, tokenizer) for piece in pieces])
     return np.concatenate(ids), np.array([len(one) for one in ids], np.int64), bigrams
 
 
 @functools.lru_cache(maxsize=1)
-def _loaded(tokenizer_file: Path, digest: str) -> Tokenizer:
-    return Tokenizer.load(tokenizer_file)
+def _loaded(tokenizer_file: Path, digest: str) -> tuple[Tokenizer, UnitEncoder]:
+    tokenizer = Tokenizer.load(tokenizer_file)
+    return tokenizer, UnitEncoder(tokenizer)
 
 
 class Side:

@@ -65,6 +65,10 @@ class Tokenizer:
         """Settings of the file that are not in force because they cut, fill or vary texts."""
         if self.switched_off:
             backend = tokenizers.Tokenizer.from_str(json.dumps(values))
+        self.is_own = _is_own(values)
+        """Whether texts are cut into the pieces that `train` cuts them into, and nothing else is
+        done to them.
+        """
         identifier = backend.token_to_id(END_OF_DOCUMENT)
         if identifier is None:
             raise DataError(
@@ -97,12 +101,7 @@ class Tokenizer:
         `<eod>` is id 0.
         """
         backend = tokenizers.Tokenizer(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(_PIECES), "isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
+        backend.pre_tokenizer = _own_pieces()
         backend.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
@@ -191,6 +190,26 @@ class Tokenizer:
     def bytes_of_all(self, ids: Iterable[int]) -> bytes:
         """The bytes that ids of the vocabulary stand for together."""
         return b"".join([self._bytes[i] for i in ids])
+
+
+def _own_pieces() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_PIECES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+def _is_own(values: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json goes about a text as those that are trained here."""
+    own = tokenizers.Tokenizer(models.BPE())
+    own.pre_tokenizer = _own_pieces()
+    return bool(
+        values["pre_tokenizer"] == json.loads(own.to_str())["pre_tokenizer"]
+        and not values["normalizer"]
+        and [token["content"] for token in values["added_tokens"]] == [END_OF_DOCUMENT]
+    )
 
 
 class StreamDecoder:
