@@ -51,9 +51,9 @@ def test_each_unit_is_encoded_once_and_the_memory_is_bounded(
     monkeypatch.setattr(own, "encode_batch", lambda new: (asked.extend(new), encode(new))[1])
     text = "one two one two\nthree"
     assert encoder.encode([text, text])[1].tolist() == encode([text])[0]
-    assert sorted(asked) == [" one", " two", " two\n", "one", "three"]
+    assert sorted(asked) == ["\n", " one", " two", "one", "three"]
     for number in range(100):
-        encoder.encode([f"word{number} and"])
+        encoder.encode([f"word{number:x} and"])
         assert len(encoder._ids_of) <= 52
 
 
