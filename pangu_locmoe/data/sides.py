@@ -70,8 +70,9 @@ class Side:
         self.unused_tokens = 0
         self._starts: list[np.ndarray] = []
         self._tokenizer = tokenizer
-        self._tokenizer_file = folder / "tokenizer.json"
-        self._tokenizer_digest = tokenizer_digest(self._tokenizer_file)
+        # A given one under its own name, which errors have.
+        self._tokenizer_file = Path(config.data.tokenizer or folder / "tokenizer.json")
+        self._tokenizer_digest = tokenizer_digest(folder / "tokenizer.json")
         self._runs = runs
         self._queue = queue
         self._waiting = Chunk(self)

@@ -418,3 +418,83 @@ def test_a_side_without_any_text_is_refused(make_config: Make, corpus: Path) -> 
         match=r"^data\.validation_fraction = 0\.0001: leaves domain en no byte .*max_bytes_per_domain = 4000 [^\n]*$",
     ):
         prepare(config, progress=False)
+
+
+def lines(path: Path, count: int, words: int = 40) -> Path:
+    """JSON lines of some size: distinct, with a copy, a near-copy and a bad line among them."""
+    texts = [make_text("en" if i % 3 else "zh", i, words) for i in range(count)]
+    texts += [texts[5], texts[6] + " more"]
+    path.write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in texts) + "{]\n", encoding="utf-8"
+    )
+    return path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_what_is_prepared_does_not_depend_on_the_number_of_processes(
+    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every file is the same, byte by byte."""
+    monkeypatch.setattr(preparing, "_SOON_BYTES", 10_000)
+    monkeypatch.setattr("pangu_locmoe.data.sides._CHUNK_BYTES", 5_000)
+    monkeypatch.setattr("pangu_locmoe.data.corpus._CHUNK_DOCUMENTS", 7)
+    source = [(lines(tmp_path / "a.jsonl", 120), "en"), (tmp_path / "corpus" / "zh", "zh")]
+    found = []
+    for workers in (1, 3):
+        config = make_config(
+            sources=source, workers=workers, prepared_dir=str(tmp_path / f"by-{workers}")
+        )
+        # In this process, where the sizes of above are known.
+        monkeypatch.setattr(preparing, "_fill_apart", preparing._fill)
+        found.append(prepare(config, progress=False).path)
+    assert found[0].name == found[1].name
+    assert contents(found[0]) == contents(found[1])
+    report = json.loads((found[0] / "prepared.json").read_text())["report"]
+    assert list(report["problems"].items()) == [("duplicate", 1), ("bad_line", 1)]
+
+
+def test_a_preparation_that_was_killed_goes_on(
+    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparing, "_fill_apart", preparing._fill)
+    monkeypatch.setattr(preparing, "_SOON_BYTES", 10_000)
+    monkeypatch.setattr("pangu_locmoe.data.sides._CHUNK_BYTES", 5_000)
+    source = [(lines(tmp_path / "a.jsonl", 120), "en"), (tmp_path / "corpus" / "zh", "zh")]
+    settings: Any = {"sources": source, "workers": 1}
+    whole = prepare(make_config(**settings, prepared_dir=str(tmp_path / "whole")), False).path
+
+    monkeypatch.setattr(preparing, "_RESUMED_BYTES", 0)
+    tokenize = preparing.tokenize
+    done = []
+
+    def tokenize_some(*arguments: Any) -> Any:
+        if len(done) == 4:
+            raise KeyboardInterrupt
+        done.append(arguments)
+        return tokenize(*arguments)
+
+    tokenize_some.__name__ = tokenize.__name__
+    monkeypatch.setattr(preparing, "tokenize", tokenize_some)
+    config = make_config(**settings, prepared_dir=str(tmp_path / "again"))
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config, False)
+    (kept,) = (tmp_path / "again").iterdir()
+    assert kept.name == f".{whole.name}.parts" and len(list(kept.iterdir())) >= 4
+
+    again = []
+
+    def tokenize_counted(*arguments: Any) -> Any:
+        again.append(arguments)
+        return tokenize(*arguments)
+
+    tokenize_counted.__name__ = tokenize.__name__
+    monkeypatch.setattr(preparing, "tokenize", tokenize_counted)
+    path = prepare(config, False).path
+    assert contents(path) == contents(whole)
+    assert [str(one[2]) for one in again][:1] != [str(one[2]) for one in done][:1]
+    assert not {str(one[2]) for one in again} & {str(one[2]) for one in done}
+    assert list((tmp_path / "again").iterdir()) == [path]
+    assert fingerprint(config) == fingerprint(make_config(**{**settings, "workers": 7}))
