@@ -78,7 +78,7 @@ def build(config: Config, path: Path, progress: bool) -> None:
 
 def _is_soon_done(config: Config) -> bool:
     files = corpus_files(config.data)
-    zipped = any(file.path.suffix.lower() in _PACKED for file in files)  # which may hold anything
+    zipped = any(file.path.suffix.lower() == ".gz" for file in files)  # which may hold anything
     return not zipped and _text_bytes(files) <= _SOON_BYTES
 
 

@@ -238,8 +238,6 @@ def test_parquet_without_its_package_is_one_line(
 ) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    # Another test may have imported both; more than a little text is read by another process.
-    monkeypatch.setattr("pangu_locmoe.data.preparing._SOON_BYTES", 10**9)
     with pytest.raises(
         DataError,
         match=r"a\.parquet: Parquet needs the package pyarrow: pip install 'pangu_locmoe\[parquet\]'$",
