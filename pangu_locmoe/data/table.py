@@ -1,4 +1,4 @@
-"""What is known of each document of a corpus, in columns: some 40 bytes for each, however long it is.
+"""What is known of each document of a corpus, in columns: a row for each, however long it is.
 
 D = documents in the order of reading, copies among them. While they are read, columns grow on the
 disk.
@@ -105,7 +105,10 @@ def first_of_copies(digests_D2: np.ndarray) -> np.ndarray:
     """bool [D], the first document of each content."""
     order = np.lexsort((digests_D2[:, 1], digests_D2[:, 0]))  # stable
     first_D = np.ones(len(order), bool)
-    same = (digests_D2[order[1:]] == digests_D2[order[:-1]]).all(axis=1)
+    same = np.ones(max(len(order) - 1, 0), bool)
+    for part in (0, 1):
+        sorted_D = digests_D2[:, part][order]
+        same &= sorted_D[1:] == sorted_D[:-1]
     first_D[order[1:][same]] = False
     return first_D
 
