@@ -1,5 +1,5 @@
 """`check`'s estimate of a rank's memory against what MindSpore's Ascend back end plans for it in a
-dry run: a table, of which docs/ascend.md has a copy.
+dry run: a table, of which docs/ascend.md has a part.
 
     .venv/bin/python scripts/ascend_memory.py           all jobs, a minute or two for each
     .venv/bin/python scripts/ascend_memory.py bf16 fp16
