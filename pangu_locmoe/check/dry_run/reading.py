@@ -145,6 +145,7 @@ def overlaps(graph: str, rows: Sequence[Row]) -> List[Communication]:
     """
     names = [_name(row) for row in rows]
     waits = _waits(rows, names)
+    turn = _turn(rows, names)
     found = []
     for start, row in enumerate(rows):
         operator = names[start].split("-")[0]
@@ -162,8 +163,7 @@ def overlaps(graph: str, rows: Sequence[Row]) -> List[Communication]:
             if other["stream_id"] != stream and not name.startswith(_VIEWS)
         ]
         products = sum(name.startswith(PRODUCTS) for name in under)
-        backward = row["node_name"].startswith("Gradients/") or _updates(row)
-        direction = "backward" if backward else "forward"
+        direction = "forward" if start < turn else "backward"
         found.append(Communication(graph, operator, direction, row["group"], products, len(under)))
     return found
 
@@ -242,9 +242,15 @@ def _name(row: Row) -> str:
     return row["node_name"].rsplit("/", 1)[-1]
 
 
-def _updates(row: Row) -> bool:
-    """Whether it is of the reduction or of the update."""
-    return "/reduce-" in row["node_name"] or "/update-" in row["node_name"]
+def _turn(rows: Sequence[Row], names: Sequence[str]) -> int:
+    """Where the backward pass begins: at the first product or collective that is a gradient's. Not
+    all gradients are called that: those of a Cell with its own are not.
+    """
+    for number, row in enumerate(rows):
+        gradient = row["node_name"].startswith(("Gradients/", "Default/reduce-"))
+        if gradient and names[number].startswith((*PRODUCTS, *COLLECTIVES)):
+            return number
+    return len(rows)
 
 
 def _rows(folder: Path, name: str) -> List[Row]:

@@ -74,6 +74,16 @@ def test_an_event_that_was_sent_before_the_exchange_is_no_wait_for_it():
     assert overlaps("graph", rows)[0].products == 1
 
 
+def test_a_gradient_that_is_not_called_one_is_backward():
+    """As of the group-wise exchange, which is a Cell with its own gradient."""
+    rows = [
+        row("Default/AlltoAllV-op0", 2),
+        row("Gradients/Default/Grad_MatMul/MatMul-op0"),
+        row("Default/AlltoAllV-op1", 2),
+    ]
+    assert [each.direction for each in overlaps("graph", rows)] == ["forward", "backward"]
+
+
 def write(folder: Path, rows=CHUNKS, log: str = LOG.format("MatMul", "opapi_kernel")) -> Path:
     """A rank's folder as MindSpore leaves it."""
     order = folder / "graphs" / "rank_3" / "execute_order"
