@@ -14,8 +14,8 @@ them, and so is the bias. (MindSpore's CPU collectives have no integer sum.)
 Only while training: a token's expert then depends on the whole batch, as with a capacity its being
 dropped does. Evaluation and generation use the bias of the last step.
 
-Letters: T tokens, E experts, X options (experts, or groups of them), K choices of a token, B bins,
-J domains, I = X * B + J what ranks add up.
+Letters: T tokens, E experts, X options (experts, or groups of them), K choices of a token, I items
+of a histogram, its bins, J domains, M = X * I + J rows of what ranks add up.
 """
 
 from __future__ import annotations
@@ -56,33 +56,33 @@ class QuantileBalancer(nn.Cell):
         self.windows = [Tensor(window, mstype.float32) for window in WINDOWS]
         self.options_X = Tensor(np.arange(self.options, dtype=np.int32))
         self.domains_J = Tensor(np.arange(self.domains, dtype=np.int32))
-        self.bins_B = Tensor(np.arange(BINS, dtype=np.float32))
+        self.bins_I = Tensor(np.arange(BINS, dtype=np.float32))
 
     def seen(self, scores_TX: Tensor, bias_X: Tensor, domains_T: Tensor, window: Tensor) -> Tensor:
         """This process's tokens: a histogram for each option, and the tokens of each domain,
-        integers in fp32 [X * B + J].
+        integers in fp32 [M].
         """
         needed_TX = self._threshold(scores_TX + bias_X) - scores_TX
         bin_TX = ops.floor((needed_TX - bias_X + window) * (BINS / 2.0 / window))
         bin_TX = ops.cast(ops.minimum(ops.maximum(bin_TX, 0.0), BINS - 1.0), mstype.int32)
-        index_I = ops.reshape(bin_TX + self.options_X * BINS, (-1,))
-        ones_I = ops.ones_like(ops.cast(index_I, mstype.float32))
-        counts_I = ops.unsorted_segment_sum(ones_I, index_I, self.options * BINS)
+        index_M = ops.reshape(bin_TX + self.options_X * BINS, (-1,))
+        ones_M = ops.ones_like(ops.cast(index_M, mstype.float32))
+        counts_M = ops.unsorted_segment_sum(ones_M, index_M, self.options * BINS)
         of_domain_TJ = ops.equal(ops.expand_dims(domains_T, 1), self.domains_J)
         tokens_J = ops.reduce_sum(ops.cast(of_domain_TJ, mstype.float32), 0)
-        return ops.concat((counts_I, tokens_J), 0)
+        return ops.concat((counts_M, tokens_J), 0)
 
-    def corrected(self, seen_I: Tensor, bias_X: Tensor, window: Tensor) -> Tensor:
+    def corrected(self, seen_M: Tensor, bias_X: Tensor, window: Tensor) -> Tensor:
         """The next bias, fp32 [X], of what all have `seen` with this one."""
-        counts_XB = ops.reshape(seen_I[: self.options * BINS], (self.options, BINS))
-        tokens_J1 = ops.expand_dims(seen_I[self.options * BINS :], 1)
+        counts_XI = ops.reshape(seen_M[: self.options * BINS], (self.options, BINS))
+        tokens_J1 = ops.expand_dims(seen_M[self.options * BINS :], 1)
         due_X1 = ops.expand_dims(ops.reduce_sum(tokens_J1 * self.share_JX, 0), 1)
-        up_to_XB = ops.cumsum(counts_XB, 1)
-        short_XB = ops.cast(ops.less(up_to_XB, due_X1), mstype.float32)
-        bin_X = ops.minimum(ops.reduce_sum(short_XB, 1), BINS - 1.0)
-        here_XB = ops.cast(ops.equal(ops.expand_dims(bin_X, 1), self.bins_B), mstype.float32)
-        count_X = ops.reduce_sum(counts_XB * here_XB, 1)
-        before_X = ops.reduce_sum(up_to_XB * here_XB, 1) - count_X
+        up_to_XI = ops.cumsum(counts_XI, 1)
+        short_XI = ops.cast(ops.less(up_to_XI, due_X1), mstype.float32)
+        bin_X = ops.minimum(ops.reduce_sum(short_XI, 1), BINS - 1.0)
+        here_XI = ops.cast(ops.equal(ops.expand_dims(bin_X, 1), self.bins_I), mstype.float32)
+        count_X = ops.reduce_sum(counts_XI * here_XI, 1)
+        before_X = ops.reduce_sum(up_to_XI * here_XI, 1) - count_X
         inside_X = (ops.squeeze(due_X1, 1) - before_X) / ops.maximum(count_X, 1.0)
         inside_X = ops.minimum(ops.maximum(inside_X, 0.0), 1.0)
         quantile_X = bias_X - window + (bin_X + inside_X) * (window * (2.0 / BINS))

@@ -181,8 +181,8 @@ class MoELayer(nn.Cell):
         scores_TX = self.scores_of(x_TD, tokens_T, domains_T, noise[0], noise[1])
         bias_X = self.router.bias
         for window in balancer.windows:
-            seen_I = self.transport.total(balancer.seen(scores_TX, bias_X, domains_T, window))
-            bias_X = balancer.corrected(seen_I, bias_X, window)
+            seen_M = self.transport.total(balancer.seen(scores_TX, bias_X, domains_T, window))
+            bias_X = balancer.corrected(seen_M, bias_X, window)
         return ops.stop_gradient(bias_X)
 
     def scores_of(

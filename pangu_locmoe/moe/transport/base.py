@@ -97,7 +97,7 @@ class Transport(nn.Cell):
         """
         raise NotImplementedError
 
-    def total(self, counts_I: Tensor) -> Tensor:
+    def total(self, counts_M: Tensor) -> Tensor:
         """The sum of counts over all tokens of the job, integers in fp32."""
         raise NotImplementedError
 
@@ -163,8 +163,8 @@ class RankTransport(Transport):
     def held_experts(self) -> np.ndarray:
         return self.expert_of_slot_P[self.held_slots.start : self.held_slots.stop]
 
-    def total(self, counts_I: Tensor) -> Tensor:
-        return self.sum(counts_I)
+    def total(self, counts_M: Tensor) -> Tensor:
+        return self.sum(counts_M)
 
     def with_own_gradient(self, probs_NE: Tensor, own_probs_NE: Tensor) -> Tensor:
         # A node's mean is one over its replicas' number times their sum, and gradients are averaged

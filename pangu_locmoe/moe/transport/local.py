@@ -81,8 +81,8 @@ class LocalTransport(Transport):
             "log_probs_NE": log_of(own_probs_NE),
         }
 
-    def total(self, counts_I: Tensor) -> Tensor:
-        return counts_I
+    def total(self, counts_M: Tensor) -> Tensor:
+        return counts_M
 
     def with_own_gradient(self, probs_NE: Tensor, own_probs_NE: Tensor) -> Tensor:
         return own_probs_NE
