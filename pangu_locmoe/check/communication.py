@@ -9,34 +9,21 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from dataclasses import dataclass
-from typing import Iterator, List, Optional, Sequence
+from typing import Iterator, List, Sequence
 
 from pangu_locmoe.config import Config
 from pangu_locmoe.config.routers import top_k
 from pangu_locmoe.moe import balance
 from pangu_locmoe.moe.routers import router_class
 from pangu_locmoe.moe.slot_sizes import group_slots
-from pangu_locmoe.parallel.gradients import holders_of, piece
+from pangu_locmoe.parallel.buckets import Weight
 from pangu_locmoe.parallel.hccl import group_name
 from pangu_locmoe.parallel.operation import IR_NAMES, ITEM_BYTES, Operation, Shape
-from pangu_locmoe.parallel.tensor import Piece
 from pangu_locmoe.parallel.topology import Topology
-from pangu_locmoe.train.step.traffic import exchanges
+from pangu_locmoe.train.step.traffic import exchanges, gathers, sums, weight_piece
 
 CommunicationPlan = List[Operation]
 """The communication operators of a rank's step."""
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A trainable parameter as one rank holds it; `kind` as in parallel/gradients.py: whole,
-    slice or expert.
-    """
-
-    name: str
-    shape: Shape
-    kind: str
 
 
 def communication_plan(
@@ -140,37 +127,16 @@ def _statistics(config: Config, topology: Topology, rank: int) -> Iterator[Opera
         yield from [histogram] * (len(balance.WINDOWS) * config.model.num_moe_layers)
 
 
-def weight_piece(weight: Weight, config: Config, topology: Topology, rank: int) -> Optional[Piece]:
-    """The rank's piece of it with parallel.shard_optimizer; None: its moments are not divided."""
-    return (
-        piece(weight.shape, weight.kind, topology, rank)
-        if config.parallel.shard_optimizer
-        else None
-    )
-
-
 def _reductions(
     config: Config, topology: Topology, rank: int, weights: Sequence[Weight]
 ) -> Iterator[Operation]:
     """Gradients, the experts', slices' and pieces' part of their norm, and weights from their
     pieces.
     """
+    yield from sums(config, topology, rank, weights)
+    yield from gathers(config, topology, rank, weights)
     size = topology.num_ranks
-    pieces = False
-    for weight in weights:
-        ranks = holders_of(weight.kind, topology, rank)
-        own = weight_piece(weight, config, topology, rank)
-        name = group_name(ranks, size)
-        first = list(weight.shape)
-        if own is not None:
-            pieces = True
-            first[0], first[own.cut.axis] = first[own.cut.axis], first[0]
-            whole = tuple(first)
-            part = (first[0] // own.count, *first[1:])
-            yield Operation("ReduceScatter", name, "update", "Float32", whole, part)
-            yield Operation("AllGather", name, "update", "Float32", part, whole)
-        elif len(ranks) > 1:
-            yield Operation("AllReduce", name, "update", "Float32", weight.shape, weight.shape)
+    pieces = any(weight_piece(weight, config, topology, rank) for weight in weights)
     world = tuple(range(size)) if pieces else ()
     for group in (topology.expert_group(rank), topology.tensor_group(rank), world):
         if len(group) > 1:

@@ -18,12 +18,14 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Dict, List, Sequence
 
-from pangu_locmoe.check.communication import Weight, buffer_megabytes, weight_piece
+from pangu_locmoe.check.communication import buffer_megabytes
 from pangu_locmoe.config import Config
 from pangu_locmoe.config.routers import top_k
 from pangu_locmoe.moe.slot_sizes import group_slots
+from pangu_locmoe.parallel.buckets import Weight
 from pangu_locmoe.parallel.operation import ITEM_BYTES
 from pangu_locmoe.parallel.topology import Topology
+from pangu_locmoe.train.step.traffic import weight_piece
 
 _FP32 = 4
 _LAST = ("query_layer.", "query_table", "word_table")

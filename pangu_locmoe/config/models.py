@@ -310,6 +310,14 @@ class ParallelConfig(Section):
     exchange: Literal["flat", "hierarchical", "groupwise"] = Field(
         "flat", description="how tokens travel to their experts"
     )
+    reduction: Optional[Literal["flat", "hierarchical"]] = Field(
+        None,
+        description=(
+            "how gradients are added up over ranks: flat: each for itself, over all at once; "
+            "hierarchical: in buckets, inside each node first, then between nodes; null: "
+            "hierarchical where several nodes have several ranks each"
+        ),
+    )
     sizes: Literal["counts", "static"] = Field(
         "counts",
         description=(

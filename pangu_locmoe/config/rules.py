@@ -194,6 +194,11 @@ def _broken_exchange_rules(config: Config) -> Iterator[tuple[str, str]]:
                 "(parallel.nodes)"
             ),
         )
+    if parallel.reduction == "hierarchical" and parallel.nodes == 1:
+        yield (
+            "parallel.reduction",
+            "hierarchical adds up between nodes: needs more than one (parallel.nodes)",
+        )
 
 
 def _broken_static_rules(config: Config) -> Iterator[tuple[str, str]]:

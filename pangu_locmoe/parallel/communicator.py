@@ -68,14 +68,15 @@ class Communicator(ABC):
         """
 
     def reduce_scatter(self, rows_MX: Tensor, ranks: Sequence[int]) -> Tensor:
-        """This rank's equal part of the rows of `all_reduce`; M must be divisible by the number of
-        ranks. No gradient.
+        """This rank's equal part of the rows of the sum over `ranks`; M must be divisible by their
+        number. No gradient.
 
-        Unless there is an operator for it: the whole sum, of which a part is taken.
+        Unless there is an operator for it: every rank sends each its part, which that one adds up.
         """
         part = rows_MX.shape[0] // len(ranks)
-        position = list(ranks).index(self.rank)
-        return self.all_reduce(rows_MX, ranks)[position * part : (position + 1) * part]
+        counts = [part] * len(ranks)
+        arrived = self.all_to_all(rows_MX, counts, counts, ranks)
+        return ops.reduce_sum(ops.reshape(arrived, (len(ranks), part, *rows_MX.shape[1:])), 0)
 
     def gather_rows(self, rows_MX: Tensor, ranks: Sequence[int]) -> Tensor:
         """The rows of ranks[0], then of ranks[1], ...; all have as many. No gradient.

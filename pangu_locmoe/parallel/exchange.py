@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
@@ -33,29 +33,41 @@ NextHolder = Callable[[Block], int]
 
 
 @dataclass
-class Ledger:
-    """What this rank sent since the last `take`: payload bytes and messages inside the node and
-    between nodes, and seconds.
-
-    Seconds are those spent in the exchange, waiting for slower ranks included; `reduce_seconds`
-    those in the reduction of the gradients, whose bytes are not counted.
-    """
+class Traffic:
+    """What was sent: payload bytes and messages inside the node and between nodes."""
 
     intra_node_bytes: int = 0
     inter_node_bytes: int = 0
     intra_node_messages: int = 0
     inter_node_messages: int = 0
-    seconds: float = 0.0
-    reduce_seconds: float = 0.0
 
-    def record(self, num_bytes: int, crosses_nodes: bool) -> None:
-        """One message to another rank."""
+    def record(self, num_bytes: int, crosses_nodes: bool, messages: int = 1) -> None:
+        """One message to another rank, or several of so many bytes together."""
         if crosses_nodes:
             self.inter_node_bytes += num_bytes
-            self.inter_node_messages += 1
+            self.inter_node_messages += messages
         else:
             self.intra_node_bytes += num_bytes
-            self.intra_node_messages += 1
+            self.intra_node_messages += messages
+
+    def add(self, other: Traffic) -> None:
+        """Count what another has as well."""
+        self.record(other.intra_node_bytes, False, other.intra_node_messages)
+        self.record(other.inter_node_bytes, True, other.inter_node_messages)
+
+
+@dataclass
+class Ledger(Traffic):
+    """What this rank sent since the last `take`, in the exchange and in the `reduction` of the
+    gradients, and seconds.
+
+    Seconds are those spent in the exchange, waiting for slower ranks included; `reduce_seconds`
+    those in the reduction.
+    """
+
+    seconds: float = 0.0
+    reduce_seconds: float = 0.0
+    reduction: Traffic = field(default_factory=Traffic)
 
     def take(self) -> Ledger:
         """The figures so far; starts again from zero."""

@@ -8,7 +8,9 @@ contribute.
 With parallel.shard_optimizer the ranks that hold the same of a parameter divide the work on it
 (ZeRO stage 1, Rajbhandari et al. 2020): each gets a piece of the averaged gradient, keeps the
 moments of that piece, updates it, and the pieces are gathered. A piece is a block of the first axis
-that can be divided, and a parameter with none stays whole: nothing is padded or flattened.
+that can be divided, and a parameter with none stays whole.
+
+What is added up on which way is in buckets.py.
 """
 
 from __future__ import annotations
@@ -93,45 +95,6 @@ def pieces(parameters: Sequence[Parameter], topology: Topology, rank: int) -> Li
 def with_axis_first(x: Tensor, axis: int) -> Tensor:
     """`x` with `axis` and the first axis exchanged; doing it twice does nothing."""
     return x if axis == 0 else ops.swapaxes(x, 0, axis)
-
-
-def reduce_gradients(
-    gradients: Sequence[Tensor],
-    parameters: Sequence[Parameter],
-    pieces: Sequence[Optional[Piece]],
-    topology: Topology,
-    communicator: Communicator,
-) -> List[Tensor]:
-    """The gradients of the job's loss, for this rank's parameters or its pieces of them."""
-    reduced = []
-    for gradient, parameter, own in zip(gradients, parameters, pieces):
-        ranks = holders(parameter, topology, communicator.rank)
-        if own is None:
-            total = communicator.all_reduce(gradient, ranks)
-        else:
-            axis = own.cut.axis
-            total = with_axis_first(
-                communicator.reduce_scatter(with_axis_first(gradient, axis), ranks), axis
-            )
-        reduced.append(total * gradient_factor(parameter, topology))
-    return reduced
-
-
-def gather_pieces(
-    updated: Sequence[Tensor],
-    parameters: Sequence[Parameter],
-    pieces: Sequence[Optional[Piece]],
-    topology: Topology,
-    communicator: Communicator,
-) -> None:
-    """Put parameters together again, in place, from the pieces that the ranks have updated."""
-    for part, parameter, own in zip(updated, parameters, pieces):
-        if own is not None:
-            axis = own.cut.axis
-            rows = communicator.gather_rows(
-                with_axis_first(part, axis), holders(parameter, topology, communicator.rank)
-            )
-            ops.assign(parameter, with_axis_first(rows, axis))
 
 
 def squared_norm(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Dict, Sequence, Tuple
+from typing import Any, Dict, Iterator, Sequence, Tuple
 
+from pangu_locmoe.parallel.exchange import Traffic
 from pangu_locmoe.parallel.hccl import group_name
 from pangu_locmoe.parallel.topology import Topology
 
@@ -54,17 +55,33 @@ def topology_groups(topology: Topology, rank: int) -> Dict[str, Tuple[int, ...]]
     }
 
 
+def messages(
+    operation: Operation, ranks: Sequence[int], rank: int
+) -> Iterator[Tuple[int, int, int]]:
+    """To whom an operator sends from this rank, how many bytes, in how many messages.
+
+    An AllReduce is counted as a ring: twice as many messages as there are others, all to the next
+    rank, each of one part. A ReduceScatter, an AllGather and an AlltoAllV are counted as one
+    message to each of the others.
+    """
+    size = len(ranks)
+    if operation.kind == "AllReduce":
+        following = ranks[(list(ranks).index(rank) + 1) % size]
+        yield following, 2 * (size - 1) * operation.bytes // size, 2 * (size - 1)
+        return
+    parts = operation.sent or (1,) * size
+    whole = size if operation.kind == "ReduceScatter" else max(1, sum(operation.sent))
+    for target, rows in zip(ranks, parts):
+        if target != rank:
+            yield target, rows * (operation.bytes // whole), 1
+
+
 def node_bytes(
     operation: Operation, ranks: Sequence[int], topology: Topology, rank: int
 ) -> Tuple[int, int]:
-    """Bytes of an AlltoAllV, or an AllGather, to other ranks in this rank's node, and to other
-    nodes.
-    """
-    row_bytes = operation.bytes // max(1, sum(operation.sent))
-    inside = between = 0
-    for target, rows in zip(ranks, operation.sent or [1] * len(ranks)):
-        if topology.node_of_rank(target) != topology.node_of_rank(rank):
-            between += rows * row_bytes
-        elif target != rank:
-            inside += rows * row_bytes
-    return inside, between
+    """Bytes to other ranks in this rank's node, and to other nodes; see `messages`."""
+    traffic = Traffic()
+    for target, num_bytes, count in messages(operation, ranks, rank):
+        crosses = topology.node_of_rank(target) != topology.node_of_rank(rank)
+        traffic.record(num_bytes, crosses, count)
+    return traffic.intra_node_bytes, traffic.inter_node_bytes

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Sequence
 
 import numpy as np
 
@@ -32,6 +33,7 @@ class Topology:
         expert_parallel: replicas that share the experts of a layer.
         num_experts: E.
         tensor_parallel: ranks of a replica.
+        reduces_by_node: whether gradients are joined and added up inside each node first.
 
     Raises:
         TopologyError: the numbers do not divide each other.
@@ -42,6 +44,7 @@ class Topology:
     expert_parallel: int
     num_experts: int
     tensor_parallel: int = 1
+    reduces_by_node: bool = False
 
     def __post_init__(self) -> None:
         replicas = "ranks" if self.tensor_parallel == 1 else "ranks / parallel.tensor_parallel"
@@ -111,6 +114,8 @@ class Topology:
             parallel.expert_parallel,
             num_experts,
             parallel.tensor_parallel,
+            parallel.reduction == "hierarchical"
+            or (parallel.reduction is None and 1 < parallel.nodes < num_ranks),
         )
         batch_size = config.train.batch_size
         micro_batches = config.train.accumulation_steps
@@ -171,13 +176,40 @@ class Topology:
 
     def groups(self, rank: int) -> dict[str, tuple[int, ...]]:
         """Every group that a rank can be in, by what it is; several may have the same ranks."""
-        return {
-            "the world": tuple(range(self.num_ranks)),
+        world = "the world"
+        experts = "the group that holds the same experts"
+        part = "the group with the same part of the matrices"
+        groups = {
+            world: tuple(range(self.num_ranks)),
             "its expert-parallel group": self.expert_group(rank),
-            "the group that holds the same experts": self.same_experts(rank),
+            experts: self.same_experts(rank),
             "its tensor-parallel group": self.tensor_group(rank),
-            "the group with the same part of the matrices": self.same_part(rank),
+            part: self.same_part(rank),
         }
+        for name in (world, experts, part):
+            levels = self.reduction_levels(groups[name], rank)
+            if len(levels) == 2:
+                groups[f"{name}, in its node"] = levels[0]
+                groups[f"{name}, at its place in every node"] = levels[1]
+        if f"{experts}, in its node" in groups:
+            del groups[experts]  # a group costs memory, and experts' gradients alone would use it
+        return groups
+
+    def reduction_levels(self, ranks: Sequence[int], rank: int) -> tuple[tuple[int, ...], ...]:
+        """Over which groups, one after the other, what `ranks` hold is added up.
+
+        By node, where each of several nodes has equally many of them, several: this rank's node,
+        then the ranks at its place in every node. Else all in one; none where there is one rank.
+        """
+        if len(ranks) == 1:
+            return ()
+        if self.reduces_by_node:
+            nodes = [self.node_of_rank(other) for other in ranks]
+            inside = tuple(r for r in ranks if self.node_of_rank(r) == self.node_of_rank(rank))
+            even = {nodes.count(node) for node in nodes} == {len(inside)}
+            if even and 1 < len(inside) < len(ranks):
+                return inside, tuple(ranks[inside.index(rank) :: len(inside)])
+        return (tuple(ranks),)
 
     def experts_of_rank(self, rank: int) -> range:
         """The contiguous block of experts a rank holds, or holds a part of."""

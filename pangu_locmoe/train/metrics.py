@@ -79,6 +79,10 @@ def training_row(
             intra_node_messages=result.traffic.intra_node_messages,
             inter_node_messages=result.traffic.inter_node_messages,
             exchange_seconds=result.traffic.seconds,
+            reduce_intra_node_bytes=result.traffic.reduction.intra_node_bytes,
+            reduce_inter_node_bytes=result.traffic.reduction.inter_node_bytes,
+            reduce_intra_node_messages=result.traffic.reduction.intra_node_messages,
+            reduce_inter_node_messages=result.traffic.reduction.inter_node_messages,
             reduce_seconds=result.traffic.reduce_seconds,
         )
     return row

@@ -26,7 +26,7 @@ class StepParts:
         optimizer: of this process's parameters.
         reduce: gradients, and a factor or None -> reduced gradients and the norm of the whole
             gradient, as `ReduceAlone`.
-        gathers: as of `Update`.
+        gather: as of `Update`.
     """
 
     def __init__(
@@ -34,11 +34,11 @@ class StepParts:
         train: TrainConfig,
         optimizer: AdamW,
         reduce: nn.Cell,
-        gathers: Sequence[nn.Cell] = (),
+        gather: Optional[nn.Cell] = None,
     ) -> None:
         self.optimizer = optimizer
         self.reduce = reduce
-        self.update = Update(optimizer, gathers)
+        self.update = Update(optimizer, gather)
         self.buffers: Optional[ParameterTuple] = None
         if train.has_buffers:
             self.buffers = gradient_buffers(optimizer.parameters)
@@ -118,14 +118,13 @@ class Update(nn.Cell):
 
     Args:
         optimizer: of this process's parameters.
-        gathers: for each parameter what makes it of its pieces, used where the optimizer has one;
-            empty where it has none.
+        gather: what makes the parameters of `updated`; None where none is divided.
     """
 
-    def __init__(self, optimizer: AdamW, gathers: Sequence[nn.Cell] = ()) -> None:
+    def __init__(self, optimizer: AdamW, gather: Optional[nn.Cell] = None) -> None:
         super().__init__(auto_prefix=False)
         self.optimizer = optimizer
-        self.gathers = list(gathers)
+        self.gather = gather
         self.divided = optimizer.divided
         self.count = len(optimizer.parameters)
         self.parameters = optimizer.parameters
@@ -135,10 +134,11 @@ class Update(nn.Cell):
         self, gradients: Tuple[Tensor, ...], learning_rate: Tensor, step: Tensor, norm: Tensor
     ) -> Tensor:
         self.optimizer.update(gradients, learning_rate, step, norm)
-        for index in range(self.count):
-            if self.divided[index]:
-                whole = self.gathers[index](self.updated[index])
-                ops.assign(self.parameters[index], whole)
+        if self.gather is not None:
+            whole = self.gather(tuple(self.updated))
+            for index in range(self.count):
+                if self.divided[index]:
+                    ops.assign(self.parameters[index], whole[index])
         return norm
 
 

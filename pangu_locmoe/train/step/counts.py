@@ -17,18 +17,14 @@ from mindspore import Tensor, ops
 from pangu_locmoe.config import Config
 from pangu_locmoe.data.loader import Batch
 from pangu_locmoe.model.sigma import PanguSigma
-from pangu_locmoe.parallel.exchange import Ledger
-from pangu_locmoe.parallel.gradients import (
-    KINDS,
-    gather_pieces,
-    kinds,
-    reduce_gradients,
-    squared_norm,
-)
+from pangu_locmoe.parallel.buckets import GatherPieces, SumGradients, Weight
+from pangu_locmoe.parallel.exchange import Ledger, Traffic
+from pangu_locmoe.parallel.gradients import KINDS, gradient_factor, kinds, squared_norm
 from pangu_locmoe.parallel.timeline import Timeline, gather_spans
 from pangu_locmoe.parallel.world import World
 from pangu_locmoe.train.step.result import Report, StepResult, gather_ledgers
 from pangu_locmoe.train.step.stepper import Stepper
+from pangu_locmoe.train.step.traffic import gathers, sent, sums
 
 
 class CountsStepper(Stepper):
@@ -54,6 +50,17 @@ class CountsStepper(Stepper):
         self._communicator = world.communicator
         self._kinds = kinds(self.parameters, self.optimizer.pieces)
         self._gradients: List[Tensor] = []  # of the step that is being made
+        topology = world.topology
+        shared = (self.parameters, self.optimizer.pieces, topology, world.communicator, False)
+        self._sum = SumGradients(*shared)
+        self._gather = GatherPieces(*shared)
+        self._factors = [gradient_factor(each, topology) for each in self.parameters]
+        weights = [Weight.of(parameter) for parameter in self.parameters]
+        rank = world.communicator.rank
+        self._sum_traffic, self._gather_traffic = (
+            sent(operations(config, topology, rank, weights), topology, rank)
+            for operations in (sums, gathers)
+        )
         if config.train.mode == "graph":
             model.compile_parts()
         self._use_step()
@@ -93,12 +100,9 @@ class CountsStepper(Stepper):
         optimizer = self.optimizer
         began = time.time()
         started = time.perf_counter()
-        reduced = reduce_gradients(
-            self._gradients, self.parameters, optimizer.pieces, topology, self._communicator
-        )
-        self._account(began, started)
-        if factor != 1.0:
-            reduced = [gradient * factor for gradient in reduced]
+        summed = self._sum(tuple(self._gradients))
+        self._account(began, started, self._sum_traffic)
+        reduced = [gradient * (own * factor) for gradient, own in zip(summed, self._factors)]
         self._gradients = reduced
         of_kinds = [
             tuple(gradient for gradient, one in zip(reduced, self._kinds) if one == each)
@@ -117,23 +121,24 @@ class CountsStepper(Stepper):
         if any(optimizer.divided):
             began = time.time()
             started = time.perf_counter()
-            gather_pieces(
-                optimizer.updated,
-                self.parameters,
-                optimizer.pieces,
-                self.world.topology,
-                self._communicator,
-            )
-            self._account(began, started)
+            whole = self._gather(tuple(optimizer.updated))
+            for parameter, value, divided in zip(self.parameters, whole, optimizer.divided):
+                if divided:
+                    ops.assign(parameter, value)
+            self._account(began, started, self._gather_traffic)
 
-    def _account(self, began: float, started: float) -> None:
-        """Note a reduction, or a gathering of pieces, that is over now.
+    def _account(self, began: float, started: float, moved: Traffic) -> None:
+        """Note a reduction, or a gathering of pieces, that is over now, and what it moved.
 
         `began` and `started` are of time's two clocks.
         """
-        self._exchange.ledger.reduce_seconds += time.perf_counter() - started
+        ledger = self._exchange.ledger
+        ledger.reduce_seconds += time.perf_counter() - started
+        ledger.reduction.add(moved)
         if self._exchange.timeline is not None:
-            self._exchange.timeline.add("reduction", began)
+            self._exchange.timeline.add(
+                "reduction", began, moved.intra_node_bytes + moved.inter_node_bytes
+            )
 
-    def _traffic(self) -> Ledger:
+    def _traffic(self, skipped: bool) -> Ledger:
         return gather_ledgers(self._exchange.ledger.take(), self._communicator)

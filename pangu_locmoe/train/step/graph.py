@@ -12,6 +12,7 @@ from mindspore import nn
 
 from pangu_locmoe.config import Config
 from pangu_locmoe.errors import ConfigError
+from pangu_locmoe.parallel.buckets import GatherPieces, Weight
 from pangu_locmoe.parallel.exchange import Ledger
 from pangu_locmoe.parallel.hccl import HcclOperators
 from pangu_locmoe.parallel.topology import Topology
@@ -19,7 +20,7 @@ from pangu_locmoe.train.optimizer import AdamW
 from pangu_locmoe.train.step.cells import StepParts
 from pangu_locmoe.train.step.compiled import CompiledCell
 from pangu_locmoe.train.step.local import LocalStepper
-from pangu_locmoe.train.step.reduction import Reduce, gathers
+from pangu_locmoe.train.step.reduction import Reduce
 from pangu_locmoe.train.step.traffic import planned_traffic
 
 # The front end nests a call for each parameter of an unrolled loop: 1000, its default, is too few
@@ -45,9 +46,11 @@ class GraphStepper(LocalStepper):
     def _compile(self, cell: nn.Cell) -> Callable[..., Any]:
         return CompiledCell(cell)
 
-    def _traffic(self) -> Ledger:
+    def _traffic(self, skipped: bool) -> Ledger:
         moe = self.config.moe.model_copy(update={"capacity": self.factors})
-        return planned_traffic(self.config.model_copy(update={"moe": moe}), self.world.topology)
+        config = self.config.model_copy(update={"moe": moe})
+        weights = [Weight.of(parameter) for parameter in self.parameters]
+        return planned_traffic(config, self.world.topology, weights, skipped)
 
 
 def graph_parts(
@@ -55,7 +58,12 @@ def graph_parts(
 ) -> StepParts:
     """The cells of a rank's step; `communicator` makes their groups, in the same order on all."""
     reduce = Reduce(optimizer, topology, communicator)
-    return StepParts(config.train, optimizer, reduce, gathers(optimizer, topology, communicator))
+    if not any(optimizer.divided):
+        return StepParts(config.train, optimizer, reduce)
+    gather = GatherPieces(
+        list(optimizer.parameters), optimizer.pieces, topology, communicator, in_graph=True
+    )
+    return StepParts(config.train, optimizer, reduce, gather)
 
 
 def refuse_graph(config: Config) -> None:

@@ -1,5 +1,5 @@
 """What comes after the backward pass in the compiled step of a job: gradients reduced over ranks,
-their norm, pieces gathered.
+and their norm.
 
 As parallel/gradients.py, with operators that a graph can hold. All groups are made here, in the
 same order on all ranks.
@@ -7,13 +7,13 @@ same order on all ranks.
 
 from __future__ import annotations
 
-from typing import List, Optional, Tuple
+from typing import Optional, Tuple
 
 from mindspore import Tensor, nn, ops
 
-from pangu_locmoe.parallel.gradients import gradient_factor, holders, kinds, with_axis_first
+from pangu_locmoe.parallel.buckets import SumGradients
+from pangu_locmoe.parallel.gradients import gradient_factor, kinds
 from pangu_locmoe.parallel.hccl import HcclOperators
-from pangu_locmoe.parallel.tensor import Piece
 from pangu_locmoe.parallel.topology import Topology
 from pangu_locmoe.train.optimizer import AdamW
 
@@ -36,10 +36,7 @@ class Reduce(nn.Cell):
         self.count = len(parameters)
         self.kinds = kinds(parameters, optimizer.pieces)
         self.factors = [gradient_factor(parameter, topology) for parameter in parameters]
-        holding = [holders(parameter, topology, rank) for parameter in parameters]
-        self.sums = [
-            _Sum(communicator, ranks, piece) for ranks, piece in zip(holding, optimizer.pieces)
-        ]
+        self.sum = SumGradients(parameters, optimizer.pieces, topology, communicator, in_graph=True)
         self.over_experts = _Sum(communicator, topology.expert_group(rank))
         self.over_tensor = _Sum(communicator, topology.tensor_group(rank))
         self.any_pieces = any(optimizer.divided)
@@ -53,6 +50,7 @@ class Reduce(nn.Cell):
         """Returns the reduced gradients times `factor` (None, a constant of the graph: as they
         are), and the norm of the whole gradient.
         """
+        summed = self.sum(gradients)
         reduced = []
         whole = []
         slices = []
@@ -60,7 +58,7 @@ class Reduce(nn.Cell):
         pieces = []
         for index in range(self.count):
             scale = self.factors[index] if factor is None else self.factors[index] * factor
-            gradient = self.sums[index](gradients[index]) * scale
+            gradient = summed[index] * scale
             if self.kinds[index] == "expert":
                 experts.append(gradient)
             elif self.kinds[index] == "slice":
@@ -88,46 +86,12 @@ class Reduce(nn.Cell):
         return tuple(reduced), ops.sqrt(total)
 
 
-def gathers(optimizer: AdamW, topology: Topology, communicator: HcclOperators) -> List[nn.Cell]:
-    """What makes each parameter of the pieces that the ranks have updated; nothing where it is
-    updated whole.
-    """
-    cells: List[nn.Cell] = []
-    for parameter, piece in zip(optimizer.parameters, optimizer.pieces):
-        if piece is None:
-            cells.append(nn.Identity())
-        else:
-            ranks = holders(parameter, topology, communicator.rank)
-            cells.append(_GatherPieces(communicator, ranks, piece.cut.axis))
-    return cells
-
-
 class _Sum(nn.Cell):
-    """The sum over some ranks; with a piece, each gets its block of an axis."""
+    """The sum over some ranks."""
 
-    def __init__(
-        self, communicator: HcclOperators, ranks: Tuple[int, ...], piece: Optional[Piece] = None
-    ) -> None:
+    def __init__(self, communicator: HcclOperators, ranks: Tuple[int, ...]) -> None:
         super().__init__()
-        self.axis = 0
-        self.sum = nn.Identity()
-        if piece is not None:
-            self.axis = piece.cut.axis
-            self.sum = communicator.scattering(ranks)
-        elif len(ranks) > 1:
-            self.sum = communicator.summing(ranks)
+        self.sum = communicator.summing(ranks) if len(ranks) > 1 else nn.Identity()
 
     def construct(self, x: Tensor) -> Tensor:
-        return with_axis_first(self.sum(with_axis_first(x, self.axis)), self.axis)
-
-
-class _GatherPieces(nn.Cell):
-    """The blocks of all ranks, along an axis."""
-
-    def __init__(self, communicator: HcclOperators, ranks: Tuple[int, ...], axis: int) -> None:
-        super().__init__()
-        self.axis = axis
-        self.gather = communicator.gathering(ranks)
-
-    def construct(self, piece: Tensor) -> Tensor:
-        return with_axis_first(self.gather(with_axis_first(piece, self.axis)), self.axis)
+        return self.sum(x)

@@ -6,17 +6,19 @@ replicas, I micro-batches.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Dict, Iterable, List, Optional, Sequence, Tuple
 
 import numpy as np
 from mindspore import Tensor
 
 from pangu_locmoe.parallel.communicator import Communicator
-from pangu_locmoe.parallel.exchange import Ledger
+from pangu_locmoe.parallel.exchange import Ledger, Traffic
 from pangu_locmoe.parallel.timeline import Span
 from pangu_locmoe.parallel.world import World
 from pangu_locmoe.train.step.objective import LOSSES
+
+_COUNTS = tuple(each.name for each in fields(Traffic))
 
 Report = Tuple[Tensor, Dict[str, Tensor]]
 """A micro-batch's losses and statistics, as the objective returns them."""
@@ -130,11 +132,13 @@ def _gather(own: Dict[str, np.ndarray], communicator: Communicator) -> Dict[str,
 def gather_ledgers(own: Ledger, communicator: Communicator) -> Ledger:
     """Bytes and messages of all ranks together; the seconds of the slowest."""
     seconds = [round(own.seconds * 1e6), round(own.reduce_seconds * 1e6)]
-    payload = [own.intra_node_bytes, own.inter_node_bytes]
-    numbers = [*payload, own.intra_node_messages, own.inter_node_messages, *seconds]
+    counts = [getattr(part, name) for part in (own, own.reduction) for name in _COUNTS]
+    numbers = [*counts, *seconds]
     # Bytes of one rank and step fit 31 bits only up to 2 GiB: sent in units of 1 KiB and a rest.
     split = [part for number in numbers for part in divmod(number, 1024)]
     gathered = communicator.all_gather(Tensor(np.asarray(split, np.int32))).asnumpy()
     values = gathered[:, 0::2].astype(np.int64) * 1024 + gathered[:, 1::2]
-    totals = values[:, :4].sum(axis=0).tolist()
-    return Ledger(*totals, *(values[:, 4:].max(axis=0) / 1e6).tolist())
+    totals = values[:, : len(counts)].sum(axis=0).tolist()
+    exchanged, reduced = totals[: len(_COUNTS)], totals[len(_COUNTS) :]
+    slowest = (values[:, len(counts) :].max(axis=0) / 1e6).tolist()
+    return Ledger(*exchanged, *slowest, Traffic(*reduced))  # type: ignore[call-arg]

@@ -139,7 +139,7 @@ class Stepper(ABC):
         reports, norm, skipped = self._advance(inputs, rate, number)
         self.updates += not skipped
         rows_divided = self.config.parallel.sequence_parallel
-        return step_result(reports, norm, skipped, self._traffic(), self.world, rows_divided)
+        return step_result(reports, norm, skipped, self._traffic(skipped), self.world, rows_divided)
 
     def _advance(
         self, inputs: Sequence[Tuple[Tensor, ...]], rate: Tensor, number: Tensor
@@ -201,6 +201,8 @@ class Stepper(ABC):
     def _update(self, rate: Tensor, number: Tensor, norm: Tensor, skipped: bool) -> None:
         """Update from the step's gradients unless it is skipped, and forget them."""
 
-    def _traffic(self) -> Optional[Ledger]:
-        """What all ranks exchanged in the step; None in a single process."""
+    def _traffic(self, skipped: bool) -> Optional[Ledger]:
+        """What all ranks exchanged in the step, which fp16 skipped or not; None in a single
+        process.
+        """
         return None
