@@ -91,10 +91,9 @@ def buckets(
     pieces: Sequence[Optional[Piece]],
     topology: Topology,
     rank: int,
-    limit: int = BUCKET_BYTES,
 ) -> List[Bucket]:
-    """What has to be added up, in the same order on all ranks: those with the same holders
-    together, up to `limit` bytes.
+    """What has to be added up, in the same order on all ranks: by node those with the same holders
+    together, up to BUCKET_BYTES.
     """
     filled: List[List[int]] = []
     filling: Dict[Tuple[str, bool], List[int]] = {}
@@ -107,7 +106,7 @@ def buckets(
         if not topology.reduces_by_node or size > room.get(key, -1):
             filling[key] = []
             filled.append(filling[key])
-            room[key] = limit
+            room[key] = BUCKET_BYTES
         filling[key].append(index)
         room[key] -= size
     return [_bucket(members, weights, pieces, topology, rank) for members in filled]

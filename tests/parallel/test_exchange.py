@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mindspore import Tensor, ops
 from support import lockstep
 
-from pangu_locmoe.parallel.exchange import Exchange, ExchangeRows, Ledger
+from pangu_locmoe.parallel.exchange import Exchange, ExchangeRows, Ledger, Traffic
 
 FEATURES = 3
 
@@ -176,8 +176,9 @@ def test_take_starts_again_from_zero():
     ledger = Ledger()
     ledger.record(5, True)
     ledger.record(7, False)
+    ledger.reduction.record(9, False, 2)
     ledger.seconds += 1.5
-    assert ledger.take() == Ledger(7, 5, 1, 1, 1.5)
+    assert ledger.take() == Ledger(7, 5, 1, 1, 1.5, reduction=Traffic(9, 0, 2, 0))
     assert ledger == Ledger()
 
 

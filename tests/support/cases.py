@@ -24,7 +24,7 @@ from pangu_locmoe.parallel.communicator import Communicator
 from pangu_locmoe.parallel.gradients import is_expert, kind
 from pangu_locmoe.parallel.world import World
 from pangu_locmoe.train.policies.balance import Balance
-from pangu_locmoe.train.step import Objective, Stepper, StepResult, counts, make_stepper
+from pangu_locmoe.train.step import Objective, Stepper, StepResult, make_stepper
 from pangu_locmoe.train.step.objective import batch_inputs
 
 VOCAB = 300
@@ -43,7 +43,8 @@ class Case:
 
     expert_parallel: None is all replicas. tensor: ranks of a replica. shard: the optimizer's
     moments. rows: sequence parallelism. idle: all tokens go to expert 0. moves: experts change
-    their ranks on the way. static: constant sizes, with a slot for every token.
+    their ranks on the way. static: constant sizes, with a slot for every token. reduction: of the
+    gradients; None is by node where there are several of several ranks.
     """
 
     moe: dict[str, Any] = field(default_factory=dict)
@@ -58,6 +59,7 @@ class Case:
     idle: bool = False
     moves: bool = False
     static: bool = False
+    reduction: Optional[str] = None
     steps: int = STEPS
 
     def config(self, ranks: int) -> Config:
@@ -72,6 +74,7 @@ class Case:
             parallel |= {
                 "exchange": self.exchange,
                 "sizes": "static" if self.static else "counts",
+                "reduction": self.reduction,
                 "expert_parallel": self.expert_parallel or ranks // self.tensor,
                 "tensor_parallel": self.tensor,
                 "shard_optimizer": self.shard,
@@ -144,6 +147,7 @@ CASES = {
     "compiled": Case({"capacity": TIGHT}, train={"mode": "graph"}),
     "locmoe, nodes": Case({"capacity": TIGHT}, nodes=2),
     "locmoe, nodes, hierarchical": Case({"capacity": TIGHT}, nodes=2, exchange="hierarchical"),
+    "locmoe, nodes, flat reduction": Case({"capacity": TIGHT}, nodes=2, reduction="flat"),
     "locmoe, nodes, moves": Case({"capacity": TIGHT}, nodes=2, moves=True),
     "locmoe, dropless": Case({"capacity": DROPLESS}),
     "locmoe, dropless, nodes": Case({"capacity": DROPLESS}, nodes=2),
@@ -188,6 +192,20 @@ CASES = {
         {"router": "switch", "capacity": DROPLESS}, nodes=2, expert_parallel=2
     ),
     "data parallel": Case({"capacity": DROPLESS}, expert_parallel=1),
+    "data parallel, nodes": Case(
+        {"capacity": DROPLESS}, train={"accumulation_steps": 3}, nodes=2, expert_parallel=1
+    ),
+    "data parallel, nodes, sharded, half precision": Case(
+        {"router": "switch", "capacity": DROPLESS},
+        train={"precision": "fp16", "loss_scale": 2.0**18},
+        nodes=2,
+        expert_parallel=1,
+        shard=True,
+        steps=3,
+    ),
+    "expert groups in nodes, sharded": Case(
+        {"capacity": DROPLESS}, nodes=2, expert_parallel=2, shard=True, moves=True
+    ),
     "tensor and expert parallel": Case({"capacity": TIGHT}, {"dropout": 0.2}, nodes=2, tensor=2),
     "tensor and expert parallel, groupwise": Case(
         {"capacity": TIGHT}, {"dropout": 0.2}, nodes=2, tensor=2, exchange="groupwise"
@@ -344,6 +362,7 @@ EVERYDAY = {
     4: {
         "locmoe, nodes": STEPS,
         "locmoe, nodes, hierarchical": 6,
+        "locmoe, nodes, flat reduction": 3,
         "locmoe, nodes, moves": 11,
         "locmoe_plus, nodes": 6,
         "compiled": 3,
@@ -438,9 +457,12 @@ def row(result: StepResult) -> dict[str, Any]:
         {}
         if result.traffic is None
         else {
-            name: value
-            for name, value in vars(result.traffic).items()
-            if not name.endswith("seconds")
+            **{
+                name: value
+                for name, value in vars(result.traffic).items()
+                if not name.endswith("seconds") and name != "reduction"
+            },
+            **{f"reduce_{name}": value for name, value in vars(result.traffic.reduction).items()},
         }
     )
     return {
@@ -499,17 +521,15 @@ def reduced_gradients(case: Case, communicator: Communicator) -> dict[str, np.nd
     """What a rank's optimizer is given at the first step; experts by their global id."""
     stepper = stepper_of(case, communicator)
     kept: list[Any] = []
-    before = counts.reduce_gradients
+    before = stepper._reduce
 
-    def keep(*arguments: Any) -> Any:
-        kept.append(before(*arguments))
-        return kept[-1]
+    def keep(factor: float) -> Any:
+        norm = before(factor)
+        kept.append([gradient / factor for gradient in stepper._gradients])
+        return norm
 
-    counts.reduce_gradients = keep
-    try:
-        stepper(batch(1), 1, RATE)
-    finally:
-        counts.reduce_gradients = before
+    stepper._reduce = keep
+    stepper(batch(1), 1, RATE)
     first = stepper.world.topology.experts_of_rank(communicator.rank).start
     return _by_expert(
         stepper,

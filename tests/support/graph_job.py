@@ -109,7 +109,11 @@ def main() -> int:
                     "dropped": result.dropped_LE.tolist(),
                     "skipped": result.skipped,
                     "loss_scale": stepper.loss_scale and stepper.loss_scale.value,
-                    "traffic": [result.traffic.intra_node_bytes, result.traffic.inter_node_bytes],
+                    "traffic": [
+                        vars(part)[name]
+                        for part in (result.traffic, result.traffic.reduction)
+                        for name in ("intra_node_bytes", "inter_node_bytes")
+                    ],
                 }
             )
         return found

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any, Callable, Sequence
 
 import numpy as np
-from mindspore import Tensor, ops
+from mindspore import Tensor
 
 from pangu_locmoe.parallel.communicator import Communicator
 
@@ -39,9 +39,7 @@ class LockstepRank(Communicator):
         raise _Waiting
 
     def all_reduce(self, x: Tensor, ranks: Sequence[int]) -> Tensor:
-        """In one order on all ranks, as a ring does it."""
-        everyones = self.gather_rows(ops.expand_dims(x, 0), ranks).asnumpy()
-        return Tensor(np.add.reduce(everyones, axis=0))
+        raise NotImplementedError
 
     def all_gather(self, x: Tensor) -> Tensor:
         raise NotImplementedError
