@@ -193,18 +193,25 @@ CASES = {
     ),
     "data parallel": Case({"capacity": DROPLESS}, expert_parallel=1),
     "data parallel, nodes": Case(
-        {"capacity": DROPLESS}, train={"accumulation_steps": 3}, nodes=2, expert_parallel=1
+        {"router": "switch", "capacity": DROPLESS},
+        train={"accumulation_steps": 3},
+        nodes=2,
+        expert_parallel=1,
     ),
     "data parallel, nodes, sharded, half precision": Case(
         {"router": "switch", "capacity": DROPLESS},
-        train={"precision": "fp16", "loss_scale": 2.0**18},
+        train={"precision": "fp16", "loss_scale": 1024.0},
         nodes=2,
         expert_parallel=1,
         shard=True,
         steps=3,
     ),
     "expert groups in nodes, sharded": Case(
-        {"capacity": DROPLESS}, nodes=2, expert_parallel=2, shard=True, moves=True
+        {"router": "switch", "capacity": DROPLESS},
+        nodes=2,
+        expert_parallel=2,
+        shard=True,
+        moves=True,
     ),
     "tensor and expert parallel": Case({"capacity": TIGHT}, {"dropout": 0.2}, nodes=2, tensor=2),
     "tensor and expert parallel, groupwise": Case(
