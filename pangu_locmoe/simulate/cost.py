@@ -10,7 +10,10 @@ whom. NumPy only.
       intra     = row_bytes * max_n inside_n / (ranks of a node * rank_link)   [+ copying, where processors do it]
       messages  = micro_batches * (overhead + inter_latency * i + intra_latency * j)       i, j: messages that one rank sends
     tensor    = 4 (6 with recomputation) all-reduces a layer inside the node, 2 (t-1)/t * tokens * row_bytes / rank_link each
-    reduction = 2 (U-1)/U * dense_bytes / node_link  +  2 (Z-1)/Z * q * expert_bytes / node_link      rings; + their latency
+    reduction = between / node_link + inside / (t * rank_link) + latency of the rings
+      flat          between = 2 (U-1)/U * dense_bytes + 2 (Z-1)/Z * q * expert_bytes;  inside = 0   [one node: the other way round]
+      hierarchical  between = 2 (N-1)/N * dense_bytes + 2 (Y-1)/Y * q * expert_bytes,  Y = Z / c nodes with copies, c in each
+                    inside  = 2 (m-1)/m * dense_bytes + 2 (c-1)/c * expert_bytes,      m replicas in a node
     hidden    = min(overlap * exchange, experts + straggler) + min(overlap * reduction, 2/3 of all computation)
 
 A replica is one tensor-parallel group of t ranks (t = 1: a rank); it holds one copy of the dense
@@ -112,6 +115,7 @@ def step_time(
     exchange: str = "flat",
     exchange_overlap: float = 0.0,
     reduction_overlap: float = 0.0,
+    reduction: str = "flat",
 ) -> Step:
     """Seconds of one step.
 
@@ -126,6 +130,7 @@ def step_time(
             enough.
         reduction_overlap: fraction of the reduction that runs under the backward pass, where it
             lasts long enough.
+        reduction: flat or hierarchical.
     """
     t = layout.tensor_parallel
     layers = work.sparse_layers
@@ -149,7 +154,7 @@ def step_time(
             tensor += work.sparse_layers * (
                 one + work.micro_batches * 2 * (t - 1) * device.intra_latency
             )
-    reduction = _reduction(work, layout, device)
+    reducing = _reduction(work, layout, device, reduction == "hierarchical")
     computing = dense + slowest
     return Step(
         dense=dense,
@@ -159,9 +164,9 @@ def step_time(
         exchange_inter=inter,
         exchange_intra=intra,
         exchange_latency=latency,
-        reduction=reduction,
+        reduction=reducing,
         hidden_exchange=min(exchange_overlap * (inter + intra + latency), slowest),
-        hidden_reduction=min(reduction_overlap * reduction, 2 / 3 * computing),
+        hidden_reduction=min(reduction_overlap * reducing, 2 / 3 * computing),
     )
 
 
@@ -197,29 +202,41 @@ def _exchange(
     return crossings * inter, crossings * intra, crossings * work.micro_batches * messages
 
 
-def _reduction(work: Work, layout: Layout, device: Device) -> float:
-    """Rings: over all replicas for dense gradients, over the copies for each expert's.
+def _reduction(work: Work, layout: Layout, device: Device, by_node: bool) -> float:
+    """Over all replicas for dense gradients, over the copies for each expert's.
 
-    A ring leaves each node once.
+    A ring over all leaves each node once. By node, rings inside of the nodes come first, and those
+    between the nodes have a rank of each. What a rank sends is the same, on other links.
     """
     if layout.replicas == 1:
         return 0.0
     t = layout.tensor_parallel
-    replicas = layout.replicas
-    groups = layout.expert_groups
     nodes = layout.nodes
     held_bytes = work.expert_bytes * layout.experts / layout.expert_group_size
-    dense = 2 * (replicas - 1) / replicas * work.dense_bytes
-    experts = 2 * (groups - 1) / groups * held_bytes
+    dense = _around(layout.replicas) * work.dense_bytes
+    experts = _around(layout.expert_groups) * held_bytes
+    between = dense + layout.neighbours * experts
+    inside = 0.0
     if nodes == 1:
-        seconds = (dense + experts) / t / (device.intra_bandwidth * device.link_efficiency)
-    else:
-        seconds = (dense + layout.neighbours * experts) / (
-            device.node_bandwidth * device.link_efficiency
+        between, inside = 0.0, dense + experts
+    elif by_node:
+        copies = max(1, min(layout.expert_groups, layout.replicas_per_node // layout.neighbours))
+        between = (
+            _around(nodes) * work.dense_bytes
+            + layout.neighbours * _around(layout.expert_groups // copies) * held_bytes
         )
-    rings = 1 + (groups > 1)
+        inside = _around(layout.replicas_per_node) * work.dense_bytes + _around(copies) * held_bytes
+    seconds = (
+        between / device.node_bandwidth + inside / t / device.intra_bandwidth
+    ) / device.link_efficiency
     if device.copy_bandwidth is not None:
         seconds += (dense + experts) / t / device.copy_bandwidth
+    rings = 1 + (layout.expert_groups > 1)
     return seconds + rings * 2 * (
         (nodes - 1) * device.inter_latency + (layout.replicas_per_node - 1) * device.intra_latency
     )
+
+
+def _around(members: int) -> float:
+    """What a ring's member sends, in sizes of what is added up."""
+    return 2 * (members - 1) / members

@@ -172,6 +172,8 @@ def _row(
     routed: str,
 ) -> Row:
     exchange = assumed.exchange or config.parallel.exchange
+    several = layout.nodes > 1 and layout.ranks_per_node > 1
+    reduction = assumed.reduction or config.parallel.reduction
     sequences = assumed.sequences or config.train.batch_size / layout.replicas
     tokens = sequences * config.model.seq_length
     work = work_of(config, router, assumed.gradient_bytes)
@@ -187,6 +189,7 @@ def _row(
         exchange,
         assumed.exchange_overlap,
         assumed.reduction_overlap,
+        reduction or ("hierarchical" if several else "flat"),
     )
     repeated = 1 if exchange == "groupwise" else layout.tensor_parallel
     load_IE = share_INE.sum(axis=1)

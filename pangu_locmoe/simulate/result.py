@@ -14,6 +14,7 @@ from pangu_locmoe.simulate.layout import Traffic
 from pangu_locmoe.simulate.routing import ASSUMED, Routing
 
 EXCHANGES = ("flat", "hierarchical", "groupwise")
+REDUCTIONS = ("flat", "hierarchical")
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,8 @@ class Assumptions:
     """What the configuration does not say, or says differently.
 
     Attributes:
-        tensor_parallel, expert_parallel, exchange: None: the configuration's. More than one rank
-            for a matrix is modelled only: the trainer does not have it.
+        tensor_parallel, expert_parallel, exchange, reduction: None: the configuration's. More than
+            one rank for a matrix is modelled only: the trainer does not have it.
         ranks_per_node: None: the device's.
         sequences: of one replica in one step, at any size of the cluster; None: train.batch_size,
             shared by all replicas.
@@ -40,6 +41,7 @@ class Assumptions:
     tensor_parallel: Optional[int] = None
     expert_parallel: Optional[int] = None
     exchange: Optional[str] = None
+    reduction: Optional[str] = None
     ranks_per_node: Optional[int] = None
     sequences: Optional[float] = None
     copies: bool = True
@@ -62,10 +64,11 @@ class Assumptions:
             value = getattr(self, key)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"{key} = {value}: must be above 0")
-        if self.exchange not in (None, *EXCHANGES):
-            raise ConfigError(
-                f"exchange = {self.exchange!r}: must be one of {', '.join(EXCHANGES)}"
-            )
+        for key, allowed in (("exchange", EXCHANGES), ("reduction", REDUCTIONS)):
+            if getattr(self, key) not in (None, *allowed):
+                raise ConfigError(
+                    f"{key} = {getattr(self, key)!r}: must be one of {', '.join(allowed)}"
+                )
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,7 @@ def watch(links: Links, metrics: Path) -> Dict[str, Any]:
                     "bytes": sum(end["rx_bytes"]),
                     "packets": sum(end["rx_packets"]),
                     "ledger": row.get("inter_node_bytes"),
+                    "reduced": row.get("reduce_inter_node_bytes"),
                 }
             )
     end = links.read()
@@ -95,26 +96,21 @@ def per_step(rows: List[Dict[str, Any]]) -> List[Dict[str, int]]:
                     "wire_bytes": wire,
                     "tcp_payload_bytes": wire - HEADERS * (row["packets"] - before["packets"]),
                     "ledger_bytes": row["ledger"],
+                    "reduced_bytes": row["reduced"],
                 }
             )
     return steps
 
 
-def account(
-    steps: List[Dict[str, int]], gradient_bytes: int, nodes: int, ranks: int
-) -> Dict[str, Any]:
-    """Totals over the steps, and how far the ledger is from the counters once the gradients are
-    taken off.
-
-    MCCL reduces gradients in a ring of all ranks: each passes 2 (R-1)/R of them on, and a ring
-    through N nodes leaves a node N times.
+def account(steps: List[Dict[str, int]]) -> Dict[str, Any]:
+    """Totals over the steps, and how far the ledger of the exchange is from the counters once the
+    reduction of the gradients is taken off.
     """
-    wire, carried, ledger = (
+    wire, carried, ledger, reduced = (
         sum(step[key] for step in steps)
-        for key in ("wire_bytes", "tcp_payload_bytes", "ledger_bytes")
+        for key in ("wire_bytes", "tcp_payload_bytes", "ledger_bytes", "reduced_bytes")
     )
-    crossings = nodes if nodes > 1 else 0
-    gradients = round(ECHO * gradient_bytes * 2 * (ranks - 1) / ranks * crossings) * len(steps)
+    gradients = ECHO * reduced
     exchange = carried - gradients
     return {
         "steps": len(steps),
@@ -127,22 +123,6 @@ def account(
     }
 
 
-def dense_gradient_bytes(run_dir: Path) -> int:
-    """What one rank reduces with all others in a step: fp32 gradients of everything but the
-    experts.
-    """
-    from pangu_locmoe.config.stored import load_stored_config
-    from pangu_locmoe.model.size import num_params
-
-    config = load_stored_config(run_dir / "config.yaml")
-    model = config.model
-    moe = config.moe
-    return 4 * (
-        num_params(config)
-        - model.num_moe_layers * moe.num_experts * 2 * model.hidden_size * model.ffn_size
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run_dir", type=Path)
@@ -153,16 +133,13 @@ def main() -> None:
     options = parser.parse_args()
     run_dir: Path = options.run_dir
     watched = watch(Links(options.owner, options.nodes), run_dir / "metrics.jsonl")
-    gradients = dense_gradient_bytes(run_dir) if (run_dir / "config.yaml").exists() else 0
     result = {
         "nodes": options.nodes,
         "ranks_per_node": options.ranks_per_node,
         "rate": options.rate,
         "echo": ECHO,
         "headers": HEADERS,
-        "account": account(
-            watched["steps"], gradients, options.nodes, options.nodes * options.ranks_per_node
-        ),
+        "account": account(watched["steps"]),
         **watched,
     }
     (run_dir / "links.json").write_text(json.dumps(result) + "\n", encoding="utf-8")

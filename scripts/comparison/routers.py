@@ -25,6 +25,7 @@ import numpy as np
 from study.experiment import machine as this_machine
 
 from comparison import report as compare_report
+from pangu_locmoe.config.stored import load_stored_config
 
 Point = Tuple[float, float, float]
 """1 / (Mbit/s), seconds in the exchange, seconds in the rest of the step"""
@@ -323,6 +324,8 @@ class Comparison:
             "step_seconds_quartiles": [seconds[len(seconds) // 4], seconds[3 * len(seconds) // 4]],
             "exchange_seconds": median("exchange_seconds"),
             "reduce_seconds": median("reduce_seconds"),
+            "reduction": reduction_of(timing, rows),
+            "reduce_inter_node_bytes": median("reduce_inter_node_bytes"),
             "inter_node_bytes": median("inter_node_bytes"),
             "intra_node_bytes": median("intra_node_bytes"),
             "wire_bytes_per_step": account["wire_bytes"] / account["steps"]
@@ -407,6 +410,14 @@ def training_rows(run_dir: Path) -> List[Dict[str, Any]]:
         for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     )
     return [line for line in lines if "step_seconds" in line]
+
+
+def reduction_of(run_dir: Path, rows: List[Dict[str, Any]]) -> str:
+    """How the gradients were added up; rows without its bytes are older than the choice."""
+    if rows[-1].get("reduce_inter_node_bytes") is None:
+        return "flat"
+    chosen = load_stored_config(run_dir / "config.yaml").parallel.reduction
+    return chosen or "hierarchical"
 
 
 def timed_rows(run_dir: Path) -> List[Dict[str, Any]]:

@@ -161,7 +161,10 @@ def _parts(row: Row, config: Config, nodes: int, device: Device) -> Step:
     routing = Routing(
         min(1.0, _number(row, "local_fraction")), max(1.0, _number(row, "max_over_mean_load"))
     )
-    assumed = Assumptions(routing={row["router"]: routing})
+    assumed = Assumptions(
+        routing={row["router"]: routing},
+        reduction=row.get("reduction", "flat"),  # the only one when older rows were measured
+    )
     return simulate(config, [nodes], [row["router"]], device, assumptions=assumed).rows[0].step
 
 

@@ -43,6 +43,7 @@ PAPER = Assumptions(
     tensor_parallel=8,
     expert_parallel=16,
     exchange="flat",
+    reduction="flat",
     sequences=32,
     copies=False,
     routing=ROUTING,

@@ -71,6 +71,7 @@ def measured(config, device, router="hash", rate="100mbit", local=0.5, imbalance
         "step_seconds": step.seconds,
         "exchange_seconds": step.exchange,
         "reduce_seconds": step.reduction,
+        "reduction": "hierarchical",
     }
     return {
         "router": router,

@@ -123,14 +123,14 @@ def test_refuses(arguments):
 def test_account_takes_headers_and_gradients_off():
     steps = links.per_step(
         [
-            {"step": 1, "bytes": 0, "packets": 0, "ledger": 500},
-            {"step": 2, "bytes": 3000 + 66 * 10, "packets": 10, "ledger": 500},
-            {"event": 2, "bytes": 9000, "packets": 20, "ledger": None},
-            {"step": 3, "bytes": 12000, "packets": 30, "ledger": 500},
+            {"step": 1, "bytes": 0, "packets": 0, "ledger": 500, "reduced": 999},
+            {"step": 2, "bytes": 3000 + 66 * 10, "packets": 10, "ledger": 500, "reduced": 999},
+            {"event": 2, "bytes": 9000, "packets": 20, "ledger": None, "reduced": None},
+            {"step": 3, "bytes": 12000, "packets": 30, "ledger": 500, "reduced": 999},
         ]
     )
     assert [step["step"] for step in steps] == [2]  # an evaluation lies before step 3
-    account = links.account(steps, gradient_bytes=1000 // 3, nodes=2, ranks=4)
+    account = links.account(steps)
     assert account["exchange_payload_bytes"] == 3000 - 1998
     assert account["ledger_error"] == pytest.approx(2 / 1002 * -1)
 

@@ -19,6 +19,7 @@ from support.small import small_config
 from pangu_locmoe.errors import ConfigError, DataError, TopologyError
 from pangu_locmoe.expert_load.trace import Trace
 from pangu_locmoe.model.size import num_params
+from pangu_locmoe.parallel.buckets import Weight
 from pangu_locmoe.parallel.operation import node_bytes
 from pangu_locmoe.parallel.topology import Topology
 from pangu_locmoe.simulate.cost import Work, step_time
@@ -27,7 +28,7 @@ from pangu_locmoe.simulate.layout import Layout, traffic
 from pangu_locmoe.simulate.model import Assumptions, simulate, work_of
 from pangu_locmoe.simulate.routing import Routing, assumed_shares, trace_shares
 from pangu_locmoe.simulate.rows import rows_of
-from pangu_locmoe.train.step.traffic import exchanges
+from pangu_locmoe.train.step.traffic import exchanges, planned_traffic
 
 DEVICE = Device("test", 2, 1e12, 0.5, 1e9, 1e8, intra_latency=1e-5, inter_latency=1e-4)
 ROUTERS = ["hash", "switch", "locmoe"]
@@ -123,7 +124,39 @@ def test_a_step_by_hand():
     assert step.straggler == pytest.approx(0) and row.max_over_mean_load == pytest.approx(1)
     work = work_of(config, "hash")
     assert step.dense == pytest.approx(tokens * work.dense_flops / 5e11)
-    assert step.reduction == pytest.approx(2 * 3 / 4 * work.dense_bytes / 1e8 + 2 * (1e-4 + 1e-5))
+    latency = 2 * (1e-4 + 1e-5)
+    half = 2 * 1 / 2 * work.dense_bytes
+    assert step.reduction == pytest.approx(half / 1e8 + half / 1e9 + latency)
+    flat = only(config, routing={"hash": Routing(None, 1.0)}, reduction="flat").step
+    assert flat.reduction == pytest.approx(2 * 3 / 4 * work.dense_bytes / 1e8 + latency)
+
+
+@pytest.mark.parametrize("nodes, per_node, group", [(2, 2, 4), (4, 4, 2), (3, 4, 1), (4, 2, 4)])
+def test_the_reduction_moves_what_the_ledger_counts(nodes, per_node, group):
+    """Between nodes, and what each rank sends in all: of the dense gradients and the experts'."""
+    ranks = nodes * per_node
+    dense, expert = 4 * 16 * ranks, 4 * 2 * ranks
+    work = Work(1.0, 1.0, 1.0, 1, 1, float(dense), float(expert))
+    layout = Layout(nodes, per_node, 12, group)
+    weights = [
+        Weight("w", (dense // 4,), "whole"),
+        Weight("e", (12 // group, expert // 4), "expert"),
+    ]
+    for reduction in ("flat", "hierarchical"):
+        topology = Topology(ranks, per_node, group, 12, reduces_by_node=reduction == "hierarchical")
+        config = small_config(model={"num_moe_layers": 0})
+        counted = planned_traffic(config, topology, weights).reduction
+        seconds = [
+            step_time(work, layout, links, 1, np.zeros((1, nodes, 12)), 1, reduction=reduction)
+            for links in (
+                Device("link", per_node, 1e300, 1.0, 1e300, 1.0),
+                Device("copy", per_node, 1e300, 1.0, 1e300, 1e300, copy_bandwidth=1.0),
+            )
+        ]
+        assert nodes * seconds[0].reduction == pytest.approx(counted.inter_node_bytes)
+        assert ranks * seconds[1].reduction == pytest.approx(
+            counted.inter_node_bytes + counted.intra_node_bytes
+        )
 
 
 def test_twice_the_bandwidth_halves_the_term():
