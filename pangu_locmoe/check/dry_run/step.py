@@ -31,14 +31,12 @@ def walk_through(config: Config, num_ranks: int, rank: int) -> Dict[str, Any]:
     step = RankStep.of(config, communicator)
     rate = Tensor(1e-3, ms.float32)
     number = Tensor(1, ms.int32)
-    first = ms.jit(step.first)
-    first(*step.inputs)
+    ms.jit(step.first)(*step.inputs)
     if step.parts.buffers is not None:
         reduce, apply, clear = map(ms.jit, step.parts.after())
         norm = reduce(rate)
         apply(rate, number, norm)
         clear(rate, number, norm)
-        first(*step.inputs)  # Adam's moments have their memory from the first update on only
     return {
         "weights": step.weights(),
         "groups": {name: list(ranks) for name, ranks in communicator.groups.items()},
