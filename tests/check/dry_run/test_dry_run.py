@@ -127,16 +127,6 @@ def test_ranks_of_different_groups_meet(libraries):
 
 
 @pytest.mark.parametrize(
-    "router, problem",
-    [("WithoutKernel", "no Ascend kernel"), ("WithPython", "Python on the host")],
-)
-def test_what_cannot_run_is_found(libraries, monkeypatch, router, problem):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
-    result = run(libraries, values(f"support.hosted_routers:{router}"))
-    assert problem in " ".join(result.problems)
-
-
-@pytest.mark.parametrize(
     "name, ranks, last",
     [
         ("small", 8, 7),
