@@ -180,13 +180,14 @@ class GatedRouter(Router):
         self.group_mask_JE = Tensor(np.where(allowed_JE, 0.0, MASKED).astype(np.float32))
         self.has_z_loss = config.moe.z_loss > 0
         self.experts_E = Tensor(np.arange(self.num_experts, dtype=np.int32))
+        options_EX = self.options(config)
+        self.options_X = Tensor(np.arange(options_EX.shape[1], dtype=np.int32))
         self.weighting = config.moe.weight or "probability"
         self.has_prior = config.moe.token_prior > 0 and "token_prior" in self.traits.uses
         if self.has_prior:
             self.prior = TokenPrior(config, context, by_group=self.traits.has_locality_loss)
         self.has_bias = self.traits.has_balance_bias and config.moe.balance != "loss"
         if self.has_bias:
-            options_EX = self.options(config)
             zeros = Tensor(np.zeros(options_EX.shape[1], np.float32))
             self.bias = Parameter(zeros, name="bias", requires_grad=False)
             allowed_JX = allowed_JE @ options_EX
@@ -258,8 +259,9 @@ class GatedRouter(Router):
         and zeros, fp32 [T, X]. No gradient.
         """
         option_T = ops.cast(ops.ArgMaxWithValue(-1)(scores_TX)[0], mstype.int32)
-        options_X = self.experts_E[: scores_TX.shape[1]]
-        one_hot_TX = ops.cast(ops.equal(ops.expand_dims(option_T, 1), options_X), mstype.float32)
+        one_hot_TX = ops.cast(
+            ops.equal(ops.expand_dims(option_T, 1), self.options_X), mstype.float32
+        )
         return ops.stop_gradient(option_T), ops.stop_gradient(one_hot_TX)
 
     def scores_of(
