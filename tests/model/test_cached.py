@@ -15,10 +15,10 @@ END = 0
 CASES = {
     "dense": {"model": {"num_moe_layers": 0}},
     "hash": {"moe": {"router": "hash"}},
-    "switch, two of its experts and a shared one": {
+    "switch": {  # two of its experts, and a shared one
         "moe": {"router": "switch", "top_k": 2, "weight": "normalized", "shared_experts": 1}
     },
-    "locmoe, prior and bias": {
+    "locmoe": {  # with a prior and a bias
         "moe": {"router": "locmoe", "token_prior": 1.0, "node_groups": 2, "balance": "quantile"}
     },
     "local_hash": {"moe": {"router": "local_hash", "node_groups": 2, "levels": 1}},
