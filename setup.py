@@ -1,4 +1,7 @@
-"""Install with `pip install .`; extras: test, docs, forecast, wandb, swanlab, parquet, bench."""
+"""Install with `pip install .`.
+
+Extras: test, docs, forecast, wandb, swanlab, parquet, export, bench.
+"""
 
 from pathlib import Path
 
@@ -31,6 +34,7 @@ setup(
     package_data={
         "pangu_locmoe.simulate": ["devices.yaml"],
         "pangu_locmoe.check.dry_run": ["classes.cpp"],
+        "pangu_locmoe.convert.hf": ["templates/*.py"],
     },
     python_requires=">=3.9,<3.13",
     install_requires=[
@@ -76,6 +80,13 @@ setup(
         "wandb": WANDB,
         "swanlab": SWANLAB,
         "parquet": PARQUET,
+        # To use what `export` writes; writing it needs nothing. pyarrow as above: lm-eval brings it.
+        "export": [
+            "torch>=2.4,<3",
+            "transformers>=4.57,<6",
+            "lm-eval>=0.4.9,<0.5",
+            "pyarrow<21",
+        ],
         "bench": ["torch>=2.3", "transformers>=5.0", "psutil"],
     },
     entry_points={"console_scripts": ["pangu-locmoe = pangu_locmoe.cli:main"]},

@@ -57,6 +57,11 @@ def imported(file: Path) -> Iterator[str]:
         yield from (name for name in names if name.startswith("pangu_locmoe."))
 
 
+def files() -> Iterator[Path]:
+    """Those that are run here: templates go to where Transformers imports them, relatively."""
+    return (file for file in sorted(PACKAGE.rglob("*.py")) if file.parent.name != "templates")
+
+
 def floor_of(name: str) -> str:
     return name.split(".")[1]
 
@@ -68,7 +73,7 @@ def test_every_file_is_on_a_floor():
 
 def test_imports_point_down():
     up = []
-    for file in sorted(PACKAGE.rglob("*.py")):
+    for file in files():
         own = file.relative_to(PACKAGE).with_suffix("").parts[0]
         if own == "__init__":
             continue

@@ -197,6 +197,22 @@ def _extract(options: argparse.Namespace) -> int:
     return 0
 
 
+def _export(options: argparse.Namespace) -> int:
+    from pangu_locmoe.checkpoint.restore import format_checkpoint, used_checkpoint
+    from pangu_locmoe.convert.hf.exporting import export
+
+    print(format_checkpoint(used_checkpoint(options.checkpoint)))
+    print(export(options.checkpoint, options.output))
+    return 0
+
+
+def _import_hf(options: argparse.Namespace) -> int:
+    from pangu_locmoe.convert.hf.importing import import_hf
+
+    print(import_hf(options.folder, options.output))
+    return 0
+
+
 def _check(options: argparse.Namespace) -> int:
     from pangu_locmoe.check.check import check, refuse_ranks, shallower
     from pangu_locmoe.check.dry_run.libraries import DEFAULT_CHIP, ready
@@ -266,7 +282,7 @@ def _simulate(options: argparse.Namespace) -> int:
     return 0
 
 
-_WRITERS = (_prepare, _train, _report, _inherit, _extract)
+_WRITERS = (_prepare, _train, _report, _inherit, _extract, _export, _import_hf)
 """The verbs whose result is files, whatever becomes of what they print."""
 
 
@@ -429,6 +445,32 @@ def _parser() -> argparse.ArgumentParser:
     _add_checkpoint(verb)
     verb.add_argument("--domain", required=True)
     verb.add_argument("--output", type=Path, required=True, help="folder of the new checkpoint")
+
+    verb = _add(
+        verbs,
+        "export",
+        _export,
+        "write a model as a folder that other libraries load",
+    )
+    _add_checkpoint(verb)
+    verb.add_argument(
+        "--format",
+        choices=("hf",),
+        required=True,
+        help="hf: Hugging Face Transformers, with the PyTorch model beside the weights",
+    )
+    verb.add_argument("--output", type=Path, required=True, help="the folder; must not exist")
+
+    verb = _add(
+        verbs,
+        "import-hf",
+        _import_hf,
+        "make a checkpoint of an exported model, as save_pretrained writes it too",
+    )
+    verb.add_argument("folder", type=Path, metavar="DIR", help="the exported model")
+    verb.add_argument(
+        "--output", type=Path, required=True, help="folder of the new checkpoint; must not exist"
+    )
 
     verb = _add(
         verbs,

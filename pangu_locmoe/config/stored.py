@@ -22,7 +22,12 @@ BEFORE: Mapping[Key, Any] = {("model", "final_norm"): False, ("moe", "capacity",
 
 def load_stored_config(file: Path) -> Config:
     """The configuration in a run directory or a checkpoint. Raises ConfigError."""
-    values = renewed(read(file, ()))
+    return stored_config(read(file, ()))
+
+
+def stored_config(values: dict[str, Any]) -> Config:
+    """The same from the plain values of any file that keeps them."""
+    values = renewed(values)
     policy = _get(values, ("moe", "capacity", "policy"))
     for key, before in BEFORE.items():
         if key[-1] == "max_drop" and policy not in ("bound", "dynamic"):

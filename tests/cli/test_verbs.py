@@ -31,6 +31,8 @@ VERBS = (
     "report",
     "inherit",
     "extract",
+    "export",
+    "import-hf",
     "check",
     "simulate",
 )
