@@ -83,6 +83,19 @@ def printed(capsys):
     return capsys.readouterr().out.splitlines()
 
 
+def test_tokens_that_the_tokenizer_has_not_are_not_generated(tmp_path):
+    """The vocabulary of a small corpus may be smaller than the model's table."""
+    config = exported.config_of("hash")
+    own = exported.prepared().tokenizer.vocab_size
+    model = config.model.model_copy(update={"vocab_size": own + 3})
+    config = config.model_copy(update={"model": model})
+    tokenizer = exported.prepared().path / "tokenizer.json"
+    save_checkpoint(tmp_path / "larger", config, tokenizer, PanguSigma(config))
+    export(tmp_path / "larger", tmp_path / "there")
+    values = json.loads((tmp_path / "there" / "generation_config.json").read_text())
+    assert values["suppress_tokens"] == [own, own + 1, own + 2]
+
+
 def test_large_models_are_in_several_files(tmp_path):
     folder = exported.checkpoint("hash")
     export(folder, tmp_path / "there", shard_bytes=60_000)
