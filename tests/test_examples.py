@@ -12,6 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support import exported
+
+from pangu_locmoe.convert.hf.exporting import export
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "scripts" / "examples"
 
@@ -84,3 +87,19 @@ def test_a_serving_trace_becomes_a_placement_of_the_engine(tmp_path, arguments):
     else:
         devices = written["layer_list"][1]["device_list"]
         assert [len(device["device_expert"]) for device in devices] == [3] * 4
+
+
+def test_an_exported_model_is_evaluated_in_transformers(tmp_path):
+    """To the bits per byte that it has here."""
+    pytest.importorskip("transformers", reason="needs pip install '.[export]'")
+    folder = exported.checkpoint("hash")
+    export(folder, tmp_path / "model")
+    text = "the router sends every token"
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    said = run("evaluate_in_transformers.py", tmp_path, "model", "text.txt").splitlines()
+    ids = exported.prepared().tokenizer.encode(text)
+    logits_SV = exported.logits("hash", np.array([[0, *ids[:-1]]], np.int32), np.zeros(1))[0]
+    losses_S = np.log(np.exp(logits_SV).sum(1)) - logits_SV[np.arange(len(ids)), ids]
+    bits = float(losses_S.sum() / np.log(2) / len(text))
+    assert said[0] == f"{bits:.4f} bits per byte: text.txt"
+    assert said[1].startswith("The router ")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -228,3 +231,44 @@ def test_a_document_beyond_the_positions_is_refused():
         logits(model, tokens_BS)
     tokens_BS[0, 20] = 0
     assert logits(model, tokens_BS).shape == (1, 33, 400)
+
+
+TASK = """
+task: own_text
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list:
+- {metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}
+"""
+
+
+@pytest.mark.slow
+def test_the_evaluation_harness_measures_what_evaluate_does(tmp_path):
+    """Bits per byte of two texts by lm-evaluation-harness, as docs/export.md runs it."""
+    pytest.importorskip("lm_eval", reason=NEEDS)
+    texts = ["the router sends every token", "路由把每个词元送到 its expert"]
+    lines = [json.dumps({"text": text}) for text in texts]
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    task = TASK.replace("FILE", str(tmp_path / "texts.jsonl"))
+    (tmp_path / "own_text.yaml").write_text(task, encoding="utf-8")
+    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args"]
+    command += [f"pretrained={folder('locmoe_plus')},trust_remote_code=True,add_bos_token=False"]
+    command += ["--include_path", str(tmp_path), "--tasks", "own_text", "--device", "cpu"]
+    command += ["--output_path", str(tmp_path / "out")]
+    environment = {**os.environ, "HF_DATASETS_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    (file,) = (tmp_path / "out").rglob("results_*.json")
+    measured = json.loads(file.read_text(encoding="utf-8"))["results"]["own_text"]
+    nats = 0.0
+    for text in texts:
+        ids = exported.prepared().tokenizer.encode(text)
+        tokens_BS = np.array([[0, *ids[:-1]]], np.int32)
+        logits_SV = exported.logits("locmoe_plus", tokens_BS, np.zeros(1))[0].astype(float)
+        nats += (np.log(np.exp(logits_SV).sum(1)) - logits_SV[np.arange(len(ids)), ids]).sum()
+    bits = nats / np.log(2) / sum(len(text.encode()) for text in texts)
+    assert measured["bits_per_byte,none"] == pytest.approx(bits, rel=1e-5)
