@@ -12,7 +12,7 @@ from mindspore import Parameter, Tensor, ops
 
 from pangu_locmoe.config import Config
 from pangu_locmoe.config.routers import ROUTER_TRAITS
-from pangu_locmoe.moe.routers.base import RouterContext
+from pangu_locmoe.moe.routers.base import MASKED, RouterContext
 from pangu_locmoe.moe.routers.locmoe import LocMoERouter
 from pangu_locmoe.moe.token_table import TokenLookup, group_of_expert, token_tables
 
@@ -55,8 +55,9 @@ class LocalHashRouter(LocMoERouter, name="local_hash"):
     def cut(
         cls, config: Config, name: str, array: np.ndarray, domain: int, experts: range
     ) -> np.ndarray:
-        if name == "bias":  # of the groups, which stay
-            return array
+        if name == "bias":  # a group without experts of the domain is not to be chosen
+            has_experts_G = cls.options(config)[experts.start : experts.stop].any(axis=0)
+            return np.where(has_experts_G, array, np.float32(MASKED))
         return array.reshape(max(1, len(config.domains)), -1)[domain] - experts.start
 
     def scores(self, probs_TE: Tensor) -> Tensor:
