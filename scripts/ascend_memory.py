@@ -18,7 +18,7 @@ from typing import Dict, List, Tuple
 from pangu_locmoe.check.check import shallower
 from pangu_locmoe.check.dry_run.libraries import DEFAULT_CHIP, ready
 from pangu_locmoe.check.dry_run.run import comparable, dry_run
-from pangu_locmoe.cli.verbs import cache_folder
+from pangu_locmoe.cli.clusters import cache_folder
 from pangu_locmoe.config import Config, load_config
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "ascend"

@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional
+from typing import TYPE_CHECKING, Any, Dict, List, Optional
 
+from pangu_locmoe.cli.flags import Verbs, add_verb
 from pangu_locmoe.errors import DataError
 from pangu_locmoe.files import json_text
 
 if TYPE_CHECKING:
     from pangu_locmoe.expert_load.trace import Trace
 
-Add = Callable[..., argparse.ArgumentParser]
 
-
-def add_load_verbs(verbs: Any, add: Add) -> None:
-    """Add `load` with its own verbs. `add` makes one verb: verbs, name, function, help text."""
-    verb = add(
+def _add_import(verbs: Verbs) -> None:
+    verb = add_verb(
         verbs,
         "import",
         _import,
@@ -55,7 +53,9 @@ def add_load_verbs(verbs: Any, add: Add) -> None:
         help="vllm-ascend: where experts were (in order)",
     )
 
-    verb = add(
+
+def _add_states(verbs: Verbs) -> None:
+    verb = add_verb(
         verbs,
         "states",
         _states,
@@ -69,7 +69,9 @@ def add_load_verbs(verbs: Any, add: Add) -> None:
     verb.add_argument("--plot", type=Path, metavar="FILE.svg", help="also plot shares and states")
     verb.add_argument("--json", action="store_true", help="print JSON")
 
-    verb = add(
+
+def _add_forecast(verbs: Verbs) -> None:
+    verb = add_verb(
         verbs,
         "forecast",
         _forecast,
@@ -110,7 +112,9 @@ def add_load_verbs(verbs: Any, add: Add) -> None:
     )
     verb.add_argument("--json", action="store_true", help="print JSON")
 
-    verb = add(
+
+def _add_place(verbs: Verbs) -> None:
+    verb = add_verb(
         verbs,
         "place",
         _place,
@@ -175,7 +179,9 @@ def add_load_verbs(verbs: Any, add: Add) -> None:
     verb.add_argument("--output", type=Path, required=True, metavar="PLAN")
     verb.add_argument("--json", action="store_true", help="print JSON")
 
-    verb = add(
+
+def _add_report(verbs: Verbs) -> None:
+    verb = add_verb(
         verbs,
         "report",
         _report,
@@ -351,3 +357,6 @@ def _report(options: argparse.Namespace) -> int:
     output: Optional[Path] = options.output
     print(build_load_report(file, output or file.with_name("load-report.html")))
     return 0
+
+
+VERBS = (_add_import, _add_states, _add_forecast, _add_place, _add_report)
