@@ -10,7 +10,7 @@ holders have the same, bit by bit.
 With parallel.shard_optimizer the sums stay where they are, and the pieces that the ranks have
 updated come back the same way: first between nodes, then inside.
 
-Letters: R ranks that hold the same, N nodes, Q of them in each, M numbers that a rank gets.
+Letters: R ranks that hold the same, N nodes, X ranks in each, M rows of a bucket that a rank gets.
 """
 
 from __future__ import annotations

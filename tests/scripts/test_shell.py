@@ -182,8 +182,8 @@ Every kind.
 
 def test_train_explains_every_flag_of_the_verb():
     """train.sh hands its flags on."""
-    text = (ROOT / "pangu_locmoe" / "cli" / "verbs.py").read_text(encoding="utf-8")
-    verb = text[text.index('_add(verbs, "train"') : text.index('_add(verbs, "evaluate"')]
+    text = (ROOT / "pangu_locmoe" / "cli" / "runs.py").read_text(encoding="utf-8")
+    verb = text[text.index("def _add_train(") : text.index("def _train(")]
     flags = {"--set", *re.findall(r'add_argument\(\s*"(--[a-z-]+)"', verb)}
     assert len(flags) > 3
     text = bash("scripts/train.sh", "--help").stdout
