@@ -11,13 +11,14 @@ import math
 import sys
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 README = Path(__file__).resolve().parents[2] / "README.md"
 
 
 def main(folder: str, texts: list[str]) -> None:
+    # Here, because a test imports every script, with the extra or without.
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
     window = model.config.max_position_embeddings

@@ -78,7 +78,7 @@ def refused(capsys, *arguments: object) -> str:
 def test_help_lists_every_verb(capsys):
     assert exit_code("--help") == 0
     text = capsys.readouterr().out
-    assert all(re.search(rf"^    {verb} ", text, re.MULTILINE) for verb in VERBS)
+    assert all(re.search(rf"^    {verb}(?: |$)", text, re.MULTILINE) for verb in VERBS)
     assert exit_code("--version") == 0
     assert capsys.readouterr().out.strip() == __version__
 

@@ -12,11 +12,13 @@ from support import exported
 
 from pangu_locmoe.checkpoint.format import read_config, read_shards, read_state, save_checkpoint
 from pangu_locmoe.cli import main
+from pangu_locmoe.convert.hf import settings
 from pangu_locmoe.convert.hf.exporting import export
 from pangu_locmoe.convert.hf.importing import import_hf
 from pangu_locmoe.convert.hf.names import name_here, name_there
 from pangu_locmoe.errors import CheckpointError, ConfigError, LocMoEError
 from pangu_locmoe.model.sigma import PanguSigma
+from pangu_locmoe.moe.routers import ROUTERS
 from pangu_locmoe.train.evaluate import evaluate_checkpoint
 
 ALL = [*exported.CASES, *exported.PARTS]
@@ -139,6 +141,12 @@ def test_half_precision_comes_back_as_fp32(tmp_path):
         upper = (np.ascontiguousarray(array).view(np.uint32) & 0xFFFF0000).view(np.float32)
         np.testing.assert_array_equal(bf16[name], upper)
         np.testing.assert_array_equal(fp16[name], array.astype(np.float16).astype(np.float32))
+
+
+def test_every_router_of_the_package_is_exported():
+    own = {name for name, router in ROUTERS.items() if router.__module__.startswith("pangu_locmoe")}
+    assert set(settings.ROUTERS) == own
+    assert own == {exported.config_of(case).moe.router for case in exported.CASES}
 
 
 def test_a_router_of_ones_own_is_refused(tmp_path):

@@ -2,7 +2,7 @@
 
 Letters: T tokens, D hidden, V vocabulary, E experts, K experts of a token, G groups of experts with
 a table each, X options (what a router chooses among: experts, or groups of them), J domains, I
-entries of all tables of a layer in one row.
+items: the entries of all tables of a layer in one row.
 """
 
 from __future__ import annotations
