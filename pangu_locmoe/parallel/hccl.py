@@ -2,9 +2,9 @@
 
 The communicator's methods run in PyNative, with sizes that follow the routing. The cells below are
 the same operators for a compiled graph, with sizes that are constants. A group costs twice
-HCCL_BUFFSIZE of device memory on each member, so a rank makes at most five: the world, its
-expert-parallel group, the replicas of its experts, and with tensor parallelism its tensor-parallel
-group and the ranks with the same part of the matrices.
+HCCL_BUFFSIZE of device memory on each member, so a rank makes few: the world, its expert-parallel
+group, the replicas of its experts, with tensor parallelism its tensor-parallel group and the ranks
+with the same part of the matrices, and those of the reduction by node (`Topology.groups`).
 
 None of this has run on a device: what is handed to the operators is tested, what they do with it is
 their documentation's.
