@@ -31,6 +31,7 @@ EXPERTS = 32
 
 def values(ranks: int, router: str = "locmoe", **changed):
     parallel = {"expert_parallel": min(ranks, 16), "nodes": max(1, ranks // 8), "sizes": "static"}
+    parallel["reduction"] = "flat"  # a sum for each weight, which is easier to count
     return {
         "model": {
             "vocab_size": VOCAB,
@@ -160,6 +161,26 @@ def test_divided_rows_and_moments_in_several_graphs():
         if row["kind"] == "AlltoAllV"
     }
     assert set(times.values()) == {2 * 2 * SPARSE}
+
+
+@pytest.mark.parametrize(
+    "changed", [{}, pytest.param({"shard_optimizer": True}, marks=pytest.mark.slow)]
+)
+def test_the_reduction_by_node(changed):
+    """Slices, whole weights and experts, of which a node of 8 ranks has two copies."""
+    given = values(16, tensor_parallel=2, expert_parallel=2, reduction=None, **changed)
+    result = check(parse_config(given), 16, 5)
+    assert result.differences == []
+    inside = {"ranks-0-to-7-by-1": 8, "ranks-1-to-7-by-2": 4, "ranks-1-to-5-by-4": 2}
+    between = "ranks-5-to-13-by-8"
+    update = [o for o in result.operations if o.direction == "update" and o.shape != (1,)]
+    for name, size in inside.items():
+        assert len(result.groups[name]) == size
+        assert any(o.kind == "ReduceScatter" and o.group == name for o in update)
+    sums = "ReduceScatter" if changed else "AllReduce"
+    assert any(o.kind == sums and o.group == between for o in update)
+    # But for what cannot be divided nothing goes over all at once.
+    assert {o.group for o in update} == {*inside, between}
 
 
 def test_tensor_parallel_groupwise_in_chunks_fused_and_recomputed():

@@ -127,6 +127,20 @@ def test_groupwise_is_flat_with_half_the_bytes_between_nodes():
         assert one["inter_node_bytes"] == 2 * other["inter_node_bytes"] > 0
 
 
+def test_reducing_by_node_sends_the_gradients_between_two_nodes_once():
+    """A ring over four ranks sends them one and a half times, and the sums are the same but for
+    their order.
+    """
+    found = runs.job(4)[1][0]
+    flat = found["locmoe, nodes, flat reduction"]["rows"]
+    by_node = found["locmoe, nodes"]["rows"][: len(flat)]
+    np.testing.assert_allclose(losses(by_node), losses(flat), rtol=0, atol=1e-6)
+    for one, other in zip(by_node, flat):
+        once = one["reduce_inter_node_bytes"]
+        assert 2 * other["reduce_inter_node_bytes"] == pytest.approx(3 * once, rel=1e-3)
+        assert other["reduce_inter_node_messages"] > 10 * one["reduce_inter_node_messages"]
+
+
 def test_moving_experts_changes_where_and_never_what():
     """Two moves on the way."""
     found = runs.job(4)[1][0]

@@ -15,6 +15,7 @@ import pytest
 from mindspore import Parameter, Tensor, ops
 from support.small import small_config
 
+from pangu_locmoe.errors import ConfigError
 from pangu_locmoe.parallel import buckets as module
 from pangu_locmoe.parallel.buckets import GatherPieces, SumGradients, Weight, buckets
 from pangu_locmoe.parallel.communicator import SingleProcess
@@ -170,6 +171,30 @@ def test_flat_is_one_sum_for_each():
     topology = Topology(8, 4, 2, 4)
     found = buckets(weights_of(topology), [None] * 6, topology, 3)
     assert all(bucket.is_alone for bucket in found) and len(found) == 6
+
+
+@pytest.mark.parametrize(
+    "reduction, nodes, ranks, by_node",
+    [
+        (None, 1, 1, False),
+        (None, 2, 1, False),
+        (None, 1, 4, False),
+        (None, 4, 4, False),
+        (None, 2, 4, True),
+        ("flat", 2, 4, False),
+        ("hierarchical", 2, 4, True),
+    ],
+)
+def test_by_node_where_several_nodes_have_several_ranks(reduction, nodes, ranks, by_node):
+    config = small_config(parallel={"nodes": nodes, "reduction": reduction})
+    assert Topology.from_config(config, ranks).reduces_by_node == by_node
+
+
+def test_by_node_needs_nodes():
+    with pytest.raises(
+        ConfigError, match=r"parallel\.reduction = 'hierarchical': .*needs more than one"
+    ):
+        small_config(parallel={"reduction": "hierarchical"})
 
 
 def test_levels():

@@ -134,7 +134,7 @@ def test_from_config():
     assert Topology.from_config(small_config(), num_ranks=2).ranks_per_node == 2
     assert Topology.from_config(
         small_config(parallel={"nodes": 2, "expert_parallel": 4}), num_ranks=4
-    ) == Topology(4, 2, 4, 4)
+    ) == Topology(4, 2, 4, 4, reduces_by_node=True)
     with pytest.raises(
         TopologyError,
         match=r"ranks \(3\) must be divisible by parallel\.nodes \(2\): .* start 4, or set parallel\.nodes to 1",
