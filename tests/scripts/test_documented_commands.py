@@ -86,6 +86,8 @@ def test_commands_are_found():
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_script_can_be_imported(name):
+    if name == "examples.evaluate_in_transformers":
+        pytest.importorskip("transformers", reason="needs pip install '.[export]'")
     assert importlib.import_module(name).__doc__
 
 
