@@ -45,6 +45,7 @@ def test_train_evaluate_and_sample_a_given_text(tmp_path):
     assert re.fullmatch(r"The router .+", said.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_router_of_ones_own_trains_beside_ours(tmp_path):
     said = run("own_router.py", tmp_path)
     found = re.findall(

@@ -126,6 +126,7 @@ def test_the_step_of_a_job(ranks, rank, router, precision):
     )
 
 
+@pytest.mark.slow
 def test_divided_rows_and_moments_in_several_graphs():
     """Sequence parallelism, a sharded optimizer, fp16 and accumulation: forward and backward
     once, however many micro-batches there are.
@@ -183,6 +184,7 @@ def test_the_reduction_by_node(changed):
     assert {o.group for o in update} == {*inside, between}
 
 
+@pytest.mark.slow
 def test_tensor_parallel_groupwise_in_chunks_fused_and_recomputed():
     """Recomputation is in the graph, so an exchange or a sum that ran twice would differ from
     the plan.

@@ -151,6 +151,7 @@ def fp16_steps():
     return tiny.steps(fp16(), 15)
 
 
+@pytest.mark.slow
 def test_half_precision_trains_like_single_precision():
     """Tolerance 1e-2: fp16 has 11 bits, so that every activation is off by up to 5e-4 of itself, a
     token near the border of two experts may go to the other one, and what the updates make of that
