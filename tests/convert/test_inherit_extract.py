@@ -386,6 +386,7 @@ def test_the_part_gives_the_whole_models_logits(tmp_path, router, embeddings, do
     assert (used > 0).sum() > 1
 
 
+@pytest.mark.slow
 def test_a_part_is_evaluated_and_continues_text(tmp_path, capsys):
     """Evaluation uses the tokenizer of the whole model, not one of the part's text."""
     folder = whole("locmoe", True)

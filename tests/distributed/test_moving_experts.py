@@ -82,6 +82,7 @@ def events(run_dir: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", ["moved", "started"])
+@pytest.mark.slow
 def test_the_losses_are_those_of_a_run_without_moves(name):
     still = runs() / "still"
     moved = runs() / name

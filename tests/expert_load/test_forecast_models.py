@@ -115,6 +115,7 @@ class TestLstm:
             mean_LE = trace.share_WLE[120 - result.notes["window_rows"] : 120].mean(axis=0)
             np.testing.assert_allclose(result.share_YLE, [mean_LE] * 40, rtol=0.01)
 
+    @pytest.mark.slow
     def test_it_learns_a_trend_from_another_run(self):
         taught = noisy_trace(400, trend=2.0, seed=1)
         trace = noisy_trace(400, trend=2.0, seed=1)
