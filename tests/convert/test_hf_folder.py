@@ -98,6 +98,29 @@ def test_tokens_that_the_tokenizer_has_not_are_not_generated(tmp_path):
     assert values["suppress_tokens"] == [own, own + 1, own + 2]
 
 
+def test_a_jobs_checkpoint_is_the_whole_model(tmp_path):
+    """Two ranks have two experts each of four, and half of a matrix's columns."""
+    folder = exported.checkpoint("hash")
+    arrays = load_file(folder / "model.safetensors")
+    shutil.copytree(folder, tmp_path / "job")
+    cut = "blocks.0.ffn.w_in"
+    halves = np.split(arrays.pop(cut), 2, axis=1)
+    for rank, name in enumerate(("model.safetensors", "model-rank1.safetensors")):
+        own = {
+            key: array
+            for key, array in arrays.items()
+            if rank == (".experts.2." in key or ".experts.3." in key)
+        }
+        own[cut] = np.ascontiguousarray(halves[rank])
+        slices = json.dumps({cut: [[1, 1, rank]]})
+        save_file(own, tmp_path / "job" / name, {"slices": slices})
+    change(tmp_path / "job" / "state.json", shards={"model": 2})
+    for source, output in ((folder, "one"), (tmp_path / "job", "two")):
+        export(source, tmp_path / output)
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two")]
+    assert files[0] == files[1]
+
+
 def test_large_models_are_in_several_files(tmp_path):
     folder = exported.checkpoint("hash")
     export(folder, tmp_path / "there", shard_bytes=60_000)
