@@ -136,9 +136,7 @@ class CountsStepper(Stepper):
         ledger.reduce_seconds += time.perf_counter() - started
         ledger.reduction.add(moved)
         if self._exchange.timeline is not None:
-            self._exchange.timeline.add(
-                "reduction", began, moved.intra_node_bytes + moved.inter_node_bytes
-            )
+            self._exchange.timeline.add("reduction", began)
 
     def _traffic(self, skipped: bool) -> Ledger:
         return gather_ledgers(self._exchange.ledger.take(), self._communicator)
