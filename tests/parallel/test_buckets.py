@@ -133,7 +133,7 @@ def run(topology, sharded):
 @pytest.mark.parametrize("numbers", TOPOLOGIES.values(), ids=list(TOPOLOGIES))
 def test_sums_of_all_that_hold_the_same(numbers, sharded, limit, monkeypatch):
     """Whatever is joined with what, and the same bit by bit on all of them."""
-    monkeypatch.setattr(module, "BUCKET_BYTES", limit)
+    monkeypatch.setattr(module, "BUCKET_BYTES", limit or 0)
     topology = Topology(*numbers, reduces_by_node=limit is not None)
     found = run(topology, sharded)
     for rank, ((sums, whole), own) in enumerate(found):
