@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor
@@ -195,3 +196,13 @@ def test_the_bias_chooses_and_does_not_weigh():
     assert (plan["expert_A"].asnumpy() == 1).all()
     means_TE = x_TD.reshape(16, 4, 4).mean(-1)
     close(plan["weight_A"], softmax(2 * means_TE)[:, 1], 2e-6)
+
+
+def test_the_compiled_layer_finds_the_same_bias():
+    layer = layer_of("locmoe", token_prior=1.0)
+    x_TD = skewed_rows(0)
+    wanted, stats = run(layer, x_TD)
+    got, compiled = run(ms.jit(layer), x_TD)
+    close(got, wanted)
+    np.testing.assert_array_equal(compiled["bias_X"], stats["bias_X"])
+    np.testing.assert_array_equal(compiled["load_NE"], stats["load_NE"])
