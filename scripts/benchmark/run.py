@@ -308,12 +308,14 @@ def measure_training(
             contestant.close()
 
 
-def measure_memory(hf_python: str) -> Dict[str, Any]:
+def measure_memory(hf_python: str, chosen: Sequence[str]) -> Dict[str, Any]:
     """Peak memory after three steps at two sizes, one process at a time, and what a parameter
-    costs between them.
+    costs between them; of the sides that were chosen.
     """
     result: Dict[str, Any] = {}
     for side in MEMORY_SIDES:
+        if side.name.partition(",")[0] not in chosen:
+            continue
         contestant = start(side, hf_python)
         try:
             peak = contestant.run(2)["peak_memory_mb"]
@@ -326,6 +328,8 @@ def measure_memory(hf_python: str) -> Dict[str, Any]:
             "peak_memory_mb": peak,
         }
     for who in ("switch-5/4", "hf"):
+        if who not in chosen:
+            continue
         small = result[f"{who}, d 256"]
         large = result[f"{who}, d 512"]
         growth = (
@@ -499,7 +503,9 @@ def main() -> int:
         print("gates", flush=True)
         result["gates"] = measure_gates()
         print("memory", flush=True)
-        result["memory"] = measure_memory(arguments.hf_python)
+        result["memory"] = measure_memory(
+            arguments.hf_python, [side.name for side in arguments.sides]
+        )
     except (BenchmarkError, OSError) as error:
         print(f"benchmark: {error}", file=sys.stderr)
         return 1
