@@ -147,6 +147,8 @@ def test_an_interrupt_ends_prepare_soon_and_leaves_nothing(tmp_path: Path, secon
         [sys.executable, "-m", "pangu_locmoe", "prepare", "t.yaml"],
         cwd=tmp_path,
         start_new_session=True,
+        # What a shell starts in the background ignores the signal.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
