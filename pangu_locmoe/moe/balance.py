@@ -95,7 +95,7 @@ class QuantileBalancer(nn.Cell):
         chosen_TX = ops.zeros_like(biased_TX)
         left_TX = biased_TX
         highest = ops.ReduceMax(keep_dims=True)
-        last_T1 = highest(left_TX, 1)
+        last_T1 = highest(left_TX, 1)  # MindSpore's compiler wants it before the loop
         for _ in range(self.choices):
             last_T1 = highest(left_TX, 1)
             option_T = ops.cast(ops.ArgMaxWithValue(-1)(left_TX)[0], mstype.int32)

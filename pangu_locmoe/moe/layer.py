@@ -154,11 +154,11 @@ class MoELayer(nn.Cell):
             no gradient) and own_probs_NE (mean probabilities), all fp32; the losses that the plan has.
         """
         noise = (row_keys_T, column_keys_D)
-        x_TD_fp32 = ops.cast(x_TD, mstype.float32)
+        wide_TD = ops.cast(x_TD, mstype.float32)
         if bias_X is None:
-            plan = self.router(x_TD_fp32, tokens_T, domains_T, noise, training)
+            plan = self.router(wide_TD, tokens_T, domains_T, noise, training)
         else:
-            plan = self.router(x_TD_fp32, tokens_T, domains_T, noise, training, bias_X)
+            plan = self.router(wide_TD, tokens_T, domains_T, noise, training, bias_X)
         nodes = self.transport.nodes_here if training else 1
         own_load_NE = ops.stop_gradient(_sum_by_node(plan["one_hot_AE"], nodes))
         load_E = ops.reduce_sum(own_load_NE, 0)

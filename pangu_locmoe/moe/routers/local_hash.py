@@ -34,18 +34,16 @@ class LocalHashRouter(LocMoERouter, name="local_hash"):
         super().__init__(config, context)
         self.weighting = "probability"  # P_g is all there is, or nothing
         self.has_unit_weight = config.moe.weight != "probability"
-        self.num_groups = config.node_groups
         tables_JGV = token_tables(
             context.token_counts_JV,
             context.allowed_JE,
             [config.train.seed, 2, context.layer],
             group_of_expert(config),
-            self.num_groups,
+            config.node_groups,
         )
         self.lookup = TokenLookup(tables_JGV.shape)
         self.table = Parameter(Tensor(tables_JGV.reshape(-1)), name="table", requires_grad=False)
         self.members_EG = Tensor(self.options(config).astype(np.float32))
-        self.groups_G = Tensor(np.arange(self.num_groups, dtype=np.int32))
 
     @classmethod
     def options(cls, config: Config) -> np.ndarray:

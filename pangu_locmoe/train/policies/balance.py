@@ -25,7 +25,8 @@ class Balance:
     """Each layer's bias, step by step.
 
     bias: plus or minus moe.bias_rate for an option with less or more than the mean load (DeepSeek,
-    arXiv 2408.15664, algorithm 1), the mean being that of a domain's group. quantile: what the step found (moe/balance.py).
+    arXiv 2408.15664, algorithm 1), the mean being that of a domain's group. quantile: what the
+    step found (moe/balance.py).
 
     Args:
         config: the run.
